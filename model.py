@@ -1,0 +1,410 @@
+"""The whole Llama in one file: configuration, layers, key/value cache, loading public weights, generation.
+
+Notable:
+- every sublayer (Attention, MLP, and the Block made of the two) maps the residual stream to the residual stream,
+  x -> x + f(norm(x)), and has the same signature: forward(x, ctx)
+- what all layers of one forward pass share (rotary angles, masks, row lengths, the cache) travels in a Context
+- rows of a batch may have different lengths: they are padded on the right, where causal attention never looks
+- grouped-query attention, Llama 3.1's rope scaling, Mistral's sliding window, tied or untied head
+
+Shapes: B rows, T columns (tokens), S keys, C n_embd, H n_head, K n_kv_head, D head_dim, V vocabulary.
+"""
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from weights import InputError, open_checkpoint
+
+
+@dataclass(frozen=True)
+class Config:
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    intermediate: int
+    vocab_size: int
+    head_dim: int
+    max_context: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None    # Llama 3.1: factor, low_freq_factor, high_freq_factor, original_max_position_...
+    sliding_window: int | None = None   # Mistral 7B v0.1: a token sees this many tokens, itself included
+    tie_embeddings: bool = False
+
+    @classmethod
+    def from_hf(cls, hf, where="config.json"):
+        """Config from the keys of a Hugging Face config.json. Refuses, by name, what would be loaded half."""
+        family = hf.get("model_type")
+        if family not in ("llama", "mistral"):
+            raise InputError(f"{where}: model_type {family!r} is not supported; 'llama' and 'mistral' are")
+        for key, plain in ("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"):
+            if hf.get(key, plain) != plain:
+                raise InputError(f"{where}: {key} {hf[key]!r} is not supported")
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise InputError(f"{where}: rope type {kind!r} is not supported; 'default' and 'llama3' are")
+        try:
+            n_head, n_embd = hf["num_attention_heads"], hf["hidden_size"]
+            return cls(
+                n_layer=hf["num_hidden_layers"], n_head=n_head, n_kv_head=hf.get("num_key_value_heads") or n_head,
+                n_embd=n_embd, intermediate=hf["intermediate_size"], vocab_size=hf["vocab_size"],
+                head_dim=hf.get("head_dim") or n_embd // n_head, max_context=hf.get("max_position_embeddings", 2048),
+                norm_eps=hf.get("rms_norm_eps", 1e-6), rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+                rope_scaling=rope if kind == "llama3" else None,
+                sliding_window=hf.get("sliding_window") if family == "mistral" else None,
+                tie_embeddings=hf.get("tie_word_embeddings", False))
+        except KeyError as e:
+            raise InputError(f"{where}: lacks {e}") from None
+
+
+def rope_frequencies(config):
+    """Rotation of each pair of channels in radians a position, float32 (D/2,). RoPE: arXiv 2104.09864."""
+    freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim)
+    if config.rope_scaling:   # Llama 3.1: slow pairs turn `factor` times slower, fast ones as before, a ramp between
+        r = config.rope_scaling
+        turns = r["original_max_position_embeddings"] * freq / (2 * math.pi)   # full turns within the first context
+        ramp = (turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])
+        ramp = ramp.clamp(0, 1)
+        freq = freq * (ramp + (1 - ramp) / r["factor"])
+    return freq
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x (..., T, D); cos, sin (..., T, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Cache:
+    """Keys and values of a running generation. A layer's memory is allocated when it is first written, for the rows
+    that write it: a layer that no row runs has none. `decisions` is where a layer may note, while the prompt is read,
+    what should hold for the tokens that follow."""
+
+    def __init__(self, config, columns):
+        self.columns = columns                       # the most tokens a row can hold
+        self.k = [None] * config.n_layer             # (rows, K, columns, D) each
+        self.v = [None] * config.n_layer
+        self.decisions = {}
+
+    def prefill(self, layer, k, v):
+        """Store the prompt's keys and values, (rows, K, T, D), from column 0 on."""
+        shape = (*k.shape[:2], self.columns, k.shape[3])
+        self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)   # masked garbage could be NaN
+        self.k[layer][:, :, :k.shape[2]] = k
+        self.v[layer][:, :, :v.shape[2]] = v
+
+    def step(self, layer, k, v, ctx):
+        """Store one token a row, (rows, K, 1, D), each at its own position; returns all keys and values so far."""
+        keys, values = self.k[layer], self.v[layer]
+        if ctx.columns is None:                      # every row is at the same position
+            keys[:, :, ctx.end - 1:ctx.end], values[:, :, ctx.end - 1:ctx.end] = k, v
+        else:
+            at = ctx.columns[:, None, None, None].expand_as(k)
+            keys.scatter_(2, at, k), values.scatter_(2, at, v)
+        return keys[:, :, :ctx.end], values[:, :, :ctx.end]
+
+    def bytes(self):
+        """Bytes of keys and values allocated."""
+        return sum(t.numel() * t.element_size() for t in (*self.k, *self.v) if t is not None)
+
+
+@dataclass
+class Context:
+    """What every layer of one forward pass shares. A row is one sequence of the batch."""
+    cos: torch.Tensor                            # (T, D/2), or (B, 1, 1, D/2) in a step with ragged rows
+    sin: torch.Tensor
+    lengths: torch.Tensor                        # (B,) real tokens of each row in this pass; the rest is padding
+    prompt_lengths: torch.Tensor                 # (B,) how many of them are the prompt
+    max_prompt: int                              # the largest of those
+    sizes: list[int] | None = None               # lengths once more, where the host can read them
+    first: list[int] | None = None               # the position of each row's first token in this pass
+    mask: torch.Tensor | None = None             # (B or 1, 1, T, S) bool, True: may attend; None: causal
+    window: int | None = None                    # a token sees this many tokens, itself included; None: all before it
+    cache: Cache | None = None
+    decoding: bool = False                       # a step that continues the cache, not a prompt
+    end: int = 0                                 # decoding: keys to attend to, this step's included
+    columns: torch.Tensor | None = None          # decoding: (B,) where each row writes; None if all at end - 1
+
+    def select(self, rows):
+        """The same for some rows of the batch only, given by their indices (n,)."""
+        def pick(t):
+            return t[rows] if t is not None and t.dim() == 4 and t.shape[0] > 1 else t
+        return replace(self, cos=pick(self.cos), sin=pick(self.sin), mask=pick(self.mask), lengths=self.lengths[rows],
+                       prompt_lengths=self.prompt_lengths[rows], sizes=None, first=None,
+                       columns=None if self.columns is None else self.columns[rows])
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, n, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(n)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """x -> x + attention(norm(x)): causal, grouped-query, with rotary positions."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.q_proj = nn.Linear(config.n_embd, q, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, kv, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, kv, bias=False)
+        self.o_proj = nn.Linear(q, config.n_embd, bias=False)
+
+    def forward(self, x, ctx):
+        h = self.norm(x)                                                             # (B, T, C)
+        q = self.queries(h, ctx.cos, ctx.sin)                                        # (B, H, T, D)
+        k, v = self.keys_values(h, ctx)                                              # (B, K, S, D)
+        return x + self.output(attend(q, k, v, ctx.mask, causal=ctx.mask is None and not ctx.decoding))
+
+    def heads(self, y):
+        return y.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)                # (..., T, HD) -> (..., H, T, D)
+
+    def queries(self, h, cos, sin):
+        return rotate(self.heads(self.q_proj(h)), cos, sin)
+
+    def keys_values(self, h, ctx):
+        """Keys and values of this pass's tokens, stored in the cache if there is one, and those before them."""
+        k, v = rotate(self.heads(self.k_proj(h)), ctx.cos, ctx.sin), self.heads(self.v_proj(h))
+        if ctx.decoding:
+            return ctx.cache.step(self.layer, k, v, ctx)
+        if ctx.cache is not None:
+            ctx.cache.prefill(self.layer, k, v)
+        return k, v
+
+    def output(self, y):
+        return self.o_proj(y.transpose(-3, -2).flatten(-2))                          # (..., H, T, D) -> (..., T, C)
+
+
+def attend(q, k, v, mask=None, causal=False):
+    """Softmax attention of q (B, H, T, D) over k, v (B, K, S, D), K dividing H."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class MLP(nn.Module):
+    """x -> x + swiglu(norm(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.gate_proj = nn.Linear(config.n_embd, config.intermediate, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.intermediate, bias=False)
+        self.down_proj = nn.Linear(config.intermediate, config.n_embd, bias=False)
+
+    def forward(self, x, ctx=None):
+        h = self.norm(x)
+        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+class Block(nn.Module):
+    """One layer: attention, then MLP."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x, ctx):
+        return self.mlp(self.attn(x, ctx), ctx)
+
+
+class Llama(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.angles = None                       # cos and sin of every position so far needed, made on first use
+
+    def forward(self, idx, lengths=None, prompt_lengths=None):
+        """Logits (B, T, V) of token ids (B, T) int64.
+
+        lengths: (B,) int64, real tokens a row, padding on the right; prompt_lengths: (B,) int64, how many of them are
+        the prompt (default: the first 64). Logits at padding are meaningless. InputError past the model's context.
+        """
+        return self.head(self.features(idx, lengths, prompt_lengths))
+
+    def features(self, idx, lengths=None, prompt_lengths=None):
+        """What the head turns into logits, (B, T, C): take the positions you need before you call `head`."""
+        return self.norm(self.run(self.embed(idx), self.context(idx, lengths, prompt_lengths)))
+
+    def run(self, x, ctx, start=0, stop=None):
+        """Layers start to stop - 1 on the residual stream x (B, T, C)."""
+        for layer in self.layers[start:stop]:
+            x = layer(x, ctx)
+        return x
+
+    def context(self, idx, lengths=None, prompt_lengths=None, cache=None):
+        """The Context of a pass that reads token ids (B, T) from position 0 on."""
+        B, T = idx.shape
+        if T > self.config.max_context:
+            raise InputError(f"{T} tokens do not fit the model's context of {self.config.max_context}; shorten the text")
+        lengths = checked(lengths, "lengths", B, T, idx.device)
+        sizes = lengths.tolist()
+        if prompt_lengths is None:
+            prompt_lengths = lengths.clamp(max=64)   # plain text: its beginning stands in for a prompt
+        else:
+            prompt_lengths = checked(prompt_lengths, "prompt_lengths", B, T, idx.device)
+        cos, sin = self.angles_of(slice(0, T), T)
+        window, mask = self.config.sliding_window, None
+        if window and T > window:
+            t = torch.arange(T, device=idx.device)
+            ago = t[:, None] - t
+            mask = ((ago >= 0) & (ago < window))[None, None]
+        return Context(cos, sin, lengths, prompt_lengths, int(prompt_lengths.max()), sizes, [0] * B, mask, window, cache)
+
+    def step_context(self, cache, first, device):
+        """The Context of a step that continues `cache` by one token a row, at the positions `first`, a list."""
+        end, B, window = max(first) + 1, len(first), self.config.sliding_window
+        ones = torch.ones(B, dtype=torch.int64, device=device)
+        mask = columns = None
+        cos, sin = self.angles_of(slice(end - 1, end), end)
+        if min(first) != max(first):
+            columns = torch.tensor(first, device=device)
+            cos, sin = (t[:, None, None] for t in self.angles_of(columns, end))      # (B, 1, 1, D/2)
+        if columns is not None or window and end > window:
+            at = torch.tensor(first, device=device)[:, None, None, None]             # (B, 1, 1, 1)
+            keys = torch.arange(end, device=device)
+            mask = (keys <= at) if not window else (keys <= at) & (keys > at - window)
+        return Context(cos, sin, ones, ones, 1, [1] * B, first, mask, window, cache, True, end, columns)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens=32, temperature=0.0, top_k=None, lengths=None, eos_id=None, on_token=None):
+        """Continue each row of idx (B, T) by up to max_new_tokens; returns (B, T + max_new_tokens) token ids.
+
+        Row b is its prompt, lengths[b] tokens (default T), then its new tokens, then eos_id, or 0, to the end. Rows
+        stop at eos_id, where one is given. temperature 0 takes the likeliest token; else tokens are drawn from the
+        top_k likeliest (default: all). on_token, if given, is called with each step's tokens (B,). InputError where
+        the result would not fit the context. The cache stays in `self.cache`, for those who want to measure it.
+        """
+        B, T = idx.shape
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens should be at least 1; it is {max_new_tokens}")
+        if T + max_new_tokens > self.config.max_context:
+            raise InputError(f"{T} prompt tokens and {max_new_tokens} new ones do not fit the model's context of"
+                             f" {self.config.max_context}; shorten one of them")
+        was_training = self.training
+        self.eval()
+        try:
+            self.cache = cache = Cache(self.config, T + max_new_tokens)
+            lengths = checked(lengths, "lengths", B, T, idx.device)
+            ctx = self.context(idx, lengths, lengths, cache)
+            sizes = ctx.sizes
+            x = self.run(self.embed(idx), ctx)
+            x = x[torch.arange(B, device=idx.device), lengths - 1]                   # (B, C), each row's last token
+            pad = 0 if eos_id is None else eos_id
+            out = torch.full((B, T + max_new_tokens), pad, device=idx.device)
+            out[:, :T] = torch.where(torch.arange(T, device=idx.device) < lengths[:, None], idx, pad)
+            done = torch.zeros(B, dtype=torch.bool, device=idx.device)
+            for i in range(max_new_tokens):
+                token = draw(self.head(self.norm(x)), temperature, top_k)            # (B,)
+                token = token.masked_fill(done, pad)
+                out.scatter_(1, (lengths + i)[:, None], token[:, None])
+                if on_token:
+                    on_token(token)
+                if eos_id is not None:
+                    done = done | (token == eos_id)
+                    if bool(done.all()):
+                        break
+                if i + 1 < max_new_tokens:
+                    ctx = self.step_context(cache, [n + i for n in sizes], idx.device)
+                    x = self.run(self.embed(token[:, None]), ctx)[:, 0]
+            return out
+        finally:
+            self.train(was_training)
+
+    def angles_of(self, positions, end):
+        """cos and sin, (..., D/2) each in the model's dtype, at positions that all lie below `end`."""
+        if self.angles is None or len(self.angles[0]) < end or self.angles[0].device != self.embed.weight.device:
+            n = min(self.config.max_context, 1 << max(end - 1, 511).bit_length())
+            angle = torch.outer(torch.arange(n).float(), rope_frequencies(self.config)).to(self.embed.weight.device)
+            self.angles = angle.cos().to(self.embed.weight.dtype), angle.sin().to(self.embed.weight.dtype)
+        return self.angles[0][positions], self.angles[1][positions]
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, device="cpu", dtype=torch.float32):
+        """A frozen-ready Llama in eval mode with the weights of `smollm2-135m`, a Hugging Face folder or a .gguf file.
+
+        Tensors are read one by one, straight to `device` and `dtype`. InputError names what is missing or misshapen.
+        """
+        checkpoint = open_checkpoint(name_or_path)
+        config = Config.from_hf(checkpoint.config, checkpoint.path)
+        with torch.device("meta"):
+            model = cls(config)
+        unused = {name for name in checkpoint.names if not name.endswith("rotary_emb.inv_freq")}
+        for name, parameter in list(model.named_parameters()):   # a tied head is the embedding, and appears once
+            source = checkpoint_name(name)
+            if source not in checkpoint.names:
+                raise InputError(f"{checkpoint.path}: tensor {source} is missing; the model is incomplete")
+            tensor = checkpoint.tensor(source)
+            if tensor.shape != parameter.shape:
+                raise InputError(f"{checkpoint.path}: tensor {source} has shape {tuple(tensor.shape)}, but the config asks"
+                                 f" for {tuple(parameter.shape)}")
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
+            unused.discard(source)
+        if config.tie_embeddings:
+            model.head.weight = model.embed.weight
+            unused.discard("lm_head.weight")
+        if unused:
+            raise InputError(f"{checkpoint.path}: tensor {min(unused)} has no place in this model; {len(unused)} such")
+        return model.eval()
+
+
+def checkpoint_name(name):
+    """Where Hugging Face checkpoints keep one of our parameters."""
+    if name == "head.weight":
+        return "lm_head.weight"
+    for ours, theirs in (("embed.", "embed_tokens."), (".attn.norm.", ".input_layernorm."), (".attn.", ".self_attn."),
+                         (".mlp.norm.", ".post_attention_layernorm.")):
+        name = name.replace(ours, theirs)
+    return "model." + name
+
+
+def draw(logits, temperature, top_k):
+    """One token id a row, (B,), from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1).squeeze(1)
+
+
+def checked(values, name, B, T, device):
+    """Row lengths as (B,) int64 on `device`; all T where none are given."""
+    if T == 0:
+        raise InputError("the prompt is empty; give at least one token")
+    if values is None:
+        return torch.full((B,), T, device=device)
+    values = torch.as_tensor(values, device=device, dtype=torch.int64)
+    if values.shape != (B,) or int(values.min()) < 1 or int(values.max()) > T:
+        raise InputError(f"{name} should be {B} numbers from 1 to {T}, one a row; they are {values.tolist()}")
+    return values
+
+
+def pick(device="auto", dtype="auto"):
+    """torch.device and torch.dtype of the command line: auto is CUDA where there is one, bfloat16 where it is native."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    if dtype == "auto":
+        native = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        dtype = "bfloat16" if native else "float32"
+    return torch.device(device), getattr(torch, dtype)

@@ -1,0 +1,287 @@
+"""MindSkip: a Llama whose sublayers stand behind gates, after "Router-Tuning" (He et al., EMNLP 2025, arXiv 2410.13184).
+
+    s = sigmoid(w . pool(norm(x)) + b)      the score, float32
+    g = 1 if s >= threshold else 0          the gate
+    y = x + g * f(norm(x))                  the routed sublayer: g = 0 leaves the residual stream as it was
+
+`add_routers(model, ...)` puts one linear layer, n_embd + 1 numbers, before a sublayer of each chosen layer and freezes
+the rest. In training everything is computed and the gate multiplies it, so that gradients reach w and b through the
+straight-through estimator; in inference what is closed is not computed at all.
+
+    granularity       what one gate decides over          keys and values where it is closed
+    attn_sequence     attention, for a whole sequence     not computed, not stored
+    attn_token        attention, for one token            computed, so that later tokens may attend to it
+    block_sequence    attention and MLP, a sequence       not computed, not stored
+    block_token       attention and MLP, a token          computed
+    mlp_sequence      the MLP, for a whole sequence       (it has none)
+    mlp_token         the MLP, for one token              (it has none)
+
+A sequence's gate reads the mean over its prompt, so that it is known before the first token is generated, and holds
+for all of them. Capacity is the share of sublayers that run: overall counts every layer of the model, those without a
+router as 1; routed counts only layers with a router.
+"""
+import json
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
+
+from model import attend
+from weights import InputError, open_safetensors, write_file
+
+GRANULARITIES = [f"{part}_{scope}" for part in ("attn", "mlp", "block") for scope in ("sequence", "token")]
+QUERY_CHUNK = 128   # gathered queries attend in chunks, each to the keys up to its last position
+
+
+def straight_through(score, threshold):
+    """The gate: exactly 0 or 1 forward, the score's gradient backward (arXiv 2410.13184, eq. 4)."""
+    hard = (score >= threshold).to(score.dtype)
+    return hard + (score - score.detach())
+
+
+class MindSkip(nn.Module):
+    """A sublayer x -> x + f(norm(x)) behind a gate: x -> x + g * f(norm(x)), g in {0, 1}. Takes the sublayer's place."""
+
+    def __init__(self, sublayer, granularity, n_embd, threshold=0.5, pool="prompt"):
+        super().__init__()
+        self.part, self.scope = granularity.split("_")
+        self.sublayer, self.threshold, self.pool = sublayer, threshold, pool
+        self.router = nn.Linear(n_embd, 1, device=next(sublayer.parameters()).device, dtype=torch.float32)
+        nn.init.zeros_(self.router.weight)
+        nn.init.constant_(self.router.bias, 1.0)           # new gates are open: sigmoid(1) = 0.73
+        self.bypass = False                  # True: the dense model, no gate is asked
+        self.opened = self.seen = None       # how many gates were open, of how many, since the last prompt
+
+    def forward(self, x, ctx):
+        if self.bypass:
+            return self.sublayer(x, ctx)
+        if ctx.decoding and self.scope == "sequence":
+            return self.run_open_rows(x, ctx, ctx.cache.decisions[self])
+        score = self.score(x, ctx)                                       # (B,) a sequence, or (B, T) a token
+        if self.training or torch.is_grad_enabled():
+            gate = straight_through(score, self.threshold)
+            self.count(gate, ctx)
+            gate = gate.to(x.dtype).view(*gate.shape, *[1] * (x.dim() - gate.dim()))
+            return torch.lerp(x, self.sublayer(x, ctx), gate)            # all computed: x + g * (sublayer(x) - x)
+        is_open = score >= self.threshold
+        self.count(is_open, ctx)
+        if self.scope == "token":
+            return self.run_open_tokens(x, ctx, is_open)
+        rows = is_open.nonzero().squeeze(1)                              # the one wait for the device
+        if ctx.cache is not None:
+            ctx.cache.decisions[self] = rows                             # the prompt decides for what follows
+        return self.run_open_rows(x, ctx, rows)
+
+    def score(self, x, ctx):
+        """How much the sublayer is wanted, 0 to 1, float32: (B,) a sequence, or (B, T) a token; x (B, T, C)."""
+        norm = self.sublayer.attn.norm if self.part == "block" else self.sublayer.norm
+        if self.scope == "token":
+            pooled = norm(x).float()
+        else:                                                            # the mean over the prompt's real tokens
+            n = ctx.lengths if self.pool == "all" else ctx.prompt_lengths
+            h = norm(x if self.pool == "all" else x[:, :ctx.max_prompt]).float()
+            real = torch.arange(h.shape[1], device=x.device) < n[:, None]
+            pooled = (h * real[..., None]).sum(1) / n[:, None]           # (B, C)
+        return torch.sigmoid(self.router(pooled).squeeze(-1))
+
+    def count(self, gate, ctx):
+        """Keep how many gates are open (with its gradient in training), of how many; padding does not count."""
+        if self.scope == "token":
+            gate = gate * (torch.arange(gate.shape[1], device=gate.device) < ctx.lengths[:, None])
+        opened, seen = gate.sum(), len(gate) if self.scope == "sequence" else sum(ctx.sizes)
+        self.opened, self.seen = (self.opened + opened, self.seen + seen) if ctx.decoding else (opened, seen)
+
+    def run_open_rows(self, x, ctx, rows):
+        """The sublayer on the open rows of x (B, T, C) only; rows: their indices (n,), n from 0 to B."""
+        if len(rows) == 0:
+            return x
+        if len(rows) == len(x):
+            return self.sublayer(x, ctx)
+        return x.index_copy(0, rows, self.sublayer(x[rows], ctx.select(rows)))
+
+    def run_open_tokens(self, x, ctx, is_open):
+        """The sublayer on the open tokens of x (B, T, C) only; attention still stores every token's key and value."""
+        is_open = is_open.cpu()                                          # (B, T); the one wait for the device
+        columns = [row[:n].nonzero().squeeze(1) for row, n in zip(is_open, ctx.sizes)]
+        n_open = sum(map(len, columns))
+        if n_open == sum(ctx.sizes):
+            return self.sublayer(x, ctx)
+        at = torch.cat([b * x.shape[1] + c for b, c in enumerate(columns)]).to(x.device)
+        open_x = x.flatten(0, 1)[at]                                     # (N, C), row after row
+        if self.part != "mlp":
+            open_x = self.attend_from(x, open_x, ctx, columns, at)
+        if self.part != "attn" and n_open:
+            open_x = (self.sublayer if self.part == "mlp" else self.sublayer.mlp)(open_x)
+        return x.flatten(0, 1).index_copy(0, at, open_x).view_as(x) if n_open else x
+
+    def attend_from(self, x, open_x, ctx, columns, at):
+        """Attention from the open tokens only, open_x (N, C), to every token's key. Where they are in x (B, T, C):
+        `columns`, for each row, on the host, or `at` (N,), counted through all rows, on the device."""
+        attn = self.sublayer.attn if self.part == "block" else self.sublayer
+        k, v = attn.keys_values(attn.norm(x), ctx)                       # (B, K, S, D)
+        if len(open_x) == 0:
+            return open_x
+        row, column = at // x.shape[1], at % x.shape[1]
+        cos, sin = (t[column] if t.dim() == 2 else t[row, 0, 0] for t in (ctx.cos, ctx.sin))     # (N, D/2)
+        q = attn.queries(attn.norm(open_x), cos, sin)[None]              # (1, H, N, D)
+        y, done = [], 0
+        for b, of_row in enumerate(columns):
+            for chunk in of_row.split(QUERY_CHUNK) if len(of_row) else ():
+                position = chunk + ctx.first[b]
+                start, end = 0, int(position[-1]) + 1                    # only keys that some query of the chunk may see
+                if ctx.window:
+                    start = max(0, int(position[0]) + 1 - ctx.window)
+                ago = position[:, None] - torch.arange(start, end)       # (n, S')
+                mask = (ago >= 0) & (ago < (ctx.window or end)) if len(chunk) > 1 else None
+                y.append(attend(q[:, :, done:done + len(chunk)], k[b:b + 1, :, start:end], v[b:b + 1, :, start:end],
+                                None if mask is None else mask.to(x.device)))
+                done += len(chunk)
+        return open_x + attn.output(torch.cat(y, 2)[0])
+
+
+def routers(model):
+    """{layer: its MindSkip} of a model, in order."""
+    found = {}
+    for i, layer in enumerate(model.layers):
+        for module in (layer, getattr(layer, "attn", None), getattr(layer, "mlp", None)):
+            if isinstance(module, MindSkip):
+                found[i] = module
+    return found
+
+
+@contextmanager
+def dense(model):
+    """Within it the model is the dense one: no gate is asked."""
+    gates = list(routers(model).values())
+    for gate in gates:
+        gate.bypass = True
+    try:
+        yield model
+    finally:
+        for gate in gates:
+            gate.bypass = False
+
+
+def parse_layers(spec, n_layer):
+    """The layers that "all", "last:16", "2-29", "3,5,9" or a mixture like "0,4-7" names, sorted. InputError if none."""
+    layers = set()
+    try:
+        for part in str(spec).split(","):
+            if part == "all":
+                layers |= set(range(n_layer))
+            elif part.startswith("last:"):
+                layers |= set(range(n_layer - int(part[5:]), n_layer))
+            else:
+                first, _, last = part.partition("-")
+                layers |= set(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise InputError(f"layers {spec!r}: write all, last:16, 2-29 or 3,5,9") from None
+    if not layers or min(layers) < 0 or max(layers) >= n_layer:
+        raise InputError(f"layers {spec!r}: this model has layers 0 to {n_layer - 1}; name at least one, and no other")
+    return sorted(layers)
+
+
+def add_routers(model, granularity="attn_token", layers="all", threshold=0.5, pool="prompt"):
+    """Put a gate, open at first, before a sublayer of each chosen layer; only the routers' parameters train then.
+
+    granularity: one of GRANULARITIES; layers: see parse_layers; pool, at sequence level: "prompt", or "all" for the mean
+    over the whole text as in the authors' code. Routers that the model had are replaced. Returns the model.
+    """
+    if granularity not in GRANULARITIES:
+        raise InputError(f"granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}")
+    if pool not in ("prompt", "all"):
+        raise InputError(f"pool {pool!r}: choose prompt or all")
+    chosen = parse_layers(layers, model.config.n_layer)
+    remove_routers(model)
+    model.requires_grad_(False)
+    part = granularity.split("_")[0]
+    for i in chosen:
+        sublayer = model.layers[i] if part == "block" else getattr(model.layers[i], part)
+        gate = MindSkip(sublayer, granularity, model.config.n_embd, threshold, pool).train(model.training)
+        if part == "block":
+            model.layers[i] = gate
+        else:
+            setattr(model.layers[i], part, gate)
+    return model
+
+
+def remove_routers(model):
+    """Put every sublayer back in its place."""
+    for i, gate in routers(model).items():
+        if gate.part == "block":
+            model.layers[i] = gate.sublayer
+        else:
+            setattr(model.layers[i], gate.part, gate.sublayer)
+
+
+def shares(model):
+    """{layer: share of its gates that were open} since the last prompt, float32 tensors, with gradients in training."""
+    found = routers(model)
+    if any(gate.opened is None for gate in found.values()):
+        raise RuntimeError("capacity: run the model first; it tells what its last forward pass did")
+    return {i: gate.opened / gate.seen for i, gate in found.items()}
+
+
+def overall(model):
+    """Overall capacity as a tensor, with its gradient in training: layers without a router count as 1."""
+    open_share, n = shares(model), model.config.n_layer
+    return torch.as_tensor((sum(open_share.values()) + n - len(open_share)) / n)
+
+
+def capacity(model, routed=False):
+    """Overall capacity, the share of the model's sublayers that ran in the last forward pass (after `generate`: since
+    its prompt); routed=True counts only layers with a router."""
+    open_share = shares(model)
+    mean = sum(open_share.values()) / len(open_share) if routed and open_share else overall(model)
+    return float(mean.detach())
+
+
+def capacity_loss(model, target):
+    """relu(overall capacity - target): nothing to pay once the target is met (arXiv 2410.13184, eq. 6)."""
+    return F.relu(overall(model) - target)
+
+
+def shape_of(model):
+    """What a router file must agree on with its model."""
+    c = model.config
+    return {"n_layer": c.n_layer, "n_embd": c.n_embd, "n_head": c.n_head, "n_kv_head": c.n_kv_head,
+            "intermediate": c.intermediate, "vocab_size": c.vocab_size}
+
+
+def save_routers(model, path, calibration=None, **notes):
+    """Write the routers to a safetensors file: layers.N.weight (1, n_embd) and .bias (1,), and what they are for.
+
+    calibration: what a later `load_routers` should know of thresholds and capacities (JSON); notes: strings to keep.
+    """
+    found = routers(model)
+    if not found:
+        raise InputError("save_routers: the model has no routers; add_routers first")
+    one = next(iter(found.values()))
+    meta = {"granularity": f"{one.part}_{one.scope}", "layers": ",".join(map(str, found)), "pool": one.pool,
+            "threshold": repr(one.threshold), "model": json.dumps(shape_of(model)),
+            "calibration": json.dumps(calibration or {}), **notes}
+    tensors = {f"layers.{i}.{name}": p.detach().float().cpu().contiguous()
+               for i, gate in found.items() for name, p in gate.router.named_parameters()}
+    write_file(path, safetensors_bytes(tensors, metadata=meta))
+
+
+def load_routers(model, path):
+    """Add the routers of a file that save_routers wrote; returns its metadata. InputError if it is for another model."""
+    file = open_safetensors(path)
+    meta = file.metadata() or {}
+    missing = {"granularity", "layers", "pool", "threshold", "model"} - meta.keys()
+    if missing:
+        raise InputError(f"{path}: not a router file (it has no {min(missing)}); train_router.py writes one")
+    if json.loads(meta["model"]) != shape_of(model):
+        raise InputError(f"{path}: these routers are for a model of another shape, {meta['model']}; this one has"
+                         f" {json.dumps(shape_of(model))}")
+    add_routers(model, meta["granularity"], meta["layers"], float(meta["threshold"]), meta["pool"])
+    for i, gate in routers(model).items():
+        for name, p in gate.router.named_parameters():
+            key = f"layers.{i}.{name}"
+            if key not in file.keys() or tuple(file.get_slice(key).get_shape()) != tuple(p.shape):
+                raise InputError(f"{path}: tensor {key} is missing or not of shape {tuple(p.shape)}")
+            p.data.copy_(file.get_tensor(key))
+    return meta
