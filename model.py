@@ -1,9 +1,10 @@
 """The whole Llama in one file: configuration, layers, key/value cache, loading public weights, generation.
 
 Notable:
-- every sublayer (Attention, MLP, and the Block made of the two) maps the residual stream to the residual stream,
-  x -> x + f(norm(x)), and has the same signature: forward(x, ctx)
-- what all layers of one forward pass share (rotary angles, masks, row lengths, the cache) travels in a Context
+- every sublayer (Attention, MLP, and the Block made of the two) maps the residual stream to the residual
+  stream, x -> x + f(norm(x)), and has the same signature: forward(x, ctx)
+- what all layers of one forward pass share (rotary angles, masks, row lengths, the cache) travels in a
+  Context
 - rows of a batch may have different lengths: they are padded on the right, where causal attention never looks
 - grouped-query attention, Llama 3.1's rope scaling, Mistral's sliding window, tied or untied head
 
@@ -31,7 +32,7 @@ class Config:
     max_context: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None    # Llama 3.1: factor, low_freq_factor, high_freq_factor, original_max_position_...
+    rope_scaling: dict | None = None    # Llama 3.1's, with the keys of config.json
     sliding_window: int | None = None   # Mistral 7B v0.1: a token sees this many tokens, itself included
     tie_embeddings: bool = False
 
@@ -51,10 +52,12 @@ class Config:
         try:
             n_head, n_embd = hf["num_attention_heads"], hf["hidden_size"]
             return cls(
-                n_layer=hf["num_hidden_layers"], n_head=n_head, n_kv_head=hf.get("num_key_value_heads") or n_head,
-                n_embd=n_embd, intermediate=hf["intermediate_size"], vocab_size=hf["vocab_size"],
-                head_dim=hf.get("head_dim") or n_embd // n_head, max_context=hf.get("max_position_embeddings", 2048),
-                norm_eps=hf.get("rms_norm_eps", 1e-6), rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+                n_layer=hf["num_hidden_layers"], n_head=n_head, n_embd=n_embd, vocab_size=hf["vocab_size"],
+                n_kv_head=hf.get("num_key_value_heads") or n_head,
+                head_dim=hf.get("head_dim") or n_embd // n_head,
+                intermediate=hf["intermediate_size"], max_context=hf.get("max_position_embeddings", 2048),
+                norm_eps=hf.get("rms_norm_eps", 1e-6),
+                rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
                 rope_scaling=rope if kind == "llama3" else None,
                 sliding_window=hf.get("sliding_window") if family == "mistral" else None,
                 tie_embeddings=hf.get("tie_word_embeddings", False))
@@ -64,10 +67,10 @@ class Config:
 
 def rope_frequencies(config):
     """Rotation of each pair of channels in radians a position, float32 (D/2,). RoPE: arXiv 2104.09864."""
-    freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim)
-    if config.rope_scaling:   # Llama 3.1: slow pairs turn `factor` times slower, fast ones as before, a ramp between
+    freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    if config.rope_scaling:   # slow pairs turn `factor` times slower, fast ones as before, a ramp between
         r = config.rope_scaling
-        turns = r["original_max_position_embeddings"] * freq / (2 * math.pi)   # full turns within the first context
+        turns = r["original_max_position_embeddings"] * freq / (2 * math.pi)   # within the first context
         ramp = (turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])
         ramp = ramp.clamp(0, 1)
         freq = freq * (ramp + (1 - ramp) / r["factor"])
@@ -81,9 +84,9 @@ def rotate(x, cos, sin):
 
 
 class Cache:
-    """Keys and values of a running generation. A layer's memory is allocated when it is first written, for the rows
-    that write it: a layer that no row runs has none. `decisions` is where a layer may note, while the prompt is read,
-    what should hold for the tokens that follow."""
+    """Keys and values of a running generation. A layer's memory is allocated when it is first written, for
+    the rows that write it: a layer that no row runs has none. `decisions` is where a layer may note, while
+    the prompt is read, what should hold for the tokens that follow."""
 
     def __init__(self, config, columns):
         self.columns = columns                       # the most tokens a row can hold
@@ -99,7 +102,8 @@ class Cache:
         self.v[layer][:, :, :v.shape[2]] = v
 
     def step(self, layer, k, v, ctx):
-        """Store one token a row, (rows, K, 1, D), each at its own position; returns all keys and values so far."""
+        """Store one token a row, (rows, K, 1, D), each at its own position; returns all keys and values so
+        far."""
         keys, values = self.k[layer], self.v[layer]
         if ctx.columns is None:                      # every row is at the same position
             keys[:, :, ctx.end - 1:ctx.end], values[:, :, ctx.end - 1:ctx.end] = k, v
@@ -118,24 +122,25 @@ class Context:
     """What every layer of one forward pass shares. A row is one sequence of the batch."""
     cos: torch.Tensor                            # (T, D/2), or (B, 1, 1, D/2) in a step with ragged rows
     sin: torch.Tensor
-    lengths: torch.Tensor                        # (B,) real tokens of each row in this pass; the rest is padding
+    lengths: torch.Tensor                        # (B,) real tokens of each row in this pass, then padding
     prompt_lengths: torch.Tensor                 # (B,) how many of them are the prompt
     max_prompt: int                              # the largest of those
     sizes: list[int] | None = None               # lengths once more, where the host can read them
     first: list[int] | None = None               # the position of each row's first token in this pass
     mask: torch.Tensor | None = None             # (B or 1, 1, T, S) bool, True: may attend; None: causal
-    window: int | None = None                    # a token sees this many tokens, itself included; None: all before it
+    window: int | None = None                    # a token sees so many, itself included; None: all before it
     cache: Cache | None = None
     decoding: bool = False                       # a step that continues the cache, not a prompt
     end: int = 0                                 # decoding: keys to attend to, this step's included
-    columns: torch.Tensor | None = None          # decoding: (B,) where each row writes; None if all at end - 1
+    columns: torch.Tensor | None = None          # decoding: (B,) where a row writes; None: all at end - 1
 
     def select(self, rows):
         """The same for some rows of the batch only, given by their indices (n,)."""
         def pick(t):
             return t[rows] if t is not None and t.dim() == 4 and t.shape[0] > 1 else t
-        return replace(self, cos=pick(self.cos), sin=pick(self.sin), mask=pick(self.mask), lengths=self.lengths[rows],
-                       prompt_lengths=self.prompt_lengths[rows], sizes=None, first=None,
+        return replace(self, cos=pick(self.cos), sin=pick(self.sin), mask=pick(self.mask), sizes=None,
+                       first=None, lengths=self.lengths[rows],
+                       prompt_lengths=self.prompt_lengths[rows],
                        columns=None if self.columns is None else self.columns[rows])
 
 
@@ -162,19 +167,20 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q, config.n_embd, bias=False)
 
     def forward(self, x, ctx):
-        h = self.norm(x)                                                             # (B, T, C)
-        q = self.queries(h, ctx.cos, ctx.sin)                                        # (B, H, T, D)
-        k, v = self.keys_values(h, ctx)                                              # (B, K, S, D)
+        h = self.norm(x)                                                      # (B, T, C)
+        q = self.queries(h, ctx.cos, ctx.sin)                                 # (B, H, T, D)
+        k, v = self.keys_values(h, ctx)                                       # (B, K, S, D)
         return x + self.output(attend(q, k, v, ctx.mask, causal=ctx.mask is None and not ctx.decoding))
 
     def heads(self, y):
-        return y.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)                # (..., T, HD) -> (..., H, T, D)
+        return y.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)         # (..., T, HD) -> (..., H, T, D)
 
     def queries(self, h, cos, sin):
         return rotate(self.heads(self.q_proj(h)), cos, sin)
 
     def keys_values(self, h, ctx):
-        """Keys and values of this pass's tokens, stored in the cache if there is one, and those before them."""
+        """Keys and values of this pass's tokens, stored in the cache if there is one, and those before
+        them."""
         k, v = rotate(self.heads(self.k_proj(h)), ctx.cos, ctx.sin), self.heads(self.v_proj(h))
         if ctx.decoding:
             return ctx.cache.step(self.layer, k, v, ctx)
@@ -183,12 +189,13 @@ class Attention(nn.Module):
         return k, v
 
     def output(self, y):
-        return self.o_proj(y.transpose(-3, -2).flatten(-2))                          # (..., H, T, D) -> (..., T, C)
+        return self.o_proj(y.transpose(-3, -2).flatten(-2))                   # (..., H, T, D) -> (..., T, C)
 
 
 def attend(q, k, v, mask=None, causal=False):
     """Softmax attention of q (B, H, T, D) over k, v (B, K, S, D), K dividing H."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 class MLP(nn.Module):
@@ -228,13 +235,14 @@ class Llama(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        self.angles = None                       # cos and sin of every position so far needed, made on first use
+        self.angles = None              # cos and sin of every position so far needed, made on first use
 
     def forward(self, idx, lengths=None, prompt_lengths=None):
         """Logits (B, T, V) of token ids (B, T) int64.
 
-        lengths: (B,) int64, real tokens a row, padding on the right; prompt_lengths: (B,) int64, how many of them are
-        the prompt (default: the first 64). Logits at padding are meaningless. InputError past the model's context.
+        lengths: (B,) int64, real tokens a row, padding on the right; prompt_lengths: (B,) int64, how many of
+        them are the prompt (default: the first 64). Logits at padding are meaningless. InputError past the
+        model's context.
         """
         return self.head(self.features(idx, lengths, prompt_lengths))
 
@@ -252,7 +260,8 @@ class Llama(nn.Module):
         """The Context of a pass that reads token ids (B, T) from position 0 on."""
         B, T = idx.shape
         if T > self.config.max_context:
-            raise InputError(f"{T} tokens do not fit the model's context of {self.config.max_context}; shorten the text")
+            raise InputError(f"{T} tokens do not fit the model's context of {self.config.max_context};"
+                             " shorten the text")
         lengths = checked(lengths, "lengths", B, T, idx.device)
         sizes = lengths.tolist()
         if prompt_lengths is None:
@@ -265,10 +274,12 @@ class Llama(nn.Module):
             t = torch.arange(T, device=idx.device)
             ago = t[:, None] - t
             mask = ((ago >= 0) & (ago < window))[None, None]
-        return Context(cos, sin, lengths, prompt_lengths, int(prompt_lengths.max()), sizes, [0] * B, mask, window, cache)
+        return Context(cos, sin, lengths, prompt_lengths, int(prompt_lengths.max()), sizes, [0] * B,
+                       mask, window, cache)
 
     def step_context(self, cache, first, device):
-        """The Context of a step that continues `cache` by one token a row, at the positions `first`, a list."""
+        """The Context of a step that continues `cache` by one token a row, at the positions `first`, a
+        list."""
         end, B, window = max(first) + 1, len(first), self.config.sliding_window
         ones = torch.ones(B, dtype=torch.int64, device=device)
         mask = columns = None
@@ -283,20 +294,22 @@ class Llama(nn.Module):
         return Context(cos, sin, ones, ones, 1, [1] * B, first, mask, window, cache, True, end, columns)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens=32, temperature=0.0, top_k=None, lengths=None, eos_id=None, on_token=None):
+    def generate(self, idx, max_new_tokens=32, temperature=0.0, top_k=None, lengths=None, eos_id=None,
+                 on_token=None):
         """Continue each row of idx (B, T) by up to max_new_tokens; returns (B, T + max_new_tokens) token ids.
 
-        Row b is its prompt, lengths[b] tokens (default T), then its new tokens, then eos_id, or 0, to the end. Rows
-        stop at eos_id, where one is given. temperature 0 takes the likeliest token; else tokens are drawn from the
-        top_k likeliest (default: all). on_token, if given, is called with each step's tokens (B,). InputError where
-        the result would not fit the context. The cache stays in `self.cache`, for those who want to measure it.
+        Row b is its prompt, lengths[b] tokens (default T), then its new tokens, then eos_id, or 0, to the
+        end. Rows stop at eos_id, where one is given. temperature 0 takes the likeliest token; else tokens are
+        drawn from the top_k likeliest (default: all). on_token, if given, is called with each step's tokens
+        (B,). InputError where the result would not fit the context. The cache stays in `self.cache`, for
+        those who want to measure it.
         """
         B, T = idx.shape
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens should be at least 1; it is {max_new_tokens}")
         if T + max_new_tokens > self.config.max_context:
-            raise InputError(f"{T} prompt tokens and {max_new_tokens} new ones do not fit the model's context of"
-                             f" {self.config.max_context}; shorten one of them")
+            raise InputError(f"{T} prompt tokens and {max_new_tokens} new ones do not fit the model's context"
+                             f" of {self.config.max_context}; shorten one of them")
         was_training = self.training
         self.eval()
         try:
@@ -305,7 +318,7 @@ class Llama(nn.Module):
             ctx = self.context(idx, lengths, lengths, cache)
             sizes = ctx.sizes
             x = self.run(self.embed(idx), ctx)
-            x = x[torch.arange(B, device=idx.device), lengths - 1]                   # (B, C), each row's last token
+            x = x[torch.arange(B, device=idx.device), lengths - 1]            # (B, C), each row's last token
             pad = 0 if eos_id is None else eos_id
             out = torch.full((B, T + max_new_tokens), pad, device=idx.device)
             out[:, :T] = torch.where(torch.arange(T, device=idx.device) < lengths[:, None], idx, pad)
@@ -329,31 +342,35 @@ class Llama(nn.Module):
 
     def angles_of(self, positions, end):
         """cos and sin, (..., D/2) each in the model's dtype, at positions that all lie below `end`."""
-        if self.angles is None or len(self.angles[0]) < end or self.angles[0].device != self.embed.weight.device:
+        like = self.embed.weight
+        if self.angles is None or len(self.angles[0]) < end or self.angles[0].dtype != like.dtype \
+                or self.angles[0].device != like.device:
             n = min(self.config.max_context, 1 << max(end - 1, 511).bit_length())
-            angle = torch.outer(torch.arange(n).float(), rope_frequencies(self.config)).to(self.embed.weight.device)
-            self.angles = angle.cos().to(self.embed.weight.dtype), angle.sin().to(self.embed.weight.dtype)
+            angle = torch.outer(torch.arange(n).float(), rope_frequencies(self.config))
+            self.angles = angle.cos().to(like), angle.sin().to(like)
         return self.angles[0][positions], self.angles[1][positions]
 
     @classmethod
     def from_pretrained(cls, name_or_path, device="cpu", dtype=torch.float32):
-        """A frozen-ready Llama in eval mode with the weights of `smollm2-135m`, a Hugging Face folder or a .gguf file.
+        """A frozen-ready Llama in eval mode with the weights of `smollm2-135m`, a Hugging Face folder or a
+        .gguf file.
 
-        Tensors are read one by one, straight to `device` and `dtype`. InputError names what is missing or misshapen.
+        Tensors are read one by one, straight to `device` and `dtype`. InputError names what is missing or
+        misshapen.
         """
         checkpoint = open_checkpoint(name_or_path)
         config = Config.from_hf(checkpoint.config, checkpoint.path)
         with torch.device("meta"):
             model = cls(config)
         unused = {name for name in checkpoint.names if not name.endswith("rotary_emb.inv_freq")}
-        for name, parameter in list(model.named_parameters()):   # a tied head is the embedding, and appears once
+        for name, parameter in list(model.named_parameters()):   # a tied head is not among them
             source = checkpoint_name(name)
             if source not in checkpoint.names:
                 raise InputError(f"{checkpoint.path}: tensor {source} is missing; the model is incomplete")
             tensor = checkpoint.tensor(source)
             if tensor.shape != parameter.shape:
-                raise InputError(f"{checkpoint.path}: tensor {source} has shape {tuple(tensor.shape)}, but the config asks"
-                                 f" for {tuple(parameter.shape)}")
+                raise InputError(f"{checkpoint.path}: tensor {source} has shape {tuple(tensor.shape)}, but"
+                                 f" the config asks for {tuple(parameter.shape)}")
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
             unused.discard(source)
@@ -361,7 +378,8 @@ class Llama(nn.Module):
             model.head.weight = model.embed.weight
             unused.discard("lm_head.weight")
         if unused:
-            raise InputError(f"{checkpoint.path}: tensor {min(unused)} has no place in this model; {len(unused)} such")
+            raise InputError(f"{checkpoint.path}: tensor {min(unused)} has no place in this model;"
+                             " is the config right?")
         return model.eval()
 
 
@@ -369,8 +387,8 @@ def checkpoint_name(name):
     """Where Hugging Face checkpoints keep one of our parameters."""
     if name == "head.weight":
         return "lm_head.weight"
-    for ours, theirs in (("embed.", "embed_tokens."), (".attn.norm.", ".input_layernorm."), (".attn.", ".self_attn."),
-                         (".mlp.norm.", ".post_attention_layernorm.")):
+    for ours, theirs in (("embed.", "embed_tokens."), (".attn.norm.", ".input_layernorm."),
+                         (".attn.", ".self_attn."), (".mlp.norm.", ".post_attention_layernorm.")):
         name = name.replace(ours, theirs)
     return "model." + name
 
@@ -399,7 +417,8 @@ def checked(values, name, B, T, device):
 
 
 def pick(device="auto", dtype="auto"):
-    """torch.device and torch.dtype of the command line: auto is CUDA where there is one, bfloat16 where it is native."""
+    """torch.device and torch.dtype of the command line: auto is CUDA where there is one, bfloat16 where it is
+    native."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

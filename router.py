@@ -1,12 +1,13 @@
-"""MindSkip: a Llama whose sublayers stand behind gates, after "Router-Tuning" (He et al., EMNLP 2025, arXiv 2410.13184).
+"""MindSkip: a Llama whose sublayers stand behind gates, after "Router-Tuning" (He et al., EMNLP 2025, arXiv
+2410.13184).
 
     s = sigmoid(w . pool(norm(x)) + b)      the score, float32
     g = 1 if s >= threshold else 0          the gate
     y = x + g * f(norm(x))                  the routed sublayer: g = 0 leaves the residual stream as it was
 
-`add_routers(model, ...)` puts one linear layer, n_embd + 1 numbers, before a sublayer of each chosen layer and freezes
-the rest. In training everything is computed and the gate multiplies it, so that gradients reach w and b through the
-straight-through estimator; in inference what is closed is not computed at all.
+`add_routers(model, ...)` puts one linear layer, n_embd + 1 numbers, before a sublayer of each chosen layer
+and freezes the rest. In training everything is computed and the gate multiplies it, so that gradients reach w
+and b through the straight-through estimator; in inference what is closed is not computed at all.
 
     granularity       what one gate decides over          keys and values where it is closed
     attn_sequence     attention, for a whole sequence     not computed, not stored
@@ -16,9 +17,9 @@ straight-through estimator; in inference what is closed is not computed at all.
     mlp_sequence      the MLP, for a whole sequence       (it has none)
     mlp_token         the MLP, for one token              (it has none)
 
-A sequence's gate reads the mean over its prompt, so that it is known before the first token is generated, and holds
-for all of them. Capacity is the share of sublayers that run: overall counts every layer of the model, those without a
-router as 1; routed counts only layers with a router.
+A sequence's gate reads the mean over its prompt, so that it is known before the first token is generated, and
+holds for all of them. Capacity is the share of sublayers that run: overall counts every layer of the model,
+those without a router as 1; routed counts only layers with a router.
 """
 import json
 from contextlib import contextmanager
@@ -42,7 +43,8 @@ def straight_through(score, threshold):
 
 
 class MindSkip(nn.Module):
-    """A sublayer x -> x + f(norm(x)) behind a gate: x -> x + g * f(norm(x)), g in {0, 1}. Takes the sublayer's place."""
+    """A sublayer x -> x + f(norm(x)) behind a gate: x -> x + g * f(norm(x)), g in {0, 1}. Takes the
+    sublayer's place."""
 
     def __init__(self, sublayer, granularity, n_embd, threshold=0.5, pool="prompt"):
         super().__init__()
@@ -52,6 +54,7 @@ class MindSkip(nn.Module):
         nn.init.zeros_(self.router.weight)
         nn.init.constant_(self.router.bias, 1.0)           # new gates are open: sigmoid(1) = 0.73
         self.bypass = False                  # True: the dense model, no gate is asked
+        self.noise = 0.0                     # in training: spread of random noise on the score's logit
         self.opened = self.seen = None       # how many gates were open, of how many, since the last prompt
 
     def forward(self, x, ctx):
@@ -64,7 +67,7 @@ class MindSkip(nn.Module):
             gate = straight_through(score, self.threshold)
             self.count(gate, ctx)
             gate = gate.to(x.dtype).view(*gate.shape, *[1] * (x.dim() - gate.dim()))
-            return torch.lerp(x, self.sublayer(x, ctx), gate)            # all computed: x + g * (sublayer(x) - x)
+            return torch.lerp(x, self.sublayer(x, ctx), gate)            # x + g * (sublayer(x) - x)
         is_open = score >= self.threshold
         self.count(is_open, ctx)
         if self.scope == "token":
@@ -75,19 +78,24 @@ class MindSkip(nn.Module):
         return self.run_open_rows(x, ctx, rows)
 
     def score(self, x, ctx):
-        """How much the sublayer is wanted, 0 to 1, float32: (B,) a sequence, or (B, T) a token; x (B, T, C)."""
+        """How much the sublayer is wanted, 0 to 1, float32: (B,) a sequence, or (B, T) a token; x (B, T,
+        C)."""
         norm = self.sublayer.attn.norm if self.part == "block" else self.sublayer.norm
         if self.scope == "token":
             pooled = norm(x).float()
-        else:                                                            # the mean over the prompt's real tokens
+        else:                                                            # the mean over the prompt
             n = ctx.lengths if self.pool == "all" else ctx.prompt_lengths
             h = norm(x if self.pool == "all" else x[:, :ctx.max_prompt]).float()
             real = torch.arange(h.shape[1], device=x.device) < n[:, None]
             pooled = (h * real[..., None]).sum(1) / n[:, None]           # (B, C)
-        return torch.sigmoid(self.router(pooled).squeeze(-1))
+        logit = self.router(pooled).squeeze(-1)
+        if self.noise and self.training:                                 # logistic: the gate is a coin
+            logit = logit + self.noise * torch.rand_like(logit).logit(1e-6)
+        return torch.sigmoid(logit)
 
     def count(self, gate, ctx):
-        """Keep how many gates are open (with its gradient in training), of how many; padding does not count."""
+        """Keep how many gates are open (with its gradient in training), of how many; padding does not
+        count."""
         if self.scope == "token":
             gate = gate * (torch.arange(gate.shape[1], device=gate.device) < ctx.lengths[:, None])
         opened, seen = gate.sum(), len(gate) if self.scope == "sequence" else sum(ctx.sizes)
@@ -102,7 +110,8 @@ class MindSkip(nn.Module):
         return x.index_copy(0, rows, self.sublayer(x[rows], ctx.select(rows)))
 
     def run_open_tokens(self, x, ctx, is_open):
-        """The sublayer on the open tokens of x (B, T, C) only; attention still stores every token's key and value."""
+        """The sublayer on the open tokens of x (B, T, C) only; attention still stores every token's key and
+        value."""
         is_open = is_open.cpu()                                          # (B, T); the one wait for the device
         columns = [row[:n].nonzero().squeeze(1) for row, n in zip(is_open, ctx.sizes)]
         n_open = sum(map(len, columns))
@@ -117,8 +126,8 @@ class MindSkip(nn.Module):
         return x.flatten(0, 1).index_copy(0, at, open_x).view_as(x) if n_open else x
 
     def attend_from(self, x, open_x, ctx, columns, at):
-        """Attention from the open tokens only, open_x (N, C), to every token's key. Where they are in x (B, T, C):
-        `columns`, for each row, on the host, or `at` (N,), counted through all rows, on the device."""
+        """Attention from the open tokens only, open_x (N, C), to every token's key. Where they are in x (B,
+        T, C): `columns`, for each row, on the host, or `at` (N,), counted through all rows, on the device."""
         attn = self.sublayer.attn if self.part == "block" else self.sublayer
         k, v = attn.keys_values(attn.norm(x), ctx)                       # (B, K, S, D)
         if len(open_x) == 0:
@@ -130,13 +139,13 @@ class MindSkip(nn.Module):
         for b, of_row in enumerate(columns):
             for chunk in of_row.split(QUERY_CHUNK) if len(of_row) else ():
                 position = chunk + ctx.first[b]
-                start, end = 0, int(position[-1]) + 1                    # only keys that some query of the chunk may see
+                start, end = 0, int(position[-1]) + 1                    # keys that some query here may see
                 if ctx.window:
                     start = max(0, int(position[0]) + 1 - ctx.window)
                 ago = position[:, None] - torch.arange(start, end)       # (n, S')
-                mask = (ago >= 0) & (ago < (ctx.window or end)) if len(chunk) > 1 else None
-                y.append(attend(q[:, :, done:done + len(chunk)], k[b:b + 1, :, start:end], v[b:b + 1, :, start:end],
-                                None if mask is None else mask.to(x.device)))
+                mask = ((ago >= 0) & (ago < (ctx.window or end))).to(x.device) if len(chunk) > 1 else None
+                of_keys = slice(b, b + 1), slice(None), slice(start, end)
+                y.append(attend(q[:, :, done:done + len(chunk)], k[of_keys], v[of_keys], mask))
                 done += len(chunk)
         return open_x + attn.output(torch.cat(y, 2)[0])
 
@@ -165,7 +174,8 @@ def dense(model):
 
 
 def parse_layers(spec, n_layer):
-    """The layers that "all", "last:16", "2-29", "3,5,9" or a mixture like "0,4-7" names, sorted. InputError if none."""
+    """The layers that "all", "last:16", "2-29", "3,5,9" or a mixture like "0,4-7" names, sorted. InputError
+    if none."""
     layers = set()
     try:
         for part in str(spec).split(","):
@@ -179,15 +189,18 @@ def parse_layers(spec, n_layer):
     except ValueError:
         raise InputError(f"layers {spec!r}: write all, last:16, 2-29 or 3,5,9") from None
     if not layers or min(layers) < 0 or max(layers) >= n_layer:
-        raise InputError(f"layers {spec!r}: this model has layers 0 to {n_layer - 1}; name at least one, and no other")
+        raise InputError(f"layers {spec!r}: this model has layers 0 to {n_layer - 1}; name at least one of"
+                         " them, and no other")
     return sorted(layers)
 
 
 def add_routers(model, granularity="attn_token", layers="all", threshold=0.5, pool="prompt"):
-    """Put a gate, open at first, before a sublayer of each chosen layer; only the routers' parameters train then.
+    """Put a gate, open at first, before a sublayer of each chosen layer; only the routers' parameters train
+    then.
 
-    granularity: one of GRANULARITIES; layers: see parse_layers; pool, at sequence level: "prompt", or "all" for the mean
-    over the whole text as in the authors' code. Routers that the model had are replaced. Returns the model.
+    granularity: one of GRANULARITIES; layers: see parse_layers; pool, at sequence level: "prompt", or "all"
+    for the mean over the whole text as in the authors' code. Routers that the model had are replaced. Returns
+    the model.
     """
     if granularity not in GRANULARITIES:
         raise InputError(f"granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}")
@@ -217,7 +230,8 @@ def remove_routers(model):
 
 
 def shares(model):
-    """{layer: share of its gates that were open} since the last prompt, float32 tensors, with gradients in training."""
+    """{layer: share of its gates that were open} since the last prompt, float32 tensors, with gradients in
+    training."""
     found = routers(model)
     if any(gate.opened is None for gate in found.values()):
         raise RuntimeError("capacity: run the model first; it tells what its last forward pass did")
@@ -231,8 +245,8 @@ def overall(model):
 
 
 def capacity(model, routed=False):
-    """Overall capacity, the share of the model's sublayers that ran in the last forward pass (after `generate`: since
-    its prompt); routed=True counts only layers with a router."""
+    """Overall capacity, the share of the model's sublayers that ran in the last forward pass (after
+    `generate`: since its prompt); routed=True counts only layers with a router."""
     open_share = shares(model)
     mean = sum(open_share.values()) / len(open_share) if routed and open_share else overall(model)
     return float(mean.detach())
@@ -251,9 +265,11 @@ def shape_of(model):
 
 
 def save_routers(model, path, calibration=None, **notes):
-    """Write the routers to a safetensors file: layers.N.weight (1, n_embd) and .bias (1,), and what they are for.
+    """Write the routers to a safetensors file: layers.N.weight (1, n_embd) and .bias (1,), and what they are
+    for.
 
-    calibration: what a later `load_routers` should know of thresholds and capacities (JSON); notes: strings to keep.
+    calibration: what a later `load_routers` should know of thresholds and capacities (JSON); notes: strings
+    to keep.
     """
     found = routers(model)
     if not found:
@@ -268,15 +284,16 @@ def save_routers(model, path, calibration=None, **notes):
 
 
 def load_routers(model, path):
-    """Add the routers of a file that save_routers wrote; returns its metadata. InputError if it is for another model."""
+    """Add the routers of a file that save_routers wrote; returns its metadata. InputError if it is for
+    another model."""
     file = open_safetensors(path)
     meta = file.metadata() or {}
     missing = {"granularity", "layers", "pool", "threshold", "model"} - meta.keys()
     if missing:
         raise InputError(f"{path}: not a router file (it has no {min(missing)}); train_router.py writes one")
     if json.loads(meta["model"]) != shape_of(model):
-        raise InputError(f"{path}: these routers are for a model of another shape, {meta['model']}; this one has"
-                         f" {json.dumps(shape_of(model))}")
+        raise InputError(f"{path}: these routers are for a model of another shape, {meta['model']}; this one"
+                         f" has {json.dumps(shape_of(model))}")
     add_routers(model, meta["granularity"], meta["layers"], float(meta["threshold"]), meta["pool"])
     for i, gate in routers(model).items():
         for name, p in gate.router.named_parameters():

@@ -1,10 +1,12 @@
 """Text to token ids and back, on tiktoken, from the tokenizer files that public models ship.
 
-Notable: byte-level BPE is the same algorithm everywhere, so a tokenizer.json (Hugging Face), Llama 3's tokenizer.model
-and a GGUF's metadata all become one tiktoken Encoding: a table bytes -> merge rank, and a pattern that cuts text into
-pieces. What tiktoken cannot express (SentencePiece) is handed to `tokenizers`, if that is installed.
+Notable: byte-level BPE is the same algorithm everywhere, so a tokenizer.json (Hugging Face), Llama 3's
+tokenizer.model and a GGUF's metadata all become one tiktoken Encoding: a table bytes -> merge rank, and a
+pattern that cuts text into pieces. What tiktoken cannot express (SentencePiece) is handed to `tokenizers`, if
+that is installed.
 """
 import base64
+import json
 import unicodedata
 
 import numpy as np
@@ -14,21 +16,19 @@ import tiktoken
 from weights import InputError, open_checkpoint
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# SmolLM2 cuts out single digits first, then applies GPT-2's pattern to what lies between: a digit ends the text there
+# SmolLM2 cuts out single digits, then applies GPT-2's pattern to what lies between; a digit ends a text
 DIGITS_GPT2 = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-          r"|\s+(?!\S)|\s+")
-LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-                  "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
-                  "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
-LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(3, 248)]   # 256 in all
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPECIAL = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(3, 248))]
 
-# A chat is a list of {"role", "content"}. For each family: what opens a message, what ends it, what opens the chat.
-CHAT = {
-    "<|im_start|>": ("<|im_start|>{role}\n", "<|im_end|>", "\n", ""),                                      # ChatML
-    "<|start_header_id|>": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "", "<|begin_of_text|>"),
-    None: ("<|{role}|>\n", "{eos}", "\n", "{bos}"),                                                        # base models
-}
+# how a chat is written: what opens it, what opens a message, what ends its content, and what stands between
+CHATML = "", "<|im_start|>{role}\n", "<|im_end|>", "\n"
+LLAMA3_CHAT = "<|begin_of_text|>", "<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", ""
+PLAIN_CHAT = "{bos}", "<|{role}|>\n", "{eos}", "\n"     # for base models, as in the authors' code
 
 
 def byte_alphabet():
@@ -39,32 +39,37 @@ def byte_alphabet():
 
 
 class Tokenizer:
-    """encode(text) -> ids, decode(ids) -> text; `bos_id` (None if this tokenizer puts none before a text), `eos_id`."""
+    """encode(text) -> ids, decode(ids) -> text; `bos_id` (None if this tokenizer puts none before a text),
+    `eos_id`."""
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """The tokenizer of `smollm2-135m`, of a Hugging Face folder or of a .gguf file. InputError if there is none."""
+        """The tokenizer of `smollm2-135m`, of a Hugging Face folder or of a .gguf file. InputError if there
+        is none."""
         checkpoint = open_checkpoint(name_or_path)
         found = checkpoint.tokenizer()
         try:
             tok = cls(*(from_tiktoken_file(found["ranks"]) if "ranks" in found else from_json(found["json"])))
         except (KeyError, TypeError, AttributeError, IndexError) as e:
-            raise InputError(f"{checkpoint.path}: its tokenizer is incomplete ({type(e).__name__}: {e})") from None
+            raise InputError(f"{checkpoint.path}: its tokenizer is incomplete ({e!r})") from None
         except Inexpressible as e:
-            tok = Foreign(found["json"], f"{checkpoint.path}: its tokenizer ({e}) is not byte-level BPE as tiktoken has it")
+            tok = Foreign(found["json"], f"{checkpoint.path}: tiktoken cannot express its tokenizer ({e})")
         config, template = found["config"], found.get("json", {}).get("post_processor")
-        name = {key: t["content"] if isinstance(t := config.get(f"{key}_token"), dict) else t for key in ("bos", "eos")}
-        ids = {key: tok.special.get(name[key], config.get(f"{key}_token_id")) for key in name}
-        tok.eos_id = ids["eos"][0] if isinstance(ids["eos"], list) else ids["eos"]
-        adds_bos = config.get("add_bos_token", "ranks" in found or (name["bos"] or "\0") in str(template))
-        tok.bos_id = ids["bos"] if adds_bos else None
+        bos, eos = (token["content"] if isinstance(token, dict) else token
+                    for token in (config.get("bos_token"), config.get("eos_token")))
+        tok.eos_id = tok.special.get(eos, config.get("eos_token_id"))
+        if isinstance(tok.eos_id, list):   # Llama 3.1 lists all that may end a text
+            tok.eos_id = tok.eos_id[0]
+        adds_bos = config.get("add_bos_token", "ranks" in found or str(bos) in str(template))
+        tok.bos_id = tok.special.get(bos, config.get("bos_token_id")) if adds_bos else None
         return tok
 
     def __init__(self, pattern, pieces, ids, special, normalize=None):
-        """pieces: byte strings by merge rank; ids: their token ids; special: {text: id}; pattern cuts text into pieces."""
+        """pieces: byte strings by merge rank; ids: their token ids; special: {text: id}; pattern cuts text
+        into pieces."""
         self.special, self.pattern, self.normalize = special, pattern, normalize
         ranks = {piece: rank for rank, piece in enumerate(pieces)}
-        # tiktoken wants every byte in its table: bytes without a token come last, and are dropped from the text instead
+        # tiktoken wants every byte in its table; those without a token come last, and are dropped on the way
         self.tokenless = bytes(b for b in range(256) if bytes([b]) not in ranks)
         for b in self.tokenless:
             ranks[bytes([b])] = len(ranks)
@@ -75,18 +80,21 @@ class Tokenizer:
         self.bytes_of_id = dict(zip(ids, pieces)) | {i: text.encode() for text, i in special.items()}
 
     def encode(self, text, special=True):
-        """Token ids of a string, no beginning-of-text token added. special=False reads special tokens as plain text."""
+        """Token ids of a string, no beginning-of-text token added. special=False reads special tokens as
+        plain text."""
         if self.normalize:
             text = unicodedata.normalize(self.normalize, text)
         text = text.encode("utf-8", "replace").decode()   # a lone surrogate has no bytes: it becomes "?"
         if self.tokenless and any(b in self.tokenless for b in text.encode()):
             ranks = self.encode_dropping(text, special)
         else:
-            ranks = self.encoding.encode(text, allowed_special="all" if special else set(), disallowed_special=())
+            known = "all" if special else set()
+            ranks = self.encoding.encode(text, allowed_special=known, disallowed_special=())
         return self.id_of_rank[ranks].tolist() if ranks else []
 
     def encode_dropping(self, text, special):
-        """Bytes without a token vanish from their piece before its merges, as in `tokenizers`; so cut by hand."""
+        """Bytes without a token vanish from their piece before its merges, as in `tokenizers`; so cut by
+        hand."""
         cut = "(" + "|".join(map(regex.escape, sorted(self.special, key=len, reverse=True))) + ")"
         ranks = []
         for i, part in enumerate(regex.split(cut, text) if special and self.special else [text]):
@@ -103,15 +111,20 @@ class Tokenizer:
         return b"".join(self.bytes_of_id.get(int(i), b"") for i in ids).decode("utf-8", "replace")
 
     def encode_chat(self, messages):
-        """Token ids of a chat, and for each whether it belongs to an assistant's answer (its end mark included).
+        """Token ids of a chat, and for each whether it belongs to an assistant's answer (its end mark
+        included).
 
-        messages: [{"role", "content"}, ...]. If the last is not the assistant's, the answer is opened, to be generated.
+        messages: [{"role", "content"}, ...]. If the last is not the assistant's, the answer is opened, to be
+        generated.
         """
-        family = next((mark for mark in CHAT if mark in self.special), None)
-        end_text = {i: text for text, i in self.special.items()}
-        marks = {"bos": end_text.get(self.bos_id, ""), "eos": end_text.get(self.eos_id, "")}
-        opening, ending, between, start = (part.replace("{bos}", marks["bos"]).replace("{eos}", marks["eos"])
-                                           for part in CHAT[family])
+        template = PLAIN_CHAT
+        if "<|im_start|>" in self.special:
+            template = CHATML
+        elif "<|start_header_id|>" in self.special:
+            template = LLAMA3_CHAT
+        text_of = {i: text for text, i in self.special.items()}
+        bos, eos = text_of.get(self.bos_id, ""), text_of.get(self.eos_id, "")
+        start, opening, ending, between = (s.replace("{bos}", bos).replace("{eos}", eos) for s in template)
         ids = self.encode(start)
         answer = [False] * len(ids)
         for message in messages:
@@ -119,7 +132,8 @@ class Tokenizer:
             body = self.encode(message["content"], special=False) + self.encode(ending)
             tail = self.encode(between)
             ids += header + body + tail
-            answer += [False] * len(header) + [message["role"] == "assistant"] * len(body) + [False] * len(tail)
+            by_assistant = message["role"] == "assistant"
+            answer += [False] * len(header) + [by_assistant] * len(body) + [False] * len(tail)
         if messages[-1]["role"] != "assistant":
             header = self.encode(opening.format(role="assistant"))
             ids, answer = ids + header, answer + [False] * len(header)
@@ -136,44 +150,48 @@ def from_tiktoken_file(path):
         table = {base64.b64decode(token, validate=True): int(rank)
                  for token, rank in (line.split() for line in path.read_bytes().splitlines() if line)}
     except (OSError, ValueError):
-        raise InputError(f"{path}: not a tiktoken file (SentencePiece?); put the model's tokenizer.json beside it") from None
+        raise InputError(f"{path}: not a tiktoken file (SentencePiece?); put the model's tokenizer.json"
+                         " beside it") from None
     pieces = sorted(table, key=table.get)
     special = {text: len(pieces) + i for i, text in enumerate(LLAMA3_SPECIAL)}
     return LLAMA3, pieces, [table[piece] for piece in pieces], special
 
 
 def from_json(spec):
-    """Hugging Face's tokenizer.json, if it is byte-level BPE: pattern, pieces in merge order, ids, special tokens."""
+    """Hugging Face's tokenizer.json, if it is byte-level BPE: pattern, pieces in merge order, ids, special
+    tokens."""
     model, normalizer = spec["model"], spec.get("normalizer")
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        raise Inexpressible(f"{model.get('type', 'BPE')} with byte fallback" if model.get("byte_fallback") else model["type"])
+    kind = model.get("type", "BPE")
+    if kind != "BPE" or model.get("byte_fallback"):
+        raise Inexpressible(f"{kind} of characters, not of bytes" if kind == "BPE" else kind)
     if normalizer and normalizer["type"] not in ("NFC", "NFKC", "NFD", "NFKD"):
         raise Inexpressible(f"normalizer {normalizer['type']}")
+    alphabet, vocab, merges = byte_alphabet(), model["vocab"], model["merges"]
     pattern = pattern_of(spec.get("pre_tokenizer"))
-    alphabet, vocab = byte_alphabet(), model["vocab"]
     special = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    # bytes first, then what the merges make, in their order; with ignore_merges a whole piece in the vocabulary stands
-    names = [c for c in alphabet if c in vocab] + [a + b for a, b in merges]
-    if model.get("ignore_merges"):
+    # bytes first, then what the merges make, in their order
+    names = [c for c in alphabet if c in vocab]
+    names += ["".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+    if model.get("ignore_merges"):   # a piece in the vocabulary stands, whether or not merges lead there
         names += sorted(vocab.keys() - set(names) - special.keys(), key=vocab.get)
     names = list(dict.fromkeys(names))
-    return (pattern, [bytes(alphabet[c] for c in name) for name in names], [vocab[name] for name in names], special,
-            normalizer and normalizer["type"])
+    pieces = [bytes(alphabet[c] for c in name) for name in names]
+    return pattern, pieces, [vocab[name] for name in names], special, normalizer and normalizer["type"]
 
 
 def pattern_of(pre):
     """The one regular expression that cuts text as a tokenizer.json's pre-tokenizer does."""
     steps = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre] if pre else []
-    kinds = [step["type"] for step in steps]
-    if steps and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space"):
-        if kinds == ["ByteLevel"] and steps[-1].get("use_regex", True):
+    kinds, first, last = [step["type"] for step in steps], *(steps[:1] or [{}]), *(steps[-1:] or [{}])
+    if not last.get("add_prefix_space"):
+        gpt2 = last.get("use_regex", True)
+        if kinds == ["ByteLevel"] and gpt2:
             return GPT2
-        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[-1].get("use_regex", True):
+        if kinds == ["Digits", "ByteLevel"] and gpt2 and first.get("individual_digits"):
             return DIGITS_GPT2
-        if kinds == ["Split", "ByteLevel"] and not steps[-1].get("use_regex", True) and "Regex" in steps[0]["pattern"] \
-                and steps[0]["behavior"] == "Isolated" and not steps[0].get("invert"):
-            return steps[0]["pattern"]["Regex"]
+        if kinds == ["Split", "ByteLevel"] and not gpt2 and "Regex" in first["pattern"] \
+                and first["behavior"] == "Isolated" and not first.get("invert"):
+            return first["pattern"]["Regex"]
     raise Inexpressible(f"pre-tokenizer {' + '.join(kinds) or 'none'}")
 
 
@@ -185,8 +203,10 @@ class Foreign(Tokenizer):
             import tokenizers
         except ImportError:
             raise InputError(f"{why}; `pip install tokenizers` to use it") from None
-        import json
-        self.inner = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        try:
+            self.inner = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        except Exception as e:   # the package raises no narrower kind
+            raise InputError(f"{why}, and `tokenizers` cannot read it either ({e})") from None
         self.special = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
 
     def encode(self, text, special=True):

@@ -1,13 +1,14 @@
 """Router tuning: a pretrained Llama is frozen, and only its routers, one linear layer each, are trained.
 
-    python train_router.py                                                    # smollm2-135m, data/instructions.jsonl
-    python train_router.py --data alpaca.jsonl --capacity 0.73 --out out/073
-    python train_router.py --resume                                           # go on where Ctrl-C stopped
+    python train_router.py                                                    # smollm2-135m,
+    data/instructions.jsonl python train_router.py --data alpaca.jsonl --capacity 0.73 --out out/073 python
+    train_router.py --resume                                           # go on where Ctrl-C stopped
 
-The loss is that of the answers' tokens: the KL divergence from the dense model's distribution (kl: no labels needed, it
-asks that the model behave as before), or the cross-entropy (ce, the paper's). To it comes a penalty on capacity above a
-target, which falls from 1 to --capacity over the first half of the run, so that layers compete before they close.
-Layers below the first router need no autograd graph, and with kl their output serves both passes.
+The loss is that of the answers' tokens: the KL divergence from the dense model's distribution (kl: no labels
+needed, it asks that the model behave as before), or the cross-entropy (ce, the paper's). To it comes a
+penalty on capacity above a target, which falls from 1 to --capacity over the first half of the run, so that
+layers compete before they close. Layers below the first router need no autograd graph, and with kl their
+output serves both passes.
 """
 import argparse
 import json
@@ -23,8 +24,16 @@ from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
 from model import Llama, pick
-from router import (GRANULARITIES, add_routers, capacity_loss, dense, overall, parse_layers, routers, save_routers,
-                    shares)
+from router import (
+    GRANULARITIES,
+    add_routers,
+    capacity_loss,
+    dense,
+    overall,
+    parse_layers,
+    routers,
+    save_routers,
+)
 from tokenizer import Tokenizer
 from weights import InputError, open_safetensors, write_file
 
@@ -33,7 +42,7 @@ HEAD_CHUNK = 512      # tokens whose logits exist at once
 PLAIN_PIECE = 512     # plain text is cut into pieces of this many tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------ data
 
 @dataclass
 class Sample:
@@ -45,7 +54,8 @@ class Sample:
 def read_samples(path, tok, context):
     """Samples of an Alpaca JSON or JSONL file, chat JSONL ("messages"), text JSONL ("text") or plain text.
 
-    Returns (samples, how many were cut to `context` tokens). InputError names the line or the field that is wrong.
+    Returns (samples, how many were cut to `context` tokens). InputError names the line or the field that is
+    wrong.
     """
     try:
         text = Path(path).read_text("utf-8")
@@ -61,7 +71,7 @@ def read_samples(path, tok, context):
     for where, record in records(text, path):
         for sample in sample_of(record, where, tok, context):
             cut += len(sample.ids) > context
-            sample = Sample(sample.ids[:context], sample.answer[:context], sample.prompt)
+            sample = Sample(sample.ids[:context], sample.answer[:context], min(sample.prompt, context))
             if any(sample.answer):
                 samples.append(sample)
     return samples, cut
@@ -92,14 +102,18 @@ def sample_of(record, where, tok, context):
     if isinstance(record, dict) and "text" in record:
         return plain_samples(field(record, "text"), tok, min(PLAIN_PIECE, context))
     if isinstance(record, dict) and "messages" in record:
-        messages = [{"role": field(m, "role"), "content": field(m, "content")} for m in field(record, "messages", list)]
+        messages = [{"role": field(m, "role"), "content": field(m, "content")}
+                    for m in field(record, "messages", list)]
         if not any(m["role"] == "assistant" for m in messages):
             raise InputError(f"{where}: none of its messages has the role 'assistant'")
         while messages[-1]["role"] != "assistant":
             messages.pop()
     else:
-        question = field(record, "instruction") + (f"\n\n{extra}" if (extra := record.get("input")) else "")
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": field(record, "output")}]
+        question = field(record, "instruction")
+        if record.get("input"):
+            question += "\n\n" + field(record, "input")
+        messages = [{"role": "user", "content": question},
+                    {"role": "assistant", "content": field(record, "output")}]
     ids, answer = tok.encode_chat(messages)
     return [Sample(ids, answer, max(answer.index(True), 1))]
 
@@ -112,7 +126,8 @@ def plain_samples(text, tok, piece):
 
 
 def batches(samples, budget, seed):
-    """Lists of samples, forever: similar lengths together, at most `budget` tokens with padding, epochs shuffled."""
+    """Lists of samples, forever: similar lengths together, at most `budget` tokens with padding, epochs
+    shuffled."""
     rng = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(samples), generator=rng).tolist()
@@ -124,7 +139,8 @@ def batches(samples, budget, seed):
 
 
 def pack(samples, budget):
-    """Samples by length, in groups that padded hold at most `budget` tokens (a longer sample stands alone)."""
+    """Samples by length, in groups that padded hold at most `budget` tokens (a longer sample stands
+    alone)."""
     groups = [[]]
     for s in sorted(samples, key=lambda s: -len(s.ids)):
         if groups[-1] and len(groups[-1][0].ids) * (len(groups[-1]) + 1) > budget:
@@ -147,14 +163,16 @@ class Batch:
         idx = torch.tensor([s.ids + [0] * (T - len(s.ids)) for s in samples])
         scored = torch.tensor([s.answer[1:] + [False] * (T - len(s.ids) + 1) for s in samples])
         targets = idx.roll(-1, 1)[scored]
-        lengths, prompts = torch.tensor([len(s.ids) for s in samples]), torch.tensor([s.prompt for s in samples])
-        return cls(*(t.to(device) for t in (idx, lengths, torch.minimum(lengths, prompts), scored, targets)))
+        lengths = torch.tensor([len(s.ids) for s in samples])
+        prompts = torch.tensor([s.prompt for s in samples])
+        return cls(*(t.to(device) for t in (idx, lengths, prompts, scored, targets)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- loss
+# ------------------------------------------------------------------------------------------------------ loss
 
 def two_passes(model, batch, with_dense):
-    """The residual stream where a next token is scored, (N, C): of the routed model, and of the dense one if asked."""
+    """The residual stream where a next token is scored, (N, C): of the routed model, and of the dense one if
+    asked."""
     first = min(routers(model))
     ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
     with torch.no_grad():                                     # below the first router both are the same
@@ -166,7 +184,8 @@ def two_passes(model, batch, with_dense):
 
 
 def token_losses(model, x, reference, targets):
-    """For some tokens, (n, C) and (n,): cross-entropy in nats, and, given the dense stream, KL(dense || routed)."""
+    """For some tokens, (n, C) and (n,): cross-entropy in nats, and, given the dense stream, KL(dense ||
+    routed)."""
     log_q = model.head(model.norm(x)).float().log_softmax(-1)                        # (n, V)
     ce = -log_q.gather(1, targets[:, None]).squeeze(1)
     if reference is None:
@@ -176,27 +195,30 @@ def token_losses(model, x, reference, targets):
     return ce, F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
 
-def backward(model, batch, kind, weight, penalty):
-    """Add a batch's gradients to the routers; returns its summed loss times `weight`, a float tensor.
+def backward(model, batch, kind, weight, target, penalty):
+    """Add a batch's gradients to the routers; returns its loss summed over tokens times `weight`, a tensor.
 
-    The logits, vocab_size numbers a token, exist for HEAD_CHUNK tokens at a time: the head's gradient is gathered chunk
-    by chunk at its input, then sent through the layers in one go, together with that of `penalty(model)`.
+    The logits, vocab_size numbers a token, exist for HEAD_CHUNK tokens at a time: the head's gradient is
+    gathered chunk by chunk at its input, then sent through the layers in one go, together with that of
+    `penalty` times the capacity loss.
     """
     x, reference = two_passes(model, batch, kind == "kl")
     leaf, total = x.detach().requires_grad_(), 0.0
     for i in range(0, len(leaf), HEAD_CHUNK):
         part = slice(i, i + HEAD_CHUNK)
-        ce, kl = token_losses(model, leaf[part], None if reference is None else reference[part], batch.targets[part])
+        same = None if reference is None else reference[part]
+        ce, kl = token_losses(model, leaf[part], same, batch.targets[part])
         loss = (ce if kind == "ce" else kl).sum() * weight
         loss.backward()
         total = total + loss.detach()
-    torch.autograd.backward([x, penalty(model)], [leaf.grad, None])
+    torch.autograd.backward([x, penalty * capacity_loss(model, target)], [leaf.grad, None])
     return total
 
 
 @torch.no_grad()
 def evaluate(model, samples, budget, device):
-    """Dense and routed loss, KL(dense || routed) a token in nats, and each layer's keep rate, on some samples."""
+    """Dense and routed loss, KL(dense || routed) a token in nats, and each layer's keep rate, on some
+    samples."""
     model.eval()
     sums, tokens, opened, seen = torch.zeros(3, dtype=torch.float64), 0, {}, 0
     for group in pack(samples, budget):
@@ -219,7 +241,7 @@ def evaluate(model, samples, budget, device):
             "routed_capacity": sum(keep.values()) / len(keep)}
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# -------------------------------------------------------------------------------------------------- training
 
 def learning_rate(step, args):
     """Warm-up over the first 5 % of the steps, then a cosine down to a tenth."""
@@ -239,13 +261,10 @@ def train(model, samples, args, device):
     gates = routers(model)
     parameters = [p for gate in gates.values() for p in gate.router.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    out, start = Path(args.out), 0
-    log = []
-    if args.resume:
-        start, log = resume(model, optimizer, args)
+    out, stop = Path(args.out), []
+    start, log = resume(model, optimizer, args) if args.resume else (0, [])
     write_file(out / "metrics.jsonl", b"".join(log))
-    stop = []
-    signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True))   # the step that is running is finished first
     source = batches(samples, args.tokens, args.seed)
     for _ in range(start * args.accumulate):
         next(source)
@@ -256,24 +275,24 @@ def train(model, samples, args, device):
         weight = 1 / sum(len(batch.targets) for batch in group)
         target, loss, used = target_capacity(step, args), 0.0, 0.0
         for batch in group:
-            loss += backward(model, batch, args.loss, weight,
-                             lambda m: args.penalty * capacity_loss(m, target) / args.accumulate)
+            loss += backward(model, batch, args.loss, weight, target, args.penalty / args.accumulate)
             used += overall(model).detach() / args.accumulate
         loss, used = float(loss), float(used)
         if not math.isfinite(loss):
-            raise InputError(f"step {step}: the loss is {loss}; stopped, the last checkpoint in {out} is kept; lower --lr"
-                             " or use --dtype float32")
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+            raise InputError(f"step {step}: the loss is {loss}; the last checkpoint in {out} is kept; lower"
+                             " --lr or use --dtype float32")
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         optimizer.step()
         optimizer.zero_grad()
-        line = {"step": step, "loss": loss, "capacity": used, "target": target, "lr": learning_rate(step, args)}
+        line = {"step": step, "loss": loss, "capacity": used, "target": target, "lr": lr}
         append(out / "metrics.jsonl", json.dumps(line) + "\n")
         bar.set_postfix(loss=f"{loss:.3f}", capacity=f"{used:.3f}")
         if stop or step + 1 == args.steps or (step + 1) % args.save_every == 0:
             save(model, optimizer, step + 1, args)
         if stop:
             bar.close()
-            print(f"stopped after step {step + 1} of {args.steps}; saved in {out}; --resume goes on from there", file=sys.stderr)
+            print(f"stopped after step {step + 1} of {args.steps}, saved in {out}; --resume goes on",
+                  file=sys.stderr)
             sys.exit(130)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -283,22 +302,24 @@ def append(path, text):
         with open(path, "a") as f:
             f.write(text)
     except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror}); the last checkpoint beside it is kept") from None
+        raise InputError(f"{path}: cannot be written ({e.strerror}); the last checkpoint is kept") from None
 
 
-SAME_ON_RESUME = ("model", "dtype", "seed", "data", "granularity", "layers", "capacity", "loss", "steps", "lr", "penalty",
-                  "tokens", "accumulate", "threshold", "pool", "held_out")
+SAME_ON_RESUME = ("model", "dtype", "seed", "data", "granularity", "layers", "capacity", "loss", "steps",
+                  "lr", "penalty", "tokens", "accumulate", "threshold", "pool", "held_out")
 
 
 def save(model, optimizer, step, args):
-    """The router file, and a checkpoint from which a run continues exactly: routers, AdamW's moments, the step."""
+    """The router file, and a checkpoint from which a run continues exactly: routers, AdamW's moments, the
+    step."""
     tensors = {}
     for layer, gate in routers(model).items():
         for name, p in gate.router.named_parameters():
             state = optimizer.state[p]
             tensors |= {f"layers.{layer}.{name}": p.detach(), f"layers.{layer}.{name}.m": state["exp_avg"],
                         f"layers.{layer}.{name}.v": state["exp_avg_sq"]}
-    meta = {"step": str(step), "arguments": json.dumps({key: str(getattr(args, key)) for key in SAME_ON_RESUME})}
+    arguments = {key: str(getattr(args, key)) for key in SAME_ON_RESUME}
+    meta = {"step": str(step), "arguments": json.dumps(arguments)}
     save_routers(model, Path(args.out) / "routers.safetensors", command=args.command)
     write_file(Path(args.out) / "checkpoint.safetensors",
                safetensors_bytes({k: t.cpu().contiguous() for k, t in tensors.items()}, metadata=meta))
@@ -316,23 +337,26 @@ def resume(model, optimizer, args):
     then, step = json.loads(meta["arguments"]), int(meta["step"])
     for key in SAME_ON_RESUME:
         if then.get(key) != str(getattr(args, key)):
-            raise InputError(f"--resume: {path} was made with --{key.replace('_', '-')} {then.get(key)}, now it is"
+            flag = "--" + key.replace("_", "-")
+            raise InputError(f"--resume: {path} was made with {flag} {then.get(key)}, now it is"
                              f" {getattr(args, key)}; give the same, or start afresh without --resume")
     for layer, gate in routers(model).items():
         for name, p in gate.router.named_parameters():
             key = f"layers.{layer}.{name}"
             p.data.copy_(file.get_tensor(key))
-            optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": file.get_tensor(key + ".m").to(p.device),
+            optimizer.state[p] = {"step": torch.tensor(float(step)),
+                                  "exp_avg": file.get_tensor(key + ".m").to(p.device),
                                   "exp_avg_sq": file.get_tensor(key + ".v").to(p.device)}
     metrics = Path(args.out) / "metrics.jsonl"
     return step, metrics.read_bytes().splitlines(keepends=True)[:step] if metrics.exists() else []
 
 
-# -------------------------------------------------------------------------------------------------------------- script
+# ---------------------------------------------------------------------------------------------------- script
 
 def common_arguments(parser):
     """The flags that every script has."""
-    parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a Hugging Face folder or a .gguf file")
+    parser.add_argument("--model", default="smollm2-135m",
+                        help="smollm2-135m, a Hugging Face folder or a .gguf file")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                         help="auto: bfloat16 where the hardware has it")
@@ -355,18 +379,18 @@ def parse_arguments():
     p.add_argument("--data", default=str(DEFAULT_DATA), help="Alpaca JSON or JSONL, chat JSONL or plain text")
     p.add_argument("--granularity", default="attn_token", choices=GRANULARITIES)
     p.add_argument("--layers", default="all", help="which layers get a router: all, last:16, 2-29 or 3,5,9")
-    p.add_argument("--capacity", type=float, default=0.8, help="share of the model's sublayers that should still run")
+    p.add_argument("--capacity", type=float, default=0.8, help="share of the sublayers that should still run")
     p.add_argument("--loss", default="kl", choices=("kl", "ce"))
     p.add_argument("--steps", type=int, default=160)
-    p.add_argument("--out", default="out", help="folder for routers.safetensors, metrics.jsonl and the checkpoint")
+    p.add_argument("--out", default="out", help="folder for the routers, metrics.jsonl and the checkpoint")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--lr", type=float, default=0.01)
-    p.add_argument("--penalty", type=float, default=10.0, help="lambda, the price of capacity above the target")
+    p.add_argument("--penalty", type=float, default=10.0, help="lambda, the price of excess capacity")
     p.add_argument("--tokens", type=int, help="tokens a batch (default: 768 on a CPU, 16384 on CUDA)")
     p.add_argument("--accumulate", type=int, default=1, help="batches a step")
     p.add_argument("--threshold", type=float, default=0.5)
     p.add_argument("--pool", default="prompt", choices=("prompt", "all"), help="what a sequence's gate reads")
-    p.add_argument("--held-out", type=int, default=64, help="samples at the end of --data kept for the final table")
+    p.add_argument("--held-out", type=int, default=64, help="samples at the end of --data kept for the table")
     p.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
     args = p.parse_args()
     args.command = "python train_router.py " + " ".join(sys.argv[1:])
@@ -385,8 +409,8 @@ def check(args, n_layer):
     if not 0 < args.capacity <= 1:
         raise InputError(f"--capacity should be above 0 and at most 1; it is {args.capacity}")
     if args.capacity < free / n_layer:
-        raise InputError(f"--capacity {args.capacity}: {free} of {n_layer} layers have no router and always run, so the"
-                         f" least that is possible is {free / n_layer:.3f}; raise it, or give more --layers")
+        raise InputError(f"--capacity {args.capacity}: {free} of {n_layer} layers have no router and always"
+                         f" run, so the least that is possible is {free / n_layer:.3f}; raise it, or add --layers")
 
 
 def report(result, args):
@@ -411,16 +435,19 @@ def main():
     check(args, model.config.n_layer)
     samples, cut = read_samples(args.data, tok, model.config.max_context)
     if cut:
-        print(f"{cut} samples were longer than the context of {model.config.max_context} tokens and were cut", file=sys.stderr)
+        print(f"{cut} samples were longer than the context of {model.config.max_context} tokens and were cut",
+              file=sys.stderr)
     if len(samples) < 2:
-        raise InputError(f"{args.data}: {len(samples)} usable samples; at least 2 are needed, one of them held out")
+        raise InputError(f"{args.data}: {len(samples)} usable samples; at least 2 are needed, one to hold"
+                         " out")
     held_out = min(args.held_out, max(1, len(samples) // 5))
     train_set, test_set = samples[:-held_out], samples[-held_out:]
     torch.manual_seed(args.seed)
     add_routers(model, args.granularity, args.layers, args.threshold, args.pool)
     train(model, train_set, args, device)
     result = evaluate(model, test_set, args.tokens, device)
-    save_routers(model, Path(args.out) / "routers.safetensors", command=args.command, held_out=json.dumps(result))
+    save_routers(model, Path(args.out) / "routers.safetensors", command=args.command,
+                 held_out=json.dumps(result))
     report(result, args)
 
 

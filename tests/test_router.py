@@ -1,0 +1,338 @@
+"""The gate, the routed sublayer and what skipping saves, against float64 references and brute force."""
+import pytest
+import torch
+from conftest import write_tiny
+from safetensors import safe_open
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import router
+from model import Llama
+from router import (
+    GRANULARITIES,
+    MindSkip,
+    add_routers,
+    capacity,
+    capacity_loss,
+    dense,
+    load_routers,
+    parse_layers,
+    routers,
+    save_routers,
+    straight_through,
+)
+from weights import InputError
+
+SEQUENCE = [g for g in GRANULARITIES if g.endswith("sequence")]
+LENGTHS = torch.tensor([40, 7, 23, 1, 39, 12, 40, 30])
+PROMPTS = torch.tensor([12, 7, 3, 1, 20, 6, 40, 9])
+
+
+def routed(folder, granularity, layers="all", bias=0.0, seed=0, **options):
+    """A tiny model with random gates, about half of them open (bias 0)."""
+    model = add_routers(Llama.from_pretrained(folder), granularity, layers, **options)
+    generator = torch.Generator().manual_seed(seed)
+    for gate in routers(model).values():
+        gate.router.weight.data.normal_(0, 0.3, generator=generator)
+        gate.router.bias.data.fill_(bias)
+    return model
+
+
+def tokens(B=8, T=40, seed=1):
+    return torch.randint(0, 320, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def real(x):
+    """Without padding: the real positions of a batch of LENGTHS."""
+    return x[torch.arange(x.shape[1]) < LENGTHS[:, None]]
+
+
+def test_straight_through_is_the_step_forward_and_the_score_backward():
+    score = torch.tensor([0.1, 0.4999, 0.5, 0.9], requires_grad=True)
+    gate = straight_through(score, 0.5)
+    assert gate.tolist() == [0, 0, 1, 1]
+    (gate * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
+    assert score.grad.tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_gate_and_its_gradients_against_float64(granularity, tiny):
+    """y = x + g f(norm(x)) and dL/dw = sum over gates of (dL/dy . f) s (1 - s) pool(norm(x)), written out in float64."""
+    model = routed(tiny, granularity, layers="2").train()
+    gate = routers(model)[2]
+    idx, part = tokens(), gate.part
+    ctx = model.context(idx, LENGTHS, PROMPTS)
+    x = model.run(model.embed(idx), ctx, 0, 2).detach()
+    before = model.layers[2].attn(x, ctx).detach() if part == "mlp" else x
+    up = torch.randn(before.shape, generator=torch.Generator().manual_seed(2))
+    y = gate(before, ctx)
+    (y * up).sum().backward()
+
+    norm = gate.sublayer.attn.norm if part == "block" else gate.sublayer.norm
+    b64 = before.double()
+    h = b64 / (b64.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
+    if granularity.endswith("sequence"):
+        h = torch.stack([h[b, :p].mean(0) for b, p in enumerate(PROMPTS)])
+    s = 1 / (1 + torch.exp(-(h @ gate.router.weight[0].double() + gate.router.bias.double())))
+    f = (gate.sublayer(before, ctx) - before).double()
+    g = (s >= 0.5).double()
+    wide = g[:, None, None] if g.dim() == 1 else g[..., None]
+    assert 0 < g.mean() < 1
+    assert (y - (b64 + wide * f)).abs().max() < 1e-5
+    dg = (up * f).sum((1, 2) if g.dim() == 1 else 2)
+    ds = dg * s * (1 - s)
+    dw = (ds[..., None] * h).sum(tuple(range(h.dim() - 1)))
+    assert (gate.router.weight.grad[0] - dw).abs().max() < 1e-4 * dw.abs().max()
+    assert (gate.router.bias.grad - ds.sum()).abs().max() < 1e-4 * ds.abs().sum()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_gradients_reach_every_router_and_nothing_else(granularity, tiny):
+    model = routed(tiny, granularity).train()
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert names == {n for n, _ in model.named_parameters() if ".router." in n} and len(names) == 8
+    (model(tokens(), LENGTHS, PROMPTS).square().mean() + capacity_loss(model, 0.1)).backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None and bool(p.grad.abs().sum() > 0)) == (name in names), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_open_gates_are_the_dense_model_exactly(granularity, training, tiny):
+    idx, plain = tokens(), Llama.from_pretrained(tiny)
+    model = add_routers(Llama.from_pretrained(tiny), granularity).train(training)   # new gates are open
+    with torch.set_grad_enabled(training):
+        assert torch.equal(real(model(idx, LENGTHS)), real(plain(idx, LENGTHS)))
+    assert capacity(model) == 1
+    model = routed(tiny, granularity)
+    with torch.no_grad(), dense(model):
+        assert torch.equal(model(idx), plain(idx))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_closed_gates_leave_the_residual_stream_bit_for_bit(granularity, training, tiny):
+    model = routed(tiny, granularity, bias=-100.0).train(training)
+    x, ctx = torch.randn(8, 40, 48), model.context(tokens(), LENGTHS, PROMPTS)
+    with torch.set_grad_enabled(training):
+        assert torch.equal(routers(model)[1](x, ctx), x)
+        model(tokens(), LENGTHS, PROMPTS)
+    assert capacity(model) == 0
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_padding_and_neighbours_change_no_row(granularity, tiny):
+    model, idx = routed(tiny, granularity), tokens()
+    with torch.no_grad():
+        together = model(idx, LENGTHS, PROMPTS)
+        for b, (n, p) in enumerate(zip(LENGTHS, PROMPTS)):
+            assert (together[b, :n] - model(idx[b:b + 1, :n], prompt_lengths=p[None])[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("gates", ["half", "open", "closed"])
+@pytest.mark.parametrize("family", ["grouped queries", "Mistral with a window"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_skipping_equals_computing_and_masking(granularity, family, gates, tmp_path):
+    write_tiny(tmp_path, family)
+    model = routed(tmp_path, granularity, bias={"half": 0.0, "open": 100.0, "closed": -100.0}[gates])
+    for rows in range(8), [0]:
+        idx, n, p = tokens()[rows], LENGTHS[rows], PROMPTS[rows]
+        masked, there = model.train()(idx, n, p), capacity(model)
+        with torch.no_grad():
+            skipped, here = model.eval()(idx, n, p), capacity(model)
+        keep = torch.arange(idx.shape[1]) < n[:, None]
+        assert (masked - skipped)[keep].abs().max() < 1e-4
+        assert there == pytest.approx(here) and (len(rows) == 1 or 0 < here < 1 or gates != "half")
+
+
+@pytest.mark.parametrize("family", ["grouped queries", "Mistral with a window"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_generate_equals_recomputing_with_the_prompts_decision(granularity, family, tmp_path):
+    write_tiny(tmp_path, family)
+    model, idx = routed(tmp_path, granularity), tokens()
+    out = model.generate(idx, max_new_tokens=16, lengths=LENGTHS)
+    used = capacity(model)
+    opened = 0
+    for b, n in enumerate(LENGTHS.tolist()):
+        row = idx[b, :n]
+        with torch.no_grad():
+            for _ in range(16):
+                row = torch.cat((row, model(row[None], prompt_lengths=LENGTHS[b:b + 1])[0, -1].argmax()[None]))
+            model(row[None, :-1], prompt_lengths=LENGTHS[b:b + 1])
+        assert torch.equal(out[b, :n + 16], row)
+        opened += capacity(model) * (1 if granularity.endswith("sequence") else n + 15)
+        assert torch.equal(model.generate(idx[b:b + 1, :n], max_new_tokens=16)[0], row)
+    total = 8 if granularity.endswith("sequence") else int(LENGTHS.sum()) + 8 * 15
+    assert used == pytest.approx(opened / total, abs=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence"])
+def test_cache_holds_what_runs_and_no_more(granularity, tiny):
+    model = routed(tiny, granularity)
+    model.generate(tokens(), max_new_tokens=4, lengths=LENGTHS)
+    used, size = capacity(model), model.cache.bytes()
+    with dense(model):
+        model.generate(tokens(), max_new_tokens=4, lengths=LENGTHS)
+    assert 0 < used < 1 and size == used * model.cache.bytes()
+
+
+def flops(model, idx):
+    """Operations of matrix products in a forward pass: (in attention, in linear layers)."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(idx)
+    counts = counter.get_flop_counts()["Global"]
+    in_attention = sum(n for op, n in counts.items() if "bmm" in str(op))
+    return in_attention, sum(counts.values()) - in_attention
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_matrix_products_fall_by_exactly_what_is_skipped(granularity, tiny, monkeypatch):
+    monkeypatch.setattr(router, "QUERY_CHUNK", 1)   # a query then attends to the keys up to its own, and to no other
+    model, idx = routed(tiny, granularity), tokens(B=4)
+    with dense(model):
+        attention, linear = flops(model, idx)
+    B, T, C, kv, D, up, V, L = 4, 40, 48, 2 * 8, 8, 96, 320, 4
+    q_o, k_v, mlp, head = 2 * 2 * C * C, 2 * 2 * C * kv, 3 * 2 * C * up, 2 * C * V       # a token
+    assert linear == B * T * (L * (q_o + k_v + mlp) + head)
+    assert attention == 2 * 2 * L * B * 6 * T * T * D
+    positions = []   # of the open tokens, in every layer
+    monkeypatch.setattr(MindSkip, "count", lambda self, gate, ctx, count=MindSkip.count: (
+        positions.extend(gate.nonzero()[:, -1].tolist()), count(self, gate, ctx)))
+    attention_left, linear_left = flops(model, idx)
+    closed = round((1 - capacity(model)) * L * B * T)                                    # tokens times layers not run
+    saved = {"attn_sequence": q_o + k_v, "attn_token": q_o, "mlp_sequence": mlp, "mlp_token": mlp,
+             "block_sequence": q_o + k_v + mlp, "block_token": q_o + mlp}[granularity]
+    cost_of_routers = 2 * C * L * B * (1 if granularity.endswith("sequence") else T)
+    assert 0 < closed < L * B * T
+    assert linear_left == linear - closed * saved + cost_of_routers
+    if granularity.startswith("mlp"):
+        assert attention_left == attention
+    elif granularity.endswith("sequence"):
+        assert attention_left == pytest.approx(attention * capacity(model), rel=1e-9)
+    else:
+        assert attention_left == sum(2 * 2 * 6 * D * (t + 1) for t in positions)
+
+
+def test_only_open_tokens_reach_attention(tiny, monkeypatch):
+    model, idx, seen = routed(tiny, "attn_token", layers="1"), tokens(), []
+    monkeypatch.setattr(router, "attend", lambda q, k, v, mask: seen.append(q.shape[2]) or router.F.
+                        scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
+    with torch.no_grad():
+        model(idx, LENGTHS)
+    assert sum(seen) == int(routers(model)[1].opened) and 0 < sum(seen) < int(LENGTHS.sum())
+
+
+def test_chunks_of_queries_change_nothing(tiny, monkeypatch):
+    model = routed(tiny, "attn_token")
+    with torch.no_grad():
+        whole = model(tokens(), LENGTHS)
+        monkeypatch.setattr(router, "QUERY_CHUNK", 3)
+        assert (real(model(tokens(), LENGTHS)) - real(whole)).abs().max() < 1e-5
+
+
+def test_the_gate_reads_the_prompt_only(tiny):
+    idx = tokens()
+    other = idx.clone()
+    other[:, 12:] = tokens(seed=9)[:, 12:]
+    for pool, same in ("prompt", True), ("all", False):
+        model = routed(tiny, "attn_sequence", layers="0", pool=pool)
+        scores = [routers(model)[0].score(model.embed(i), model.context(i, None, torch.full((8,), 12)))
+                  for i in (idx, other)]
+        assert torch.equal(*scores) == same
+    h = routers(model)[0].sublayer.norm(model.embed(idx))
+    expected = torch.sigmoid(routers(model)[0].router(h.mean(1)).squeeze(1))
+    assert (scores[0] - expected).abs().max() < 1e-6
+
+
+def test_plain_text_has_a_prompt_of_64_tokens(tiny):
+    model, idx = routed(tiny, "attn_sequence"), tokens(T=100)
+    with torch.no_grad():
+        assert torch.equal(model(idx), model(idx, prompt_lengths=torch.full((8,), 64)))
+        short = idx[:, :30]
+        assert torch.equal(model(short), model(short, prompt_lengths=torch.full((8,), 30)))
+
+
+def test_capacity_counts_layers_without_a_router_as_open(tiny):
+    model = routed(tiny, "attn_token", layers="1,3", bias=-100.0)
+    with pytest.raises(RuntimeError, match="run the model first"):
+        capacity(model)
+    with torch.no_grad():
+        model(tokens())
+    assert capacity(model) == 0.5 and capacity(model, routed=True) == 0
+    assert float(capacity_loss(model, 0.4)) == pytest.approx(0.1) and float(capacity_loss(model, 0.6)) == 0
+
+
+def test_routers_stay_float32_in_a_bfloat16_model(tiny):
+    model = add_routers(Llama.from_pretrained(tiny, dtype=torch.bfloat16), "attn_token")
+    gate = routers(model)[0]
+    assert gate.router.weight.dtype == torch.float32
+    assert gate.score(torch.randn(1, 3, 48).bfloat16(), model.context(tokens(1, 3))).dtype == torch.float32
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_save_and_load(granularity, tiny, tmp_path):
+    model = routed(tiny, granularity, layers="0,2-3", threshold=0.45, pool="all")
+    save_routers(model, tmp_path / "r.safetensors", command="made by a test")
+    with safe_open(tmp_path / "r.safetensors", "pt") as file:
+        assert set(file.keys()) == {f"layers.{i}.{n}" for i in (0, 2, 3) for n in ("weight", "bias")}
+        assert file.get_tensor("layers.2.weight").shape == (1, 48) and file.get_tensor("layers.2.bias").shape == (1,)
+        assert {"granularity", "layers", "threshold", "pool", "model", "calibration"} <= file.metadata().keys()
+    again = add_routers(Llama.from_pretrained(tiny), "mlp_token")   # what it had before is replaced
+    assert load_routers(again, tmp_path / "r.safetensors")["command"] == "made by a test"
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == \
+        {n for n, _ in again.named_parameters() if ".router." in n}
+    with torch.no_grad():
+        assert torch.equal(real(model(tokens(), LENGTHS)), real(again(tokens(), LENGTHS)))
+
+
+def test_router_file_of_another_model(tiny, tmp_path):
+    save_routers(routed(tiny, "attn_token"), tmp_path / "r.safetensors")
+    write_tiny(tmp_path / "other", "head_dim")
+    other = Llama.from_pretrained(tmp_path / "other")
+    object.__setattr__(other.config, "n_layer", 5)
+    with pytest.raises(InputError, match="another shape"):
+        load_routers(other, tmp_path / "r.safetensors")
+    with pytest.raises(InputError, match="not a router file"):
+        load_routers(other, tiny / "model.safetensors")
+    (tmp_path / "r.safetensors").write_bytes(b"junk")
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        load_routers(other, tmp_path / "r.safetensors")
+    with pytest.raises(InputError, match="missing"):
+        load_routers(other, tmp_path / "none.safetensors")
+
+
+def test_parse_layers():
+    assert parse_layers("all", 4) == [0, 1, 2, 3]
+    assert parse_layers("last:2", 4) == [2, 3]
+    assert parse_layers("1-2", 4) == [1, 2]
+    assert parse_layers("3,0", 4) == [0, 3]
+    assert parse_layers("0,2-3", 4) == [0, 2, 3]
+    for wrong in "4", "2-9", "last:5", "x", "", "3-1", "-1", "last:0", "last:x", "1,,2":
+        with pytest.raises(InputError, match="layers"):
+            parse_layers(wrong, 4)
+
+
+def test_add_routers_refuses(tiny):
+    model = Llama.from_pretrained(tiny)
+    with pytest.raises(InputError, match="choose one of attn_sequence"):
+        add_routers(model, "head_token")
+    with pytest.raises(InputError, match="pool"):
+        add_routers(model, "attn_token", pool="max")
+    with pytest.raises(InputError, match="layers 0 to 3"):
+        add_routers(model, "attn_token", "2-9")
+    with pytest.raises(InputError, match="no routers"):
+        save_routers(model, "unused")
+    assert not any(isinstance(m, MindSkip) for m in model.modules())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_cuda_gives_the_logits_and_tokens_of_the_cpu(granularity, tiny):
+    on_cpu, idx = routed(tiny, granularity), tokens()
+    on_gpu = routed(tiny, granularity).cuda()
+    with torch.no_grad():
+        expected = real(on_cpu(idx, LENGTHS, PROMPTS))
+        assert (real(on_gpu(idx.cuda(), LENGTHS.cuda(), PROMPTS.cuda()).cpu()) - expected).abs().max() < 1e-3
+    assert capacity(on_cpu) == pytest.approx(capacity(on_gpu))
+    out = on_cpu.generate(idx, max_new_tokens=8, lengths=LENGTHS)
+    assert torch.equal(on_gpu.generate(idx.cuda(), max_new_tokens=8, lengths=LENGTHS.cuda()).cpu(), out)

@@ -1,0 +1,195 @@
+"""Token ids, against `tokenizers`."""
+import base64
+import json
+import random
+import sys
+
+import pytest
+import tokenizers
+from conftest import CORPUS, train_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenizer import LLAMA3, LLAMA3_SPECIAL, Tokenizer
+from weights import InputError
+
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+PIECES = ["the", "The", " quick", "ing", "'s", "'ll", "I'VE", "don't", " ", "  ", "   ", "\t", "\n", "\r\n", "\n\n ", "0",
+          "7", "42", "1234", "3.14", "x1", "é", "e\u0301", "ñ", "ß", "Ω", "Жук", "漢字", "かな", "한국", "العربية", "עברית",
+          "हिन्दी", "٣٤", "Ⅷ", "½", "²", "😀", "👩‍👩‍👧", "🇫🇷", "\u00a0", "\u3000", "\u2028", "\u200b", "\ufeff", "_", "->", "==",
+          "#!/", "{}", "();", "\\n", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_start", "<file_sep>", "—", "…", "“"]
+PROSE = ["Dr. Ada's report, dated 12 May 1843, runs to 66 pages; nobody'd read it all.", "for i in range(10):\n\tprint(i, end=' ')",
+         "SELECT name FROM t WHERE id=42 AND x>=3.5;", "  leading and trailing  ", "a1b2 c3  d4   e5\t6 \n7", "", "\n"]
+TOKENLESS = [0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)]
+
+
+def strings(n, seed=0):
+    rng = random.Random(seed)
+    yield from PROSE
+    for _ in range(n):
+        yield "".join(rng.choices(PIECES, k=rng.randint(1, 12)))
+
+
+def letters(text):
+    """Without characters that have no token in SmolLM2's vocabulary."""
+    return "".join(c for c in text if not set(c.encode()) & set(TOKENLESS))
+
+
+@pytest.fixture(scope="session")
+def pair(smollm2):
+    """The real tokenizer, ours and theirs, built from the GGUF's merges with SmolLM2's pre-tokenizer."""
+    spec = json.loads((smollm2 / "tokenizer.json").read_text())
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(
+        spec["model"]["vocab"], [tuple(m.split(" ")) for m in spec["model"]["merges"]]))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Digits(individual_digits=True),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    theirs.add_special_tokens([t["content"] for t in spec["added_tokens"]])
+    return Tokenizer.from_pretrained("smollm2-135m"), theirs
+
+
+def test_ids_of_the_real_tokenizer(pair):
+    ours, theirs = pair
+    for text in strings(5000):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text).ids, repr(text)
+        assert ours.decode(ids) == text
+
+
+def test_every_token_of_the_vocabulary(pair):
+    ours, theirs = pair
+    for i in range(theirs.get_vocab_size()):
+        text = theirs.decode([i], skip_special_tokens=False)
+        assert ours.decode([i]) == text
+        assert ours.encode(text) == theirs.encode(text).ids
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.text())
+def test_arbitrary_unicode_round_trip(pair, text):
+    ours, theirs = pair
+    assert ours.encode(text) == theirs.encode(text).ids
+    text = letters(text)
+    assert ours.decode(ours.encode(text)) == text
+
+
+def test_bytes_without_a_token_are_dropped_before_the_merges(pair):
+    ours, theirs = pair
+    for text in ("!\x04!", "a\x06b", "\x13\x14", "\x16 the\x1d", "<|im_start|>!\x04!\x04!<|im_end|>", "\U00050000é \x04"):
+        assert ours.encode(text) == theirs.encode(text).ids, repr(text)
+
+
+def test_special_tokens_as_plain_text(pair):
+    ours, _ = pair
+    assert ours.encode("<|im_end|>") == [2]
+    plain = ours.encode("<|im_end|>", special=False)
+    assert len(plain) > 1 and ours.decode(plain) == "<|im_end|>"
+    assert ours.encode("<|im_end|>\x04", special=False) == plain
+
+
+def test_ids_of_the_real_tokenizer_outside_the_bpe(pair):
+    ours, _ = pair
+    assert (ours.bos_id, ours.eos_id) == (None, 2)
+    assert ours.encode("\ud800") == ours.encode("?")   # a lone surrogate has no bytes
+
+
+@pytest.mark.parametrize("pattern, digits", [(None, False), (None, True), (LLAMA3, False), (QWEN2, False)])
+def test_tokenizers_trained_here(pattern, digits, tmp_path):
+    theirs = train_tokenizer(pattern, digits)
+    (tmp_path / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": [2, 0]}')
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ours.eos_id == 2
+    for text in [*CORPUS, *strings(1500, seed=1)]:
+        assert ours.encode(text) == theirs.encode(text).ids, repr(text)
+        assert ours.decode(ours.encode(text)) == text
+
+
+def folder_with(tmp_path, spec, tokenizer_config=None):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    if tokenizer_config:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    return tmp_path
+
+
+def test_nfc_normalizer_and_bos_from_the_post_processor(tmp_path):
+    theirs = train_tokenizer(QWEN2)
+    theirs.normalizer = tokenizers.normalizers.NFC()
+    theirs.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    ours = Tokenizer.from_pretrained(folder_with(tmp_path, json.loads(theirs.to_str()), {"bos_token": "<|endoftext|>"}))
+    assert ours.bos_id == 0
+    assert [0, *ours.encode("cafe\u0301")] == theirs.encode("cafe\u0301").ids
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_sentencepiece_goes_to_tokenizers_or_is_refused(installed, tmp_path, monkeypatch):
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    theirs.decoder = tokenizers.decoders.Metaspace()
+    theirs.train_from_iterator(CORPUS, tokenizers.trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>"]))
+    folder_with(tmp_path, json.loads(theirs.to_str()), {"bos_token": "<s>", "add_bos_token": True})
+    if not installed:
+        monkeypatch.setitem(sys.modules, "tokenizers", None)
+        with pytest.raises(InputError, match="pip install tokenizers"):
+            Tokenizer.from_pretrained(tmp_path)
+        return
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ours.encode("The quick fox") == theirs.encode("The quick fox").ids and ours.bos_id == 1
+    assert ours.decode(ours.encode("The quick fox")) == "The quick fox"
+    assert ours.encode("<s>") == [1] and ours.encode("<s>", special=False) != [1]
+
+
+def test_llama3_tokenizer_model(tmp_path):
+    theirs = train_tokenizer(LLAMA3, specials=())
+    spec = json.loads(theirs.to_str())["model"]
+    from tokenizer import byte_alphabet
+    table = byte_alphabet()
+    lines = [base64.b64encode(bytes(table[c] for c in token)) + b" %d" % i for token, i in spec["vocab"].items()]
+    folder_with(tmp_path, {})
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
+    (tmp_path / "config.json").write_text('{"bos_token_id": 320, "eos_token_id": 321}')
+    ours = Tokenizer.from_pretrained(tmp_path)
+    n = len(spec["vocab"])
+    for text in strings(500):
+        text = text.replace("<|", "<")
+        assert ours.encode(text) == theirs.encode(text).ids
+    assert ours.encode("<|begin_of_text|>a<|eot_id|>") == [n, *theirs.encode("a").ids, n + 9]
+    assert len(LLAMA3_SPECIAL) == 256 and ours.bos_id == 320
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0")
+    with pytest.raises(InputError, match="SentencePiece"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_incomplete_tokenizer_json(tmp_path):
+    with pytest.raises(InputError, match="incomplete"):
+        Tokenizer.from_pretrained(folder_with(tmp_path, {"model": {"type": "BPE"}}))
+
+
+CHAT = [{"role": "user", "content": "Hi <|im_end|>"}, {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Bye"}]
+
+
+def test_chatml(pair):
+    ours, _ = pair
+    ids, answer = ours.encode_chat(CHAT)
+    assert ours.decode(ids) == ("<|im_start|>user\nHi <|im_end|><|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+                                "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n")
+    assert ours.decode([i for i, a in zip(ids, answer) if a]) == "Hello.<|im_end|>"
+    assert ids.count(2) == 3   # the one in the text is text
+
+
+def test_llama3_and_plain_chat(tmp_path):
+    ours = Tokenizer(LLAMA3, [bytes([b]) for b in range(256)], range(256), {t: 256 + i for i, t in enumerate(LLAMA3_SPECIAL)})
+    ours.bos_id, ours.eos_id = 256, 256 + 9
+    assert ours.decode(ours.encode_chat(CHAT[:2])[0]) == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi <|im_end|><|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|>")
+    base = Tokenizer(LLAMA3, [bytes([b]) for b in range(256)], range(256), {"<s>": 256, "</s>": 257})
+    base.bos_id, base.eos_id = 256, 257
+    assert base.decode(base.encode_chat(CHAT[:2])[0]) == "<s><|user|>\nHi <|im_end|></s>\n<|assistant|>\nHello.</s>\n"
