@@ -56,6 +56,7 @@ class MindSkip(nn.Module):
         self.bypass = False                  # True: the dense model, no gate is asked
         self.noise = 0.0                     # in training: spread of random noise on the score's logit
         self.opened = self.seen = None       # how many gates were open, of how many, since the last prompt
+        self.trace = None                    # a list that collects every decision, for those who want to see
 
     def forward(self, x, ctx):
         if self.bypass:
@@ -99,6 +100,8 @@ class MindSkip(nn.Module):
         if self.scope == "token":
             gate = gate * (torch.arange(gate.shape[1], device=gate.device) < ctx.lengths[:, None])
         opened, seen = gate.sum(), len(gate) if self.scope == "sequence" else sum(ctx.sizes)
+        if self.trace is not None:
+            self.trace.append(gate.detach().bool().cpu())
         self.opened, self.seen = (self.opened + opened, self.seen + seen) if ctx.decoding else (opened, seen)
 
     def run_open_rows(self, x, ctx, rows):
@@ -171,6 +174,19 @@ def dense(model):
     finally:
         for gate in gates:
             gate.bypass = False
+
+
+@contextmanager
+def trace(model):
+    """Within it decisions are kept: yields {layer: [a bool tensor for each forward pass, (B,) or (B, T)]}."""
+    gates = routers(model)
+    for gate in gates.values():
+        gate.trace = []
+    try:
+        yield {i: gate.trace for i, gate in gates.items()}
+    finally:
+        for gate in gates.values():
+            gate.trace = None
 
 
 def parse_layers(spec, n_layer):

@@ -54,14 +54,16 @@ class Tokenizer:
             raise InputError(f"{checkpoint.path}: its tokenizer is incomplete ({e!r})") from None
         except Inexpressible as e:
             tok = Foreign(found["json"], f"{checkpoint.path}: tiktoken cannot express its tokenizer ({e})")
-        config, template = found["config"], found.get("json", {}).get("post_processor")
+        config = found["config"]
         bos, eos = (token["content"] if isinstance(token, dict) else token
                     for token in (config.get("bos_token"), config.get("eos_token")))
         tok.eos_id = tok.special.get(eos, config.get("eos_token_id"))
         if isinstance(tok.eos_id, list):   # Llama 3.1 lists all that may end a text
             tok.eos_id = tok.eos_id[0]
-        adds_bos = config.get("add_bos_token", "ranks" in found or str(bos) in str(template))
+        adds_bos = config.get("add_bos_token", "ranks" in found)
         tok.bos_id = tok.special.get(bos, config.get("bos_token_id")) if adds_bos else None
+        if "add_bos_token" not in config and "json" in found:
+            tok.bos_id = tok.special.get(opening_token(found["json"].get("post_processor")))
         return tok
 
     def __init__(self, pattern, pieces, ids, special, normalize=None):
@@ -177,6 +179,14 @@ def from_json(spec):
     names = list(dict.fromkeys(names))
     pieces = [bytes(alphabet[c] for c in name) for name in names]
     return pattern, pieces, [vocab[name] for name in names], special, normalizer and normalizer["type"]
+
+
+def opening_token(post):
+    """The special token that a tokenizer.json's post-processor puts before a text, or None."""
+    for step in (post or {}).get("processors", [post or {}]):
+        for piece in step.get("single", [])[:1] if step.get("type") == "TemplateProcessing" else []:
+            return piece.get("SpecialToken", {}).get("id")
+    return None
 
 
 def pattern_of(pre):

@@ -1,14 +1,15 @@
 """Router tuning: a pretrained Llama is frozen, and only its routers, one linear layer each, are trained.
 
-    python train_router.py                                                    # smollm2-135m,
-    data/instructions.jsonl python train_router.py --data alpaca.jsonl --capacity 0.73 --out out/073 python
-    train_router.py --resume                                           # go on where Ctrl-C stopped
+    python train_router.py                      # smollm2-135m, data/instructions.jsonl
+    python train_router.py --data alpaca.jsonl --capacity 0.73 --out out/alpaca
+    python train_router.py --resume             # go on where Ctrl-C stopped
 
-The loss is that of the answers' tokens: the KL divergence from the dense model's distribution (kl: no labels
-needed, it asks that the model behave as before), or the cross-entropy (ce, the paper's). To it comes a
+The loss is that of the answers' tokens: the KL divergence from the dense model's distribution (kl: no
+labels, it asks that the model behave as before), or the cross-entropy (ce, the paper's). To it comes a
 penalty on capacity above a target, which falls from 1 to --capacity over the first half of the run, so that
-layers compete before they close. Layers below the first router need no autograd graph, and with kl their
-output serves both passes.
+layers compete before they close. At the end the threshold is moved, from 0.5, until the capacity is met on
+training samples. Layers below the first router need no autograd graph, and with kl their output serves both
+passes.
 """
 import argparse
 import json
@@ -40,6 +41,7 @@ from weights import InputError, open_safetensors, write_file
 DEFAULT_DATA = Path(__file__).parent / "data" / "instructions.jsonl"
 HEAD_CHUNK = 512      # tokens whose logits exist at once
 PLAIN_PIECE = 512     # plain text is cut into pieces of this many tokens
+CALIBRATION_SAMPLES = 48
 
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -184,15 +186,16 @@ def two_passes(model, batch, with_dense):
 
 
 def token_losses(model, x, reference, targets):
-    """For some tokens, (n, C) and (n,): cross-entropy in nats, and, given the dense stream, KL(dense ||
-    routed)."""
+    """For some tokens, x and reference (n, C), targets (n,), in nats: the routed cross-entropy, and, where
+    the dense stream is given, KL(dense || routed) and the dense cross-entropy."""
     log_q = model.head(model.norm(x)).float().log_softmax(-1)                        # (n, V)
-    ce = -log_q.gather(1, targets[:, None]).squeeze(1)
+    ce = F.nll_loss(log_q, targets, reduction="none")
     if reference is None:
-        return ce, None
+        return ce, None, None
     with torch.no_grad():
         log_p = model.head(model.norm(reference)).float().log_softmax(-1)
-    return ce, F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+    return ce, kl, F.nll_loss(log_p, targets, reduction="none")
 
 
 def backward(model, batch, kind, weight, target, penalty):
@@ -207,7 +210,7 @@ def backward(model, batch, kind, weight, target, penalty):
     for i in range(0, len(leaf), HEAD_CHUNK):
         part = slice(i, i + HEAD_CHUNK)
         same = None if reference is None else reference[part]
-        ce, kl = token_losses(model, leaf[part], same, batch.targets[part])
+        ce, kl, _ = token_losses(model, leaf[part], same, batch.targets[part])
         loss = (ce if kind == "ce" else kl).sum() * weight
         loss.backward()
         total = total + loss.detach()
@@ -226,9 +229,8 @@ def evaluate(model, samples, budget, device):
         x, reference = two_passes(model, batch, with_dense=True)
         for i in range(0, len(x), HEAD_CHUNK):
             part = slice(i, i + HEAD_CHUNK)
-            ce, kl = token_losses(model, x[part], reference[part], batch.targets[part])
-            ce_dense, _ = token_losses(model, reference[part], None, batch.targets[part])
-            sums += torch.stack([ce_dense.sum(), ce.sum(), kl.sum()]).cpu()
+            ce, kl, dense_ce = token_losses(model, x[part], reference[part], batch.targets[part])
+            sums += torch.stack([dense_ce.sum(), ce.sum(), kl.sum()]).cpu()
         tokens += len(x)
         gates = routers(model)
         seen += next(iter(gates.values())).seen
@@ -297,6 +299,28 @@ def train(model, samples, args, device):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@torch.no_grad()
+def calibrate(model, samples, args, device):
+    """Move the threshold until the capacity on some training samples is the one that was asked for.
+
+    The penalty leaves the capacity near its target, on one side or the other from batch to batch; bisection
+    on the threshold's logit needs a few forward passes without a head.
+    """
+    model.eval()
+    groups = [Batch.of(group, device) for group in pack(samples[:CALIBRATION_SAMPLES], args.tokens)]
+    low, high = -4.0, 4.0
+    for _ in range(8):
+        middle = (low + high) / 2
+        for gate in routers(model).values():
+            gate.threshold = 1 / (1 + math.exp(-middle))
+        used = tokens = 0
+        for batch in groups:
+            model.run(model.embed(batch.idx), model.context(batch.idx, batch.lengths, batch.prompt_lengths))
+            n = int(batch.lengths.sum())
+            used, tokens = used + float(overall(model)) * n, tokens + n
+        low, high = (middle, high) if used / tokens > args.capacity else (low, middle)
+
+
 def append(path, text):
     try:
         with open(path, "a") as f:
@@ -306,7 +330,7 @@ def append(path, text):
 
 
 SAME_ON_RESUME = ("model", "dtype", "seed", "data", "granularity", "layers", "capacity", "loss", "steps",
-                  "lr", "penalty", "tokens", "accumulate", "threshold", "pool", "held_out")
+                  "lr", "penalty", "tokens", "accumulate", "pool", "held_out")
 
 
 def save(model, optimizer, step, args):
@@ -388,7 +412,6 @@ def parse_arguments():
     p.add_argument("--penalty", type=float, default=10.0, help="lambda, the price of excess capacity")
     p.add_argument("--tokens", type=int, help="tokens a batch (default: 768 on a CPU, 16384 on CUDA)")
     p.add_argument("--accumulate", type=int, default=1, help="batches a step")
-    p.add_argument("--threshold", type=float, default=0.5)
     p.add_argument("--pool", default="prompt", choices=("prompt", "all"), help="what a sequence's gate reads")
     p.add_argument("--held-out", type=int, default=64, help="samples at the end of --data kept for the table")
     p.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
@@ -410,7 +433,7 @@ def check(args, n_layer):
         raise InputError(f"--capacity should be above 0 and at most 1; it is {args.capacity}")
     if args.capacity < free / n_layer:
         raise InputError(f"--capacity {args.capacity}: {free} of {n_layer} layers have no router and always"
-                         f" run, so the least that is possible is {free / n_layer:.3f}; raise it, or add --layers")
+                         f" run, so the least possible is {free / n_layer:.3f}; raise it, or add --layers")
 
 
 def report(result, args):
@@ -443,8 +466,9 @@ def main():
     held_out = min(args.held_out, max(1, len(samples) // 5))
     train_set, test_set = samples[:-held_out], samples[-held_out:]
     torch.manual_seed(args.seed)
-    add_routers(model, args.granularity, args.layers, args.threshold, args.pool)
+    add_routers(model, args.granularity, args.layers, pool=args.pool)
     train(model, train_set, args, device)
+    calibrate(model, train_set, args, device)
     result = evaluate(model, test_set, args.tokens, device)
     save_routers(model, Path(args.out) / "routers.safetensors", command=args.command,
                  held_out=json.dumps(result))

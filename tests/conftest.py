@@ -1,4 +1,5 @@
 """Tiny random models in public formats, written by `transformers` and `tokenizers`, not by this project."""
+
 import os
 import sys
 
@@ -8,11 +9,27 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-TINY = dict(vocab_size=320, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=6,
-            num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, rms_norm_eps=1e-5,
-            bos_token_id=1, eos_token_id=2)
-LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                   original_max_position_embeddings=64)
+TINY = dict(
+    vocab_size=320,
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+    rms_norm_eps=1e-5,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
 FAMILIES = {
     "grouped queries": dict(),
     "one head each": dict(num_key_value_heads=6),
@@ -23,8 +40,12 @@ FAMILIES = {
     "Mistral": dict(model_type="mistral", sliding_window=None),
     "Mistral with a window": dict(model_type="mistral", sliding_window=12),
 }
-CORPUS = ["The quick brown fox jumps over the lazy dog. ", "It's 3 o'clock; they'll've gone by 1234 or 5,678.\n",
-          "def f(x):\n    return x ** 2  # naïve café\n\n", "user assistant system instruction answer "] * 50
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. ",
+    "It's 3 o'clock; they'll've gone by 1234 or 5,678.\n",
+    "def f(x):\n    return x ** 2  # naïve café\n\n",
+    "user assistant system instruction answer ",
+] * 50
 
 
 def write_tiny(folder, name="grouped queries", seed=0):
@@ -36,26 +57,40 @@ def write_tiny(folder, name="grouped queries", seed=0):
     model = (MistralForCausalLM if mistral else LlamaForCausalLM)(config).eval()
     for p in model.parameters():
         if p.dim() == 1:
-            p.data.uniform_(0.5, 1.5)   # norms that are all one would hide a swapped norm
+            p.data.uniform_(0.5, 1.5)  # norms that are all one would hide a swapped norm
     model.save_pretrained(folder, max_shard_size="60KB" if name == "sharded" else "1GB")
     return model
 
 
-def train_tokenizer(pattern=None, digits=False, specials=("<|endoftext|>", "<|im_start|>", "<|im_end|>")):
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def train_tokenizer(pattern=None, digits=False, specials=SPECIALS):
     """A small byte-level BPE tokenizer: GPT-2's pattern, SmolLM2's (digits), or one that is given."""
     from tokenizers import Regex
+
     tok = Tokenizer(models.BPE())
     if pattern:
-        tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
-                                                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        tok.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     elif digits:
-        tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                     pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        tok.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
     else:
         tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=list(specials), show_progress=False,
-                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=specials,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tok.train_from_iterator(CORPUS, trainer)
     return tok
 
 
@@ -72,6 +107,7 @@ def tiny(tmp_path_factory):
 def smollm2():
     """The folder of the real default model."""
     from weights import fetch_smollm2
+
     return fetch_smollm2()
 
 
@@ -91,6 +127,7 @@ def call(monkeypatch, capsys):
             return e.code or 0, said.err + said.out
         said = capsys.readouterr()
         return 0, said.out
+
     return run
 
 

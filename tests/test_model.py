@@ -1,4 +1,5 @@
 """The dense model, against transformers."""
+
 import json
 import shutil
 
@@ -16,7 +17,7 @@ from weights import SMOLLM2_FILE, InputError
 def test_logits_equal_transformers(family, tmp_path):
     reference = write_tiny(tmp_path, family)
     model = Llama.from_pretrained(tmp_path)
-    idx = torch.randint(0, 320, (2, 150))   # beyond the window, and beyond Llama 3.1's original context
+    idx = torch.randint(0, 320, (2, 150))  # beyond the window, and beyond Llama 3.1's original context
     with torch.no_grad():
         assert (model(idx) - reference(idx).logits).abs().max() < 1e-4
     if family == "sharded":
@@ -38,7 +39,7 @@ def test_padding_changes_no_row(tiny):
     with torch.no_grad():
         together = model(idx, lengths)
         for b, n in enumerate(lengths.tolist()):
-            assert (together[b, :n] - model(idx[b:b + 1, :n])[0]).abs().max() < 1e-5
+            assert (together[b, :n] - model(idx[b : b + 1, :n])[0]).abs().max() < 1e-5
             noise = idx.clone()
             noise[b, n:] = 5
             assert torch.equal(model(noise, lengths)[b, :n], together[b, :n])
@@ -56,15 +57,21 @@ def test_generate_equals_recomputing_everything(family, tmp_path):
         with torch.no_grad():
             for _ in range(20):
                 row = torch.cat((row, model(row[None])[0, -1].argmax()[None]))
-        assert torch.equal(out[b, :n + 20], row)
-        assert not out[b, n + 20:].any()
+        assert torch.equal(out[b, : n + 20], row)
+        assert not out[b, n + 20 :].any()
 
 
 def test_generate_equals_transformers(tiny):
     model, reference = Llama.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
     idx = torch.randint(3, 320, (3, 12))
-    expected = reference.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=16, do_sample=False,
-                                  eos_token_id=None, pad_token_id=0)
+    expected = reference.generate(
+        idx,
+        attention_mask=torch.ones_like(idx),
+        max_new_tokens=16,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     assert torch.equal(model.generate(idx, max_new_tokens=16), expected)
 
 
@@ -98,16 +105,19 @@ def test_sampling(tiny):
 def test_cache_takes_the_bytes_it_says(tiny):
     model = Llama.from_pretrained(tiny)
     model.generate(torch.ones(3, 10, dtype=torch.int64), max_new_tokens=6)
-    assert model.cache.bytes() == 2 * 4 * 3 * 2 * 16 * 8 * 4   # k and v, layers, rows, heads, columns, head_dim, bytes
+    assert model.cache.bytes() == 2 * 4 * 3 * 2 * 16 * 8 * 4  # k and v, layers, rows, ..., bytes
 
 
-@pytest.mark.parametrize("what, arguments", [
-    ("empty", dict(idx=torch.zeros(1, 0, dtype=torch.int64))),
-    ("context", dict(idx=torch.zeros(1, 500, dtype=torch.int64), max_new_tokens=13)),
-    ("max_new_tokens", dict(idx=torch.zeros(1, 5, dtype=torch.int64), max_new_tokens=0)),
-    ("lengths", dict(idx=torch.zeros(2, 5, dtype=torch.int64), lengths=torch.tensor([5, 6]))),
-    ("lengths", dict(idx=torch.zeros(2, 5, dtype=torch.int64), lengths=torch.tensor([5]))),
-])
+@pytest.mark.parametrize(
+    "what, arguments",
+    [
+        ("empty", dict(idx=torch.zeros(1, 0, dtype=torch.int64))),
+        ("context", dict(idx=torch.zeros(1, 500, dtype=torch.int64), max_new_tokens=13)),
+        ("max_new_tokens", dict(idx=torch.zeros(1, 5, dtype=torch.int64), max_new_tokens=0)),
+        ("lengths", dict(idx=torch.zeros(2, 5, dtype=torch.int64), lengths=torch.tensor([5, 6]))),
+        ("lengths", dict(idx=torch.zeros(2, 5, dtype=torch.int64), lengths=torch.tensor([5]))),
+    ],
+)
 def test_generate_refuses(what, arguments, tiny):
     with pytest.raises(InputError, match=what):
         Llama.from_pretrained(tiny).generate(**arguments)
@@ -118,16 +128,19 @@ def test_forward_refuses_more_than_the_context(tiny):
         Llama.from_pretrained(tiny)(torch.zeros(1, 513, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("key, value, named", [
-    ("model_type", "gpt_neox", "gpt_neox"),
-    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "yarn"),
-    ("attention_bias", True, "attention_bias"),
-    ("hidden_act", "gelu", "gelu"),
-    ("hidden_size", None, "hidden_size"),
-    ("intermediate_size", 64, r"gate_proj.*\(96, 48\).*\(64, 48\)"),
-    ("num_hidden_layers", 3, r"layers\.3\."),
-    ("num_hidden_layers", 5, r"layers\.4\..*missing"),
-])
+@pytest.mark.parametrize(
+    "key, value, named",
+    [
+        ("model_type", "gpt_neox", "gpt_neox"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "yarn"),
+        ("attention_bias", True, "attention_bias"),
+        ("hidden_act", "gelu", "gelu"),
+        ("hidden_size", None, "hidden_size"),
+        ("intermediate_size", 64, r"gate_proj.*\(96, 48\).*\(64, 48\)"),
+        ("num_hidden_layers", 3, r"layers\.3\."),
+        ("num_hidden_layers", 5, r"layers\.4\..*missing"),
+    ],
+)
 def test_config_that_does_not_fit_is_refused_by_name(key, value, named, tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -141,8 +154,16 @@ def test_config_that_does_not_fit_is_refused_by_name(key, value, named, tiny, tm
 
 def test_older_config_spelling(tiny):
     """transformers 4 wrote rope_theta and rope_scaling where 5 writes rope_parameters."""
-    old = dict(model_type="llama", num_hidden_layers=1, num_attention_heads=2, hidden_size=8, intermediate_size=8,
-               vocab_size=9, rope_theta=5e5, rope_scaling=dict(type="llama3", factor=8.0))
+    old = dict(
+        model_type="llama",
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_size=8,
+        intermediate_size=8,
+        vocab_size=9,
+        rope_theta=5e5,
+        rope_scaling=dict(type="llama3", factor=8.0),
+    )
     config = Config.from_hf(old)
     assert config.rope_theta == 5e5 and config.rope_scaling["factor"] == 8.0 and config.n_kv_head == 2
 

@@ -1,4 +1,5 @@
 """The gate, the routed sublayer and what skipping saves, against float64 references and brute force."""
+
 import pytest
 import torch
 from conftest import write_tiny
@@ -57,7 +58,7 @@ def test_straight_through_is_the_step_forward_and_the_score_backward():
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_gate_and_its_gradients_against_float64(granularity, tiny):
-    """y = x + g f(norm(x)) and dL/dw = sum over gates of (dL/dy . f) s (1 - s) pool(norm(x)), written out in float64."""
+    """y = x + g f(norm(x)); dL/dw = sum over gates of (dL/dy . f) s (1 - s) pool(norm(x)); in float64."""
     model = routed(tiny, granularity, layers="2").train()
     gate = routers(model)[2]
     idx, part = tokens(), gate.part
@@ -100,7 +101,7 @@ def test_gradients_reach_every_router_and_nothing_else(granularity, tiny):
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_open_gates_are_the_dense_model_exactly(granularity, training, tiny):
     idx, plain = tokens(), Llama.from_pretrained(tiny)
-    model = add_routers(Llama.from_pretrained(tiny), granularity).train(training)   # new gates are open
+    model = add_routers(Llama.from_pretrained(tiny), granularity).train(training)  # new gates are open
     with torch.set_grad_enabled(training):
         assert torch.equal(real(model(idx, LENGTHS)), real(plain(idx, LENGTHS)))
     assert capacity(model) == 1
@@ -126,7 +127,7 @@ def test_padding_and_neighbours_change_no_row(granularity, tiny):
     with torch.no_grad():
         together = model(idx, LENGTHS, PROMPTS)
         for b, (n, p) in enumerate(zip(LENGTHS, PROMPTS)):
-            assert (together[b, :n] - model(idx[b:b + 1, :n], prompt_lengths=p[None])[0]).abs().max() < 1e-4
+            assert (together[b, :n] - model(idx[b : b + 1, :n], prompt_lengths=p[None])[0]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("gates", ["half", "open", "closed"])
@@ -157,11 +158,13 @@ def test_generate_equals_recomputing_with_the_prompts_decision(granularity, fami
         row = idx[b, :n]
         with torch.no_grad():
             for _ in range(16):
-                row = torch.cat((row, model(row[None], prompt_lengths=LENGTHS[b:b + 1])[0, -1].argmax()[None]))
-            model(row[None, :-1], prompt_lengths=LENGTHS[b:b + 1])
-        assert torch.equal(out[b, :n + 16], row)
+                row = torch.cat(
+                    (row, model(row[None], prompt_lengths=LENGTHS[b : b + 1])[0, -1].argmax()[None])
+                )
+            model(row[None, :-1], prompt_lengths=LENGTHS[b : b + 1])
+        assert torch.equal(out[b, : n + 16], row)
         opened += capacity(model) * (1 if granularity.endswith("sequence") else n + 15)
-        assert torch.equal(model.generate(idx[b:b + 1, :n], max_new_tokens=16)[0], row)
+        assert torch.equal(model.generate(idx[b : b + 1, :n], max_new_tokens=16)[0], row)
     total = 8 if granularity.endswith("sequence") else int(LENGTHS.sum()) + 8 * 15
     assert used == pytest.approx(opened / total, abs=1e-6)
 
@@ -187,21 +190,35 @@ def flops(model, idx):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_matrix_products_fall_by_exactly_what_is_skipped(granularity, tiny, monkeypatch):
-    monkeypatch.setattr(router, "QUERY_CHUNK", 1)   # a query then attends to the keys up to its own, and to no other
+    monkeypatch.setattr(
+        router, "QUERY_CHUNK", 1
+    )  # a query then attends to the keys up to its own, and to no other
     model, idx = routed(tiny, granularity), tokens(B=4)
     with dense(model):
         attention, linear = flops(model, idx)
     B, T, C, kv, D, up, V, L = 4, 40, 48, 2 * 8, 8, 96, 320, 4
-    q_o, k_v, mlp, head = 2 * 2 * C * C, 2 * 2 * C * kv, 3 * 2 * C * up, 2 * C * V       # a token
+    q_o, k_v, mlp, head = 2 * 2 * C * C, 2 * 2 * C * kv, 3 * 2 * C * up, 2 * C * V  # a token
     assert linear == B * T * (L * (q_o + k_v + mlp) + head)
     assert attention == 2 * 2 * L * B * 6 * T * T * D
-    positions = []   # of the open tokens, in every layer
-    monkeypatch.setattr(MindSkip, "count", lambda self, gate, ctx, count=MindSkip.count: (
-        positions.extend(gate.nonzero()[:, -1].tolist()), count(self, gate, ctx)))
+    positions = []  # of the open tokens, in every layer
+    monkeypatch.setattr(
+        MindSkip,
+        "count",
+        lambda self, gate, ctx, count=MindSkip.count: (
+            positions.extend(gate.nonzero()[:, -1].tolist()),
+            count(self, gate, ctx),
+        ),
+    )
     attention_left, linear_left = flops(model, idx)
-    closed = round((1 - capacity(model)) * L * B * T)                                    # tokens times layers not run
-    saved = {"attn_sequence": q_o + k_v, "attn_token": q_o, "mlp_sequence": mlp, "mlp_token": mlp,
-             "block_sequence": q_o + k_v + mlp, "block_token": q_o + mlp}[granularity]
+    closed = round((1 - capacity(model)) * L * B * T)  # tokens times layers not run
+    saved = {
+        "attn_sequence": q_o + k_v,
+        "attn_token": q_o,
+        "mlp_sequence": mlp,
+        "mlp_token": mlp,
+        "block_sequence": q_o + k_v + mlp,
+        "block_token": q_o + mlp,
+    }[granularity]
     cost_of_routers = 2 * C * L * B * (1 if granularity.endswith("sequence") else T)
     assert 0 < closed < L * B * T
     assert linear_left == linear - closed * saved + cost_of_routers
@@ -215,8 +232,14 @@ def test_matrix_products_fall_by_exactly_what_is_skipped(granularity, tiny, monk
 
 def test_only_open_tokens_reach_attention(tiny, monkeypatch):
     model, idx, seen = routed(tiny, "attn_token", layers="1"), tokens(), []
-    monkeypatch.setattr(router, "attend", lambda q, k, v, mask: seen.append(q.shape[2]) or router.F.
-                        scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
+    monkeypatch.setattr(
+        router,
+        "attend",
+        lambda q, k, v, mask: (
+            seen.append(q.shape[2])
+            or router.F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        ),
+    )
     with torch.no_grad():
         model(idx, LENGTHS)
     assert sum(seen) == int(routers(model)[1].opened) and 0 < sum(seen) < int(LENGTHS.sum())
@@ -236,8 +259,10 @@ def test_the_gate_reads_the_prompt_only(tiny):
     other[:, 12:] = tokens(seed=9)[:, 12:]
     for pool, same in ("prompt", True), ("all", False):
         model = routed(tiny, "attn_sequence", layers="0", pool=pool)
-        scores = [routers(model)[0].score(model.embed(i), model.context(i, None, torch.full((8,), 12)))
-                  for i in (idx, other)]
+        scores = [
+            routers(model)[0].score(model.embed(i), model.context(i, None, torch.full((8,), 12)))
+            for i in (idx, other)
+        ]
         assert torch.equal(*scores) == same
     h = routers(model)[0].sublayer.norm(model.embed(idx))
     expected = torch.sigmoid(routers(model)[0].router(h.mean(1)).squeeze(1))
@@ -275,12 +300,22 @@ def test_save_and_load(granularity, tiny, tmp_path):
     save_routers(model, tmp_path / "r.safetensors", command="made by a test")
     with safe_open(tmp_path / "r.safetensors", "pt") as file:
         assert set(file.keys()) == {f"layers.{i}.{n}" for i in (0, 2, 3) for n in ("weight", "bias")}
-        assert file.get_tensor("layers.2.weight").shape == (1, 48) and file.get_tensor("layers.2.bias").shape == (1,)
-        assert {"granularity", "layers", "threshold", "pool", "model", "calibration"} <= file.metadata().keys()
-    again = add_routers(Llama.from_pretrained(tiny), "mlp_token")   # what it had before is replaced
+        assert file.get_tensor("layers.2.weight").shape == (1, 48) and file.get_tensor(
+            "layers.2.bias"
+        ).shape == (1,)
+        assert {
+            "granularity",
+            "layers",
+            "threshold",
+            "pool",
+            "model",
+            "calibration",
+        } <= file.metadata().keys()
+    again = add_routers(Llama.from_pretrained(tiny), "mlp_token")  # what it had before is replaced
     assert load_routers(again, tmp_path / "r.safetensors")["command"] == "made by a test"
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == \
-        {n for n, _ in again.named_parameters() if ".router." in n}
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, _ in again.named_parameters() if ".router." in n
+    }
     with torch.no_grad():
         assert torch.equal(real(model(tokens(), LENGTHS)), real(again(tokens(), LENGTHS)))
 

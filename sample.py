@@ -1,0 +1,103 @@
+"""Generate text with the dense model and, with --routers, the routed one; then draw what was skipped.
+
+    python sample.py "Why is the sky blue?"
+    python sample.py "Why is the sky blue?" --routers routers/smollm2-135m.attn_token.safetensors
+"""
+import argparse
+import shutil
+import sys
+import time
+
+import torch
+
+from model import Llama, pick
+from router import capacity, dense, load_routers, routers, trace
+from tokenizer import Tokenizer
+from train_router import common_arguments, run_script
+from weights import InputError
+
+
+class Printer:
+    """Prints tokens as they come; bytes that do not yet make a whole character wait for the next token."""
+
+    def __init__(self, tok, silent):
+        self.tok, self.silent, self.ids, self.shown = tok, silent, [], 0
+
+    def __call__(self, token):
+        if int(token) in self.silent:
+            return
+        self.ids.append(int(token))
+        text = self.tok.decode(self.ids).rstrip("\ufffd")
+        print(text[self.shown:], end="", flush=True)
+        self.shown = len(text)
+
+
+def generate(model, tok, ids, args):
+    """Stream a continuation of ids (1, T) to the terminal; returns how many tokens are new."""
+    torch.manual_seed(args.seed)
+    printer, start = Printer(tok, {tok.eos_id}), time.perf_counter()
+    out = model.generate(ids, args.max_new_tokens, args.temperature, args.top_k, eos_id=tok.eos_id,
+                         on_token=printer)
+    seconds = time.perf_counter() - start
+    new = out[0, ids.shape[1]:].tolist()
+    n = new.index(tok.eos_id) + 1 if tok.eos_id in new else len(new)
+    print(f"\n\n{n} tokens in {seconds:.2f} s, cache {model.cache.bytes() / 2**20:.2f} MiB\n")
+    return n
+
+
+def draw(model, gates, prompt, width):
+    """What ran: a mark a layer at sequence level, a map of layers and tokens at token level."""
+    n_layer, scope = model.config.n_layer, next(iter(routers(model).values())).scope
+    if scope == "sequence":
+        print("layers 0 to", n_layer - 1, "for this prompt (█ ran, · skipped, = has no router)\n")
+        print("".join("=" if i not in gates else "█" if bool(gates[i][0]) else "·" for i in range(n_layer)))
+        return
+    rows = {i: torch.cat([gate[0] for gate in passes]).tolist() for i, passes in gates.items()}
+    tokens = len(next(iter(rows.values())))
+    print(f"layers (down) and tokens (across), the first {prompt} the prompt's (█ ran, · skipped)")
+    for start in range(0, tokens, width):
+        columns = range(start, min(start + width, tokens))
+        print("\n     " + "".join("p" if t < prompt else "n" for t in columns))
+        for i in range(n_layer):
+            print(f"{i:4d} " + "".join("█" if i not in rows or rows[i][t] else "·" for t in columns))
+
+
+def main():
+    p = common_arguments(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
+    p.add_argument("prompt", nargs="?", default="Why is the sky blue?")
+    p.add_argument("--routers", help="a file that train_router.py wrote")
+    p.add_argument("--max-new-tokens", type=int, default=80)
+    p.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    p.add_argument("--top-k", type=int)
+    p.add_argument("--plain", action="store_true", help="continue the prompt as text, not as a chat")
+    args = p.parse_args()
+    if args.temperature < 0 or args.top_k is not None and args.top_k < 1:
+        raise InputError("--temperature should be 0 or more and --top-k 1 or more")
+    device, dtype = pick(args.device, args.dtype)
+    tok = Tokenizer.from_pretrained(args.model)
+    model = Llama.from_pretrained(args.model, device, dtype)
+    if args.routers:
+        load_routers(model, args.routers)
+    if args.plain or not args.prompt:
+        ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(args.prompt)
+    else:
+        ids, _ = tok.encode_chat([{"role": "user", "content": args.prompt}])
+    ids = torch.tensor([ids], dtype=torch.int64, device=device)
+
+    print(f"{args.prompt}\n\n--- dense")
+    with dense(model):
+        generate(model, tok, ids, args)
+    if args.routers:
+        full = model.cache.bytes()
+        print("--- routed")
+        with trace(model) as gates:
+            generate(model, tok, ids, args)
+        draw(model, gates, ids.shape[1], shutil.get_terminal_size().columns - 6)
+        share = model.cache.bytes() / full
+        print(f"\noverall capacity {capacity(model):.3f}, where there is a router"
+              f" {capacity(model, routed=True):.3f}; cache {share:.3f} of the dense model's")
+
+
+if __name__ == "__main__":
+    run_script("sample.py", main)
+    sys.stdout.flush()
