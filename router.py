@@ -43,8 +43,7 @@ def straight_through(score, threshold):
 
 
 class MindSkip(nn.Module):
-    """A sublayer x -> x + f(norm(x)) behind a gate: x -> x + g * f(norm(x)), g in {0, 1}. Takes the
-    sublayer's place."""
+    """A sublayer x -> x + f(norm(x)), and in its place x -> x + g * f(norm(x)), g in {0, 1}."""
 
     def __init__(self, sublayer, granularity, n_embd, threshold=0.5, pool="prompt"):
         super().__init__()
@@ -52,18 +51,23 @@ class MindSkip(nn.Module):
         self.sublayer, self.threshold, self.pool = sublayer, threshold, pool
         self.router = nn.Linear(n_embd, 1, device=next(sublayer.parameters()).device, dtype=torch.float32)
         nn.init.zeros_(self.router.weight)
-        nn.init.constant_(self.router.bias, 1.0)           # new gates are open: sigmoid(1) = 0.73
+        nn.init.ones_(self.router.bias)      # new gates are open: sigmoid(1) = 0.73
         self.bypass = False                  # True: the dense model, no gate is asked
-        self.noise = 0.0                     # in training: spread of random noise on the score's logit
         self.opened = self.seen = None       # how many gates were open, of how many, since the last prompt
         self.trace = None                    # a list that collects every decision, for those who want to see
+
+    @property
+    def attn(self):
+        """The attention behind the gate, or None."""
+        return None if self.part == "mlp" else getattr(self.sublayer, "attn", self.sublayer)
 
     def forward(self, x, ctx):
         if self.bypass:
             return self.sublayer(x, ctx)
         if ctx.decoding and self.scope == "sequence":
             return self.run_open_rows(x, ctx, ctx.cache.decisions[self])
-        score = self.score(x, ctx)                                       # (B,) a sequence, or (B, T) a token
+        h = self.read(x, ctx)
+        score = self.score(h, ctx)                                       # (B,) a sequence, or (B, T) a token
         if self.training or torch.is_grad_enabled():
             gate = straight_through(score, self.threshold)
             self.count(gate, ctx)
@@ -72,31 +76,33 @@ class MindSkip(nn.Module):
         is_open = score >= self.threshold
         self.count(is_open, ctx)
         if self.scope == "token":
-            return self.run_open_tokens(x, ctx, is_open)
+            return self.run_open_tokens(x, h, ctx, is_open)
         rows = is_open.nonzero().squeeze(1)                              # the one wait for the device
         if ctx.cache is not None:
             ctx.cache.decisions[self] = rows                             # the prompt decides for what follows
         return self.run_open_rows(x, ctx, rows)
 
-    def score(self, x, ctx):
-        """How much the sublayer is wanted, 0 to 1, float32: (B,) a sequence, or (B, T) a token; x (B, T,
-        C)."""
-        norm = self.sublayer.attn.norm if self.part == "block" else self.sublayer.norm
-        if self.scope == "token":
-            pooled = norm(x).float()
-        else:                                                            # the mean over the prompt
+    def read(self, x, ctx):
+        """The sublayer's normalized input, (B, T, C), or as much of it as the gate needs."""
+        if self.scope == "sequence" and self.pool == "prompt":
+            x = x[:, :ctx.max_prompt]
+        return (self.attn or self.sublayer).norm(x)
+
+    def pooled(self, h, ctx):
+        """What the router reads, float32: each token's h, (B, T, C), or its mean over the prompt, (B, C)."""
+        h = h.float()
+        if self.scope == "sequence":
             n = ctx.lengths if self.pool == "all" else ctx.prompt_lengths
-            h = norm(x if self.pool == "all" else x[:, :ctx.max_prompt]).float()
-            real = torch.arange(h.shape[1], device=x.device) < n[:, None]
-            pooled = (h * real[..., None]).sum(1) / n[:, None]           # (B, C)
-        logit = self.router(pooled).squeeze(-1)
-        if self.noise and self.training:                                 # logistic: the gate is a coin
-            logit = logit + self.noise * torch.rand_like(logit).logit(1e-6)
-        return torch.sigmoid(logit)
+            real = torch.arange(h.shape[1], device=h.device) < n[:, None]
+            h = (h * real[..., None]).sum(1) / n[:, None]
+        return h
+
+    def score(self, h, ctx):
+        """How much the sublayer is wanted, 0 to 1, float32: (B,) or (B, T); h (B, T, C) from `read`."""
+        return torch.sigmoid(self.router(self.pooled(h, ctx)).squeeze(-1))
 
     def count(self, gate, ctx):
-        """Keep how many gates are open (with its gradient in training), of how many; padding does not
-        count."""
+        """Note how many gates are open (with the gradient in training), of how many, padding excluded."""
         if self.scope == "token":
             gate = gate * (torch.arange(gate.shape[1], device=gate.device) < ctx.lengths[:, None])
         opened, seen = gate.sum(), len(gate) if self.scope == "sequence" else sum(ctx.sizes)
@@ -112,32 +118,32 @@ class MindSkip(nn.Module):
             return self.sublayer(x, ctx)
         return x.index_copy(0, rows, self.sublayer(x[rows], ctx.select(rows)))
 
-    def run_open_tokens(self, x, ctx, is_open):
-        """The sublayer on the open tokens of x (B, T, C) only; attention still stores every token's key and
-        value."""
+    def run_open_tokens(self, x, h, ctx, is_open):
+        """The sublayer on the open tokens of x (B, T, C), keys and values of all; h = norm(x)."""
         is_open = is_open.cpu()                                          # (B, T); the one wait for the device
         columns = [row[:n].nonzero().squeeze(1) for row, n in zip(is_open, ctx.sizes)]
         n_open = sum(map(len, columns))
         if n_open == sum(ctx.sizes):
             return self.sublayer(x, ctx)
         at = torch.cat([b * x.shape[1] + c for b, c in enumerate(columns)]).to(x.device)
+        k, v = self.attn.keys_values(h, ctx) if self.attn else (None, None)
+        if n_open == 0:
+            return x
         open_x = x.flatten(0, 1)[at]                                     # (N, C), row after row
-        if self.part != "mlp":
-            open_x = self.attend_from(x, open_x, ctx, columns, at)
-        if self.part != "attn" and n_open:
+        if self.attn:
+            open_x = open_x + self.attend_from(h, k, v, ctx, columns, at)
+        if self.part != "attn":
             open_x = (self.sublayer if self.part == "mlp" else self.sublayer.mlp)(open_x)
-        return x.flatten(0, 1).index_copy(0, at, open_x).view_as(x) if n_open else x
+        return x.flatten(0, 1).index_copy(0, at, open_x).view_as(x)
 
-    def attend_from(self, x, open_x, ctx, columns, at):
-        """Attention from the open tokens only, open_x (N, C), to every token's key. Where they are in x (B,
-        T, C): `columns`, for each row, on the host, or `at` (N,), counted through all rows, on the device."""
-        attn = self.sublayer.attn if self.part == "block" else self.sublayer
-        k, v = attn.keys_values(attn.norm(x), ctx)                       # (B, K, S, D)
-        if len(open_x) == 0:
-            return open_x
-        row, column = at // x.shape[1], at % x.shape[1]
+    def attend_from(self, h, k, v, ctx, columns, at):
+        """Attention's output (N, C) for the open tokens of h (B, T, C), over keys and values (B, K, S, D).
+
+        Where these are: `columns`, for each row, on the host; `at` (N,), through all rows, on the device.
+        """
+        row, column = at // h.shape[1], at % h.shape[1]
         cos, sin = (t[column] if t.dim() == 2 else t[row, 0, 0] for t in (ctx.cos, ctx.sin))     # (N, D/2)
-        q = attn.queries(attn.norm(open_x), cos, sin)[None]              # (1, H, N, D)
+        q = self.attn.queries(h.flatten(0, 1)[at], cos, sin)[None]       # (1, H, N, D)
         y, done = [], 0
         for b, of_row in enumerate(columns):
             for chunk in of_row.split(QUERY_CHUNK) if len(of_row) else ():
@@ -146,11 +152,11 @@ class MindSkip(nn.Module):
                 if ctx.window:
                     start = max(0, int(position[0]) + 1 - ctx.window)
                 ago = position[:, None] - torch.arange(start, end)       # (n, S')
-                mask = ((ago >= 0) & (ago < (ctx.window or end))).to(x.device) if len(chunk) > 1 else None
-                of_keys = slice(b, b + 1), slice(None), slice(start, end)
-                y.append(attend(q[:, :, done:done + len(chunk)], k[of_keys], v[of_keys], mask))
+                mask = ((ago >= 0) & (ago < (ctx.window or end))).to(h.device) if len(chunk) > 1 else None
+                seen = slice(b, b + 1), slice(None), slice(start, end)
+                y.append(attend(q[:, :, done:done + len(chunk)], k[seen], v[seen], mask))
                 done += len(chunk)
-        return open_x + attn.output(torch.cat(y, 2)[0])
+        return self.attn.output(torch.cat(y, 2)[0])
 
 
 def routers(model):

@@ -16,7 +16,7 @@ import json
 import math
 import signal
 import sys
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -35,139 +35,14 @@ from router import (
     routers,
     save_routers,
 )
+from samples import Batch, batches, pack, read_samples
 from tokenizer import Tokenizer
 from weights import InputError, open_safetensors, write_file
 
 DEFAULT_DATA = Path(__file__).parent / "data" / "instructions.jsonl"
 HEAD_CHUNK = 512      # tokens whose logits exist at once
-PLAIN_PIECE = 512     # plain text is cut into pieces of this many tokens
+WARM_BATCHES, WARM_TOKENS = 4, 1024
 CALIBRATION_SAMPLES = 48
-
-
-# ------------------------------------------------------------------------------------------------------ data
-
-@dataclass
-class Sample:
-    ids: list[int]
-    answer: list[bool]      # for each token, whether it is to be learned from
-    prompt: int             # tokens before the first answer
-
-
-def read_samples(path, tok, context):
-    """Samples of an Alpaca JSON or JSONL file, chat JSONL ("messages"), text JSONL ("text") or plain text.
-
-    Returns (samples, how many were cut to `context` tokens). InputError names the line or the field that is
-    wrong.
-    """
-    try:
-        text = Path(path).read_text("utf-8")
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; give JSON, JSONL or plain text") from None
-    if not text.strip() or "\0" in text:
-        raise InputError(f"{path}: {'binary' if text.strip() else 'empty'}; give JSON, JSONL or plain text")
-    if text.lstrip()[0] not in "[{":
-        return plain_samples(text, tok, min(PLAIN_PIECE, context)), 0
-    samples, cut = [], 0
-    for where, record in records(text, path):
-        for sample in sample_of(record, where, tok, context):
-            cut += len(sample.ids) > context
-            sample = Sample(sample.ids[:context], sample.answer[:context], min(sample.prompt, context))
-            if any(sample.answer):
-                samples.append(sample)
-    return samples, cut
-
-
-def records(text, path):
-    """(where, value) of each record of a JSON array or of JSON lines."""
-    if text.lstrip().startswith("["):
-        try:
-            yield from ((f"{path}, record {i}", record) for i, record in enumerate(json.loads(text), 1))
-        except ValueError as e:
-            raise InputError(f"{path}: not valid JSON ({e})") from None
-        return
-    for i, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}, line {i}", json.loads(line)
-            except ValueError as e:
-                raise InputError(f"{path}, line {i}: not valid JSON ({e})") from None
-
-
-def sample_of(record, where, tok, context):
-    """The samples of one record: one for a chat or an instruction, as many as needed for a text."""
-    def field(of, name, kind=str):
-        if not isinstance(of, dict) or not isinstance(of.get(name), kind):
-            raise InputError(f"{where}: lacks the field {name!r}, or it is not a {kind.__name__}")
-        return of[name]
-    if isinstance(record, dict) and "text" in record:
-        return plain_samples(field(record, "text"), tok, min(PLAIN_PIECE, context))
-    if isinstance(record, dict) and "messages" in record:
-        messages = [{"role": field(m, "role"), "content": field(m, "content")}
-                    for m in field(record, "messages", list)]
-        if not any(m["role"] == "assistant" for m in messages):
-            raise InputError(f"{where}: none of its messages has the role 'assistant'")
-        while messages[-1]["role"] != "assistant":
-            messages.pop()
-    else:
-        question = field(record, "instruction")
-        if record.get("input"):
-            question += "\n\n" + field(record, "input")
-        messages = [{"role": "user", "content": question},
-                    {"role": "assistant", "content": field(record, "output")}]
-    ids, answer = tok.encode_chat(messages)
-    return [Sample(ids, answer, max(answer.index(True), 1))]
-
-
-def plain_samples(text, tok, piece):
-    """A text in pieces; the first 64 tokens of each stand in for a prompt and are not learned from."""
-    ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(text)
-    pieces = [ids[i:i + piece] for i in range(0, len(ids), piece)]
-    return [Sample(p, [i >= 64 for i in range(len(p))], 64) for p in pieces if len(p) > 64]
-
-
-def batches(samples, budget, seed):
-    """Lists of samples, forever: similar lengths together, at most `budget` tokens with padding, epochs
-    shuffled."""
-    rng = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(samples), generator=rng).tolist()
-        packed = []
-        for i in range(0, len(order), 256):
-            pool = [samples[j] for j in order[i:i + 256]]
-            packed += pack(pool, budget)
-        yield from (packed[i] for i in torch.randperm(len(packed), generator=rng).tolist())
-
-
-def pack(samples, budget):
-    """Samples by length, in groups that padded hold at most `budget` tokens (a longer sample stands
-    alone)."""
-    groups = [[]]
-    for s in sorted(samples, key=lambda s: -len(s.ids)):
-        if groups[-1] and len(groups[-1][0].ids) * (len(groups[-1]) + 1) > budget:
-            groups.append([])
-        groups[-1].append(s)
-    return groups
-
-
-@dataclass
-class Batch:
-    idx: torch.Tensor               # (B, T) token ids, padded on the right with 0
-    lengths: torch.Tensor           # (B,)
-    prompt_lengths: torch.Tensor    # (B,)
-    scored: torch.Tensor            # (B, T) bool: the next token is part of an answer
-    targets: torch.Tensor           # (N,) those next tokens
-
-    @classmethod
-    def of(cls, samples, device):
-        T = max(len(s.ids) for s in samples)
-        idx = torch.tensor([s.ids + [0] * (T - len(s.ids)) for s in samples])
-        scored = torch.tensor([s.answer[1:] + [False] * (T - len(s.ids) + 1) for s in samples])
-        targets = idx.roll(-1, 1)[scored]
-        lengths = torch.tensor([len(s.ids) for s in samples])
-        prompts = torch.tensor([s.prompt for s in samples])
-        return cls(*(t.to(device) for t in (idx, lengths, prompts, scored, targets)))
 
 
 # ------------------------------------------------------------------------------------------------------ loss
@@ -185,21 +60,18 @@ def two_passes(model, batch, with_dense):
     return model.run(below, ctx, first)[batch.scored], reference if with_dense else None
 
 
-def token_losses(model, x, reference, targets):
-    """For some tokens, x and reference (n, C), targets (n,), in nats: the routed cross-entropy, and, where
-    the dense stream is given, KL(dense || routed) and the dense cross-entropy."""
-    log_q = model.head(model.norm(x)).float().log_softmax(-1)                        # (n, V)
-    ce = F.nll_loss(log_q, targets, reduction="none")
-    if reference is None:
-        return ce, None, None
-    with torch.no_grad():
-        log_p = model.head(model.norm(reference)).float().log_softmax(-1)
-    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
-    return ce, kl, F.nll_loss(log_p, targets, reduction="none")
+def log_probabilities(model, x):
+    """Log-probabilities of the next token, float32 (n, V), from the residual stream (n, C)."""
+    return model.head(model.norm(x)).float().log_softmax(-1)
+
+
+def divergence(log_p, log_q):
+    """KL(p || q) of each token in nats, (n,)."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
 
 def backward(model, batch, kind, weight, target, penalty):
-    """Add a batch's gradients to the routers; returns its loss summed over tokens times `weight`, a tensor.
+    """Add a batch's gradients to the routers; returns the sum of its tokens' losses times `weight`, a tensor.
 
     The logits, vocab_size numbers a token, exist for HEAD_CHUNK tokens at a time: the head's gradient is
     gathered chunk by chunk at its input, then sent through the layers in one go, together with that of
@@ -209,9 +81,14 @@ def backward(model, batch, kind, weight, target, penalty):
     leaf, total = x.detach().requires_grad_(), 0.0
     for i in range(0, len(leaf), HEAD_CHUNK):
         part = slice(i, i + HEAD_CHUNK)
-        same = None if reference is None else reference[part]
-        ce, kl, _ = token_losses(model, leaf[part], same, batch.targets[part])
-        loss = (ce if kind == "ce" else kl).sum() * weight
+        log_q = log_probabilities(model, leaf[part])
+        if kind == "ce":
+            losses = F.nll_loss(log_q, batch.targets[part], reduction="none")
+        else:
+            with torch.no_grad():
+                log_p = log_probabilities(model, reference[part])
+            losses = divergence(log_p, log_q)
+        loss = losses.sum() * weight
         loss.backward()
         total = total + loss.detach()
     torch.autograd.backward([x, penalty * capacity_loss(model, target)], [leaf.grad, None])
@@ -220,8 +97,7 @@ def backward(model, batch, kind, weight, target, penalty):
 
 @torch.no_grad()
 def evaluate(model, samples, budget, device):
-    """Dense and routed loss, KL(dense || routed) a token in nats, and each layer's keep rate, on some
-    samples."""
+    """Dense and routed loss, KL(dense || routed) in nats a token, and each layer's keep rate, on samples."""
     model.eval()
     sums, tokens, opened, seen = torch.zeros(3, dtype=torch.float64), 0, {}, 0
     for group in pack(samples, budget):
@@ -229,8 +105,9 @@ def evaluate(model, samples, budget, device):
         x, reference = two_passes(model, batch, with_dense=True)
         for i in range(0, len(x), HEAD_CHUNK):
             part = slice(i, i + HEAD_CHUNK)
-            ce, kl, dense_ce = token_losses(model, x[part], reference[part], batch.targets[part])
-            sums += torch.stack([dense_ce.sum(), ce.sum(), kl.sum()]).cpu()
+            log_p, log_q = log_probabilities(model, reference[part]), log_probabilities(model, x[part])
+            ce = [F.nll_loss(log, batch.targets[part], reduction="sum") for log in (log_p, log_q)]
+            sums += torch.stack([*ce, divergence(log_p, log_q).sum()]).cpu()
         tokens += len(x)
         gates = routers(model)
         seen += next(iter(gates.values())).seen
@@ -254,8 +131,58 @@ def learning_rate(step, args):
 
 
 def target_capacity(step, args):
-    """Falls from 1 to --capacity over the first half of the run."""
-    return 1 - (1 - args.capacity) * min(1.0, 2 * (step + 1) / args.steps)
+    """Falls to --capacity over the first half of the run: from 1, or half-way, where the routers start."""
+    start = 1 if args.start == "open" else (1 + args.capacity) / 2
+    return start + (args.capacity - start) * min(1.0, 2 * (step + 1) / args.steps)
+
+
+@torch.no_grad()
+def warm_start(model, samples, args, device):
+    """Begin with routers that predict the harm of skipping.
+
+    Close one layer at a time and see how far the output moves: log KL(dense || without it), for each
+    token, or each sequence. A ridge regression of that on what the layer's gate reads gives w and b, and
+    one threshold for all layers the capacity at which tuning starts. Gates that are all open would start
+    where the KL has no slope, and fall in step until whole layers close at once.
+    """
+    model.eval()
+    gates = routers(model)
+    reads, harms = {i: [] for i in gates}, {i: [] for i in gates}
+    with dense(model):
+        groups = islice(batches(samples, min(args.tokens, WARM_TOKENS), args.seed), WARM_BATCHES)
+        for group in tqdm(groups, "warm start", WARM_BATCHES, unit="batch"):
+            batch = Batch.of(group, device)
+            ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
+            streams = [model.embed(batch.idx)]                                 # before each layer, (B, T, C)
+            for layer in model.layers:
+                streams.append(layer(streams[-1], ctx))
+            log_p = log_probabilities(model, streams.pop()[batch.scored])
+            row = batch.scored.nonzero()[:, 0]
+            for i, gate in gates.items():
+                x = model.layers[i].attn(streams[i], ctx) if gate.part == "mlp" else streams[i]
+                h = gate.pooled(gate.read(x, ctx), ctx)
+                gate.bypass, gate.threshold = False, 2.0                         # no score reaches 2: closed
+                x = model.run(streams[i], ctx, i)[batch.scored]
+                gate.bypass, gate.threshold = True, 0.5
+                harm = divergence(log_p, log_probabilities(model, x))
+                if gate.scope == "sequence":
+                    harm = torch.stack([harm[row == b].mean() for b in range(len(h))])
+                reads[i].append(h if gate.scope == "sequence" else h[batch.scored])
+                harms[i].append((harm + 0.01).log())
+    predicted = []
+    for i, gate in gates.items():
+        h, y = torch.cat(reads[i]), torch.cat(harms[i])
+        centred = h - h.mean(0)
+        square = centred.T @ centred                                             # (C, C)
+        ridge = 0.3 * square.diagonal().mean() * torch.eye(len(square), device=device)
+        w = torch.linalg.solve(square + ridge, centred.T @ (y - y.mean()))
+        gate.router.weight[0], gate.router.bias[0] = w, y.mean() - h.mean(0) @ w
+        predicted.append(h @ w + gate.router.bias)
+    free = 1 - len(gates) / model.config.n_layer
+    closed = (1 - (1 + args.capacity) / 2) / (1 - free)                        # of the routed gates, at first
+    level = torch.cat(predicted).float().quantile(min(1.0, closed))
+    for gate in gates.values():
+        gate.router.bias -= level
 
 
 def train(model, samples, args, device):
@@ -266,12 +193,14 @@ def train(model, samples, args, device):
     out, stop = Path(args.out), []
     start, log = resume(model, optimizer, args) if args.resume else (0, [])
     write_file(out / "metrics.jsonl", b"".join(log))
+    if start == 0 and args.start == "harm":
+        warm_start(model, samples, args, device)
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))   # the step that is running is finished first
     source = batches(samples, args.tokens, args.seed)
     for _ in range(start * args.accumulate):
         next(source)
     model.train()
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step", disable=None)
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step")
     for step in bar:
         group = [Batch.of(next(source), device) for _ in range(args.accumulate)]
         weight = 1 / sum(len(batch.targets) for batch in group)
@@ -330,7 +259,7 @@ def append(path, text):
 
 
 SAME_ON_RESUME = ("model", "dtype", "seed", "data", "granularity", "layers", "capacity", "loss", "steps",
-                  "lr", "penalty", "tokens", "accumulate", "pool", "held_out")
+                  "start", "lr", "penalty", "tokens", "accumulate", "pool", "held_out")
 
 
 def save(model, optimizer, step, args):
@@ -405,11 +334,13 @@ def parse_arguments():
     p.add_argument("--layers", default="all", help="which layers get a router: all, last:16, 2-29 or 3,5,9")
     p.add_argument("--capacity", type=float, default=0.8, help="share of the sublayers that should still run")
     p.add_argument("--loss", default="kl", choices=("kl", "ce"))
-    p.add_argument("--steps", type=int, default=160)
+    p.add_argument("--steps", type=int, default=90)
     p.add_argument("--out", default="out", help="folder for the routers, metrics.jsonl and the checkpoint")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
-    p.add_argument("--lr", type=float, default=0.01)
-    p.add_argument("--penalty", type=float, default=10.0, help="lambda, the price of excess capacity")
+    p.add_argument("--start", default="harm", choices=("harm", "open"),
+                   help="routers that predict each layer's harm, or open ones")
+    p.add_argument("--lr", type=float, default=0.004)
+    p.add_argument("--penalty", type=float, default=5.0, help="lambda, the price of excess capacity")
     p.add_argument("--tokens", type=int, help="tokens a batch (default: 768 on a CPU, 16384 on CUDA)")
     p.add_argument("--accumulate", type=int, default=1, help="batches a step")
     p.add_argument("--pool", default="prompt", choices=("prompt", "all"), help="what a sequence's gate reads")

@@ -250,23 +250,21 @@ def test_chunks_of_queries_change_nothing(tiny, monkeypatch):
     with torch.no_grad():
         whole = model(tokens(), LENGTHS)
         monkeypatch.setattr(router, "QUERY_CHUNK", 3)
-        assert (real(model(tokens(), LENGTHS)) - real(whole)).abs().max() < 1e-5
+        assert (real(model(tokens(), LENGTHS)) - real(whole)).abs().max() < 1e-4
 
 
 def test_the_gate_reads_the_prompt_only(tiny):
-    idx = tokens()
-    other = idx.clone()
+    idx, other = tokens(), tokens()
     other[:, 12:] = tokens(seed=9)[:, 12:]
     for pool, same in ("prompt", True), ("all", False):
         model = routed(tiny, "attn_sequence", layers="0", pool=pool)
-        scores = [
-            routers(model)[0].score(model.embed(i), model.context(i, None, torch.full((8,), 12)))
-            for i in (idx, other)
-        ]
+        gate, scores = routers(model)[0], []
+        for ids in idx, other:
+            ctx = model.context(ids, None, torch.full((8,), 12))
+            scores.append(gate.score(gate.read(model.embed(ids), ctx), ctx))
         assert torch.equal(*scores) == same
-    h = routers(model)[0].sublayer.norm(model.embed(idx))
-    expected = torch.sigmoid(routers(model)[0].router(h.mean(1)).squeeze(1))
-    assert (scores[0] - expected).abs().max() < 1e-6
+        h = gate.sublayer.norm(model.embed(other))[:, : 12 if same else None]
+        assert (scores[1] - torch.sigmoid(gate.router(h.mean(1)).squeeze(1))).abs().max() < 1e-6
 
 
 def test_plain_text_has_a_prompt_of_64_tokens(tiny):

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from conftest import is_one_sentence
 
 import train_router
 from model import Llama
-from router import GRANULARITIES, add_routers, capacity, load_routers, routers
+from router import GRANULARITIES, add_routers, capacity, dense, load_routers, routers
+from samples import Batch, batches, pack, read_samples
 from tokenizer import Tokenizer
-from train_router import Batch, backward, batches, evaluate, main, pack, read_samples, two_passes
+from train_router import backward, evaluate, main, two_passes, warm_start
 from weights import InputError
 
 ROOT = Path(train_router.__file__).parent
@@ -78,7 +81,7 @@ def test_a_run_writes_what_it_should(granularity, arguments, call, tmp_path, tin
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(12))
     assert all(math.isfinite(line["loss"]) and 0 <= line["capacity"] <= 1 for line in lines)
-    assert lines[-1]["target"] == pytest.approx(0.7) and lines[0]["target"] > 0.9
+    assert lines[-1]["target"] == pytest.approx(0.7) and lines[0]["target"] > 0.8
     model = Llama.from_pretrained(tiny)
     meta = load_routers(model, tmp_path / "out" / "routers.safetensors")
     assert meta["granularity"] == granularity and len(routers(model)) == 4
@@ -167,8 +170,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(arguments, cal
 
 
 def dense_logits(model, batch):
-    from router import dense
-
     with torch.no_grad(), dense(model):
         return model(batch.idx, batch.lengths, batch.prompt_lengths)
 
@@ -206,6 +207,44 @@ def test_chunked_backward_equals_the_plain_one(kind, layers, tiny, tok, tmp_path
     for name, p in model.named_parameters():
         if p.grad is not None:
             assert (p.grad - grads[name]).abs().max() < 1e-4 * p.grad.abs().max() + 1e-7
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_warm_start_predicts_the_harm_of_each_layer(granularity, tiny, tok, tmp_path):
+    """Least squares with an intercept: a layer's mean logit is its mean log harm, less one number for all."""
+    samples, _ = read_samples(write_data(tmp_path / "d.jsonl"), tok, 512)
+    args = SimpleNamespace(tokens=500, seed=3, capacity=0.6)
+    model = add_routers(Llama.from_pretrained(tiny), granularity)
+    warm_start(model, samples, args, "cpu")
+    groups = [Batch.of(group, "cpu") for group in islice(batches(samples, 500, 3), train_router.WARM_BATCHES)]
+    logits, harms = [], []
+    for layer, gate in routers(model).items():
+        logit, harm = [], []
+        for batch in groups:
+            log_p = dense_logits(model, batch).log_softmax(-1)
+            one = add_routers(Llama.from_pretrained(tiny), granularity, str(layer))
+            routers(one)[layer].threshold = 2
+            with torch.no_grad():
+                log_q = one(batch.idx, batch.lengths, batch.prompt_lengths).log_softmax(-1)
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+            rows = [kl[b][batch.scored[b]] for b in range(len(kl))]
+            mean = torch.stack([r.mean() for r in rows])
+            harm.append(mean if gate.scope == "sequence" else torch.cat(rows))
+            read = []
+            hook = gate.router.register_forward_hook(lambda _, __, y, read=read: read.append(y.squeeze(-1)))
+            with torch.no_grad(), dense(model):
+                gate.bypass = False
+                gate.threshold = 0
+                model(batch.idx, batch.lengths, batch.prompt_lengths)
+                gate.threshold = 0.5
+            hook.remove()
+            logit.append(read[0] if gate.scope == "sequence" else read[0][batch.scored])
+        logits.append(torch.cat(logit))
+        harms.append((torch.cat(harm) + 0.01).log())
+    level = float(harms[0].mean() - logits[0].mean())
+    for logit, harm in zip(logits, harms):
+        assert float(harm.mean() - logit.mean()) == pytest.approx(level, abs=2e-3)
+    assert float((torch.cat(logits) > 0).float().mean()) == pytest.approx(0.8, abs=0.03)
 
 
 def test_layers_below_the_first_router_run_once_and_without_a_graph(tiny, tok, tmp_path):
