@@ -102,8 +102,7 @@ class Cache:
         self.v[layer][:, :, :v.shape[2]] = v
 
     def step(self, layer, k, v, ctx):
-        """Store one token a row, (rows, K, 1, D), each at its own position; returns all keys and values so
-        far."""
+        """Store a token a row, (rows, K, 1, D), each at its position; returns all keys and values so far."""
         keys, values = self.k[layer], self.v[layer]
         if ctx.columns is None:                      # every row is at the same position
             keys[:, :, ctx.end - 1:ctx.end], values[:, :, ctx.end - 1:ctx.end] = k, v
@@ -179,8 +178,7 @@ class Attention(nn.Module):
         return rotate(self.heads(self.q_proj(h)), cos, sin)
 
     def keys_values(self, h, ctx):
-        """Keys and values of this pass's tokens, stored in the cache if there is one, and those before
-        them."""
+        """Keys and values of this pass, stored in the cache if there is one, after those before them."""
         k, v = rotate(self.heads(self.k_proj(h)), ctx.cos, ctx.sin), self.heads(self.v_proj(h))
         if ctx.decoding:
             return ctx.cache.step(self.layer, k, v, ctx)
@@ -262,12 +260,14 @@ class Llama(nn.Module):
         if T > self.config.max_context:
             raise InputError(f"{T} tokens do not fit the model's context of {self.config.max_context};"
                              " shorten the text")
-        lengths = checked(lengths, "lengths", B, T, idx.device)
+        if T == 0:
+            raise InputError("the prompt is empty; give at least one token")
+        lengths = checked([T] * B if lengths is None else lengths, "lengths", B, T, idx.device)
         sizes = lengths.tolist()
         if prompt_lengths is None:
             prompt_lengths = lengths.clamp(max=64)   # plain text: its beginning stands in for a prompt
         else:
-            prompt_lengths = checked(prompt_lengths, "prompt_lengths", B, T, idx.device)
+            prompt_lengths = checked(prompt_lengths, "prompt_lengths", B, lengths, idx.device)
         cos, sin = self.angles_of(slice(0, T), T)
         window, mask = self.config.sliding_window, None
         if window and T > window:
@@ -278,8 +278,7 @@ class Llama(nn.Module):
                        mask, window, cache)
 
     def step_context(self, cache, first, device):
-        """The Context of a step that continues `cache` by one token a row, at the positions `first`, a
-        list."""
+        """The Context of a step that continues `cache` by a token a row, at positions `first` (a list)."""
         end, B, window = max(first) + 1, len(first), self.config.sliding_window
         ones = torch.ones(B, dtype=torch.int64, device=device)
         mask = columns = None
@@ -314,9 +313,8 @@ class Llama(nn.Module):
         self.eval()
         try:
             self.cache = cache = Cache(self.config, T + max_new_tokens)
-            lengths = checked(lengths, "lengths", B, T, idx.device)
-            ctx = self.context(idx, lengths, lengths, cache)
-            sizes = ctx.sizes
+            ctx = self.context(idx, lengths, lengths if lengths is not None else [T] * B, cache)
+            sizes, lengths = ctx.sizes, ctx.lengths
             x = self.run(self.embed(idx), ctx)
             x = x[torch.arange(B, device=idx.device), lengths - 1]            # (B, C), each row's last token
             pad = 0 if eos_id is None else eos_id
@@ -404,21 +402,16 @@ def draw(logits, temperature, top_k):
     return torch.multinomial(logits.softmax(-1), 1).squeeze(1)
 
 
-def checked(values, name, B, T, device):
-    """Row lengths as (B,) int64 on `device`; all T where none are given."""
-    if T == 0:
-        raise InputError("the prompt is empty; give at least one token")
-    if values is None:
-        return torch.full((B,), T, device=device)
+def checked(values, name, B, most, device):
+    """Row lengths as (B,) int64 on `device`, each from 1 to `most`."""
     values = torch.as_tensor(values, device=device, dtype=torch.int64)
-    if values.shape != (B,) or int(values.min()) < 1 or int(values.max()) > T:
-        raise InputError(f"{name} should be {B} numbers from 1 to {T}, one a row; they are {values.tolist()}")
+    if values.shape != (B,) or bool((values < 1).any()) or bool((values > most).any()):
+        raise InputError(f"{name} should be {B} numbers, from 1 to {most}, one a row, not {values.tolist()}")
     return values
 
 
 def pick(device="auto", dtype="auto"):
-    """torch.device and torch.dtype of the command line: auto is CUDA where there is one, bfloat16 where it is
-    native."""
+    """(torch.device, torch.dtype); auto is CUDA where there is one, and bfloat16 where it is native."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

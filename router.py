@@ -196,8 +196,7 @@ def trace(model):
 
 
 def parse_layers(spec, n_layer):
-    """The layers that "all", "last:16", "2-29", "3,5,9" or a mixture like "0,4-7" names, sorted. InputError
-    if none."""
+    """The layers that "all", "last:16", "2-29", "3,5,9" or "0,4-7" name, sorted. InputError if none."""
     layers = set()
     try:
         for part in str(spec).split(","):
@@ -252,8 +251,7 @@ def remove_routers(model):
 
 
 def shares(model):
-    """{layer: share of its gates that were open} since the last prompt, float32 tensors, with gradients in
-    training."""
+    """{layer: share of its gates that were open} since the last prompt; differentiable in training."""
     found = routers(model)
     if any(gate.opened is None for gate in found.values()):
         raise RuntimeError("capacity: run the model first; it tells what its last forward pass did")
@@ -306,8 +304,7 @@ def save_routers(model, path, calibration=None, **notes):
 
 
 def load_routers(model, path):
-    """Add the routers of a file that save_routers wrote; returns its metadata. InputError if it is for
-    another model."""
+    """Add the routers of a file; returns its metadata. InputError if they are for another model."""
     file = open_safetensors(path)
     meta = file.metadata() or {}
     missing = {"granularity", "layers", "pool", "threshold", "model"} - meta.keys()

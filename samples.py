@@ -94,8 +94,7 @@ def plain_samples(text, tok, piece):
 
 
 def batches(samples, budget, seed):
-    """Lists of samples, forever: similar lengths together, at most `budget` tokens with padding, epochs
-    shuffled."""
+    """Lists of samples, forever: of similar lengths, at most `budget` tokens with padding, shuffled."""
     rng = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(samples), generator=rng).tolist()
@@ -107,8 +106,7 @@ def batches(samples, budget, seed):
 
 
 def pack(samples, budget):
-    """Samples by length, in groups that padded hold at most `budget` tokens (a longer sample stands
-    alone)."""
+    """Samples by length, in groups of at most `budget` tokens with padding (a longer one stands alone)."""
     groups = [[]]
     for s in sorted(samples, key=lambda s: -len(s.ids)):
         if groups[-1] and len(groups[-1][0].ids) * (len(groups[-1]) + 1) > budget:

@@ -39,13 +39,11 @@ def byte_alphabet():
 
 
 class Tokenizer:
-    """encode(text) -> ids, decode(ids) -> text; `bos_id` (None if this tokenizer puts none before a text),
-    `eos_id`."""
+    """encode(text) -> ids, decode(ids) -> text; `eos_id`, `bos_id` (None: it puts none before a text)."""
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """The tokenizer of `smollm2-135m`, of a Hugging Face folder or of a .gguf file. InputError if there
-        is none."""
+        """The tokenizer of `smollm2-135m`, a Hugging Face folder or a .gguf file. InputError if none."""
         checkpoint = open_checkpoint(name_or_path)
         found = checkpoint.tokenizer()
         try:
@@ -67,8 +65,7 @@ class Tokenizer:
         return tok
 
     def __init__(self, pattern, pieces, ids, special, normalize=None):
-        """pieces: byte strings by merge rank; ids: their token ids; special: {text: id}; pattern cuts text
-        into pieces."""
+        """pattern cuts text; pieces: bytes, by merge rank; ids: their token ids; special: {text: id}."""
         self.special, self.pattern, self.normalize = special, pattern, normalize
         ranks = {piece: rank for rank, piece in enumerate(pieces)}
         # tiktoken wants every byte in its table; those without a token come last, and are dropped on the way
@@ -82,8 +79,7 @@ class Tokenizer:
         self.bytes_of_id = dict(zip(ids, pieces)) | {i: text.encode() for text, i in special.items()}
 
     def encode(self, text, special=True):
-        """Token ids of a string, no beginning-of-text token added. special=False reads special tokens as
-        plain text."""
+        """Token ids of a string, nothing added. special=False reads special tokens as plain text."""
         if self.normalize:
             text = unicodedata.normalize(self.normalize, text)
         text = text.encode("utf-8", "replace").decode()   # a lone surrogate has no bytes: it becomes "?"
@@ -95,8 +91,7 @@ class Tokenizer:
         return self.id_of_rank[ranks].tolist() if ranks else []
 
     def encode_dropping(self, text, special):
-        """Bytes without a token vanish from their piece before its merges, as in `tokenizers`; so cut by
-        hand."""
+        """Bytes without a token vanish from their piece before its merges, as in `tokenizers`."""
         cut = "(" + "|".join(map(regex.escape, sorted(self.special, key=len, reverse=True))) + ")"
         ranks = []
         for i, part in enumerate(regex.split(cut, text) if special and self.special else [text]):
@@ -160,8 +155,7 @@ def from_tiktoken_file(path):
 
 
 def from_json(spec):
-    """Hugging Face's tokenizer.json, if it is byte-level BPE: pattern, pieces in merge order, ids, special
-    tokens."""
+    """Tokenizer's arguments from a tokenizer.json. Inexpressible if it is not byte-level BPE."""
     model, normalizer = spec["model"], spec.get("normalizer")
     kind = model.get("type", "BPE")
     if kind != "BPE" or model.get("byte_fallback"):

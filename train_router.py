@@ -42,14 +42,13 @@ from weights import InputError, open_safetensors, write_file
 DEFAULT_DATA = Path(__file__).parent / "data" / "instructions.jsonl"
 HEAD_CHUNK = 512      # tokens whose logits exist at once
 WARM_BATCHES, WARM_TOKENS = 4, 1024
-CALIBRATION_SAMPLES = 48
+CALIBRATION_SAMPLES = 32
 
 
 # ------------------------------------------------------------------------------------------------------ loss
 
 def two_passes(model, batch, with_dense):
-    """The residual stream where a next token is scored, (N, C): of the routed model, and of the dense one if
-    asked."""
+    """The residual stream where a next token is scored, (N, C): routed, and dense if asked (else None)."""
     first = min(routers(model))
     ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
     with torch.no_grad():                                     # below the first router both are the same
@@ -236,9 +235,9 @@ def calibrate(model, samples, args, device):
     on the threshold's logit needs a few forward passes without a head.
     """
     model.eval()
-    groups = [Batch.of(group, device) for group in pack(samples[:CALIBRATION_SAMPLES], args.tokens)]
+    groups = [Batch.of(group, device) for group in pack(samples[:CALIBRATION_SAMPLES], 2 * args.tokens)]
     low, high = -4.0, 4.0
-    for _ in range(8):
+    for _ in range(7):
         middle = (low + high) / 2
         for gate in routers(model).values():
             gate.threshold = 1 / (1 + math.exp(-middle))
@@ -263,8 +262,7 @@ SAME_ON_RESUME = ("model", "dtype", "seed", "data", "granularity", "layers", "ca
 
 
 def save(model, optimizer, step, args):
-    """The router file, and a checkpoint from which a run continues exactly: routers, AdamW's moments, the
-    step."""
+    """The router file, and the checkpoint a run continues from: routers, AdamW's moments, the step."""
     tensors = {}
     for layer, gate in routers(model).items():
         for name, p in gate.router.named_parameters():

@@ -29,8 +29,7 @@ from safetensors.torch import save as safetensors_bytes
 
 
 class InputError(ValueError):
-    """Bad input, told in one sentence: what is wrong, where, and what to do. Scripts print it and exit with
-    1."""
+    """Bad input, in one sentence: what is wrong, where, what to do. Scripts print it and exit with 1."""
 
 
 def open_checkpoint(name_or_path):
@@ -63,8 +62,7 @@ def read_json(path):
 
 
 def write_file(path, data):
-    """Write bytes under a temporary name, then rename: `path` is either its old self or the new one,
-    whole."""
+    """Write bytes under a temporary name, then rename: `path` is its old self or the new one, whole."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
