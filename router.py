@@ -37,7 +37,7 @@ QUERY_CHUNK = 128   # gathered queries attend in chunks, each to the keys up to 
 
 
 def straight_through(score, threshold):
-    """The gate: exactly 0 or 1 forward, the score's gradient backward (arXiv 2410.13184, eq. 4)."""
+    """The gate: exactly 0 or 1 forward, the score's gradient backward (arXiv 1308.3432)."""
     hard = (score >= threshold).to(score.dtype)
     return hard + (score - score.detach())
 
@@ -273,7 +273,7 @@ def capacity(model, routed=False):
 
 
 def capacity_loss(model, target):
-    """relu(overall capacity - target): nothing to pay once the target is met (arXiv 2410.13184, eq. 6)."""
+    """relu(overall capacity - target): nothing to pay once the target is met."""
     return F.relu(overall(model) - target)
 
 
