@@ -78,9 +78,9 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x (..., T, D); cos, sin (..., T, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x (..., T, D); cos and sin (..., T, D), the
+    first half of sin negative."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Cache:
@@ -119,7 +119,7 @@ class Cache:
 @dataclass
 class Context:
     """What every layer of one forward pass shares. A row is one sequence of the batch."""
-    cos: torch.Tensor                            # (T, D/2), or (B, 1, 1, D/2) in a step with ragged rows
+    cos: torch.Tensor                            # (T, D), or (B, 1, 1, D) in a step with ragged rows
     sin: torch.Tensor
     lengths: torch.Tensor                        # (B,) real tokens of each row in this pass, then padding
     prompt_lengths: torch.Tensor                 # (B,) how many of them are the prompt
@@ -158,40 +158,48 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.q_proj = nn.Linear(config.n_embd, q, bias=False)
-        self.k_proj = nn.Linear(config.n_embd, kv, bias=False)
-        self.v_proj = nn.Linear(config.n_embd, kv, bias=False)
-        self.o_proj = nn.Linear(q, config.n_embd, bias=False)
+        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
+        self.o = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x, ctx):
-        h = self.norm(x)                                                      # (B, T, C)
-        q = self.queries(h, ctx.cos, ctx.sin)                                 # (B, H, T, D)
-        k, v = self.keys_values(h, ctx)                                       # (B, K, S, D)
+        y = self.heads(self.qkv(self.norm(x)))                                # (B, H + 2K, T, D)
+        qk, v = y[:, :-self.n_kv_head], y[:, -self.n_kv_head:]
+        qk = rotate(qk, ctx.cos, ctx.sin)
+        k, v = self.remember(qk[:, self.n_head:], v, ctx)                     # (B, K, S, D)
+        q = qk[:, :self.n_head]                                               # (B, H, T, D)
         return x + self.output(attend(q, k, v, ctx.mask, causal=ctx.mask is None and not ctx.decoding))
 
     def heads(self, y):
         return y.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)         # (..., T, HD) -> (..., H, T, D)
 
-    def queries(self, h, cos, sin):
-        return rotate(self.heads(self.q_proj(h)), cos, sin)
+    def output(self, y):
+        return self.o(y.transpose(-3, -2).flatten(-2))                        # (..., H, T, D) -> (..., T, C)
 
-    def keys_values(self, h, ctx):
-        """Keys and values of this pass, stored in the cache if there is one, after those before them."""
-        k, v = rotate(self.heads(self.k_proj(h)), ctx.cos, ctx.sin), self.heads(self.v_proj(h))
+    def remember(self, k, v, ctx):
+        """Store this pass's keys and values in the cache, if there is one; returns all there are."""
         if ctx.decoding:
             return ctx.cache.step(self.layer, k, v, ctx)
         if ctx.cache is not None:
             ctx.cache.prefill(self.layer, k, v)
         return k, v
 
-    def output(self, y):
-        return self.o_proj(y.transpose(-3, -2).flatten(-2))                   # (..., H, T, D) -> (..., T, C)
+    def queries(self, h, cos, sin):
+        """Queries alone, (..., H, T, D), for those who need no more; h = norm(x)."""
+        return rotate(self.heads(F.linear(h, self.qkv.weight[:self.n_head * self.head_dim])), cos, sin)
+
+    def keys_values(self, h, ctx):
+        """Keys and values alone, (B, K, S, D), remembered."""
+        y = self.heads(F.linear(h, self.qkv.weight[self.n_head * self.head_dim:]))
+        return self.remember(rotate(y[:, :self.n_kv_head], ctx.cos, ctx.sin), y[:, self.n_kv_head:], ctx)
 
 
 def attend(q, k, v, mask=None, causal=False):
     """Softmax attention of q (B, H, T, D) over k, v (B, K, S, D), K dividing H."""
+    if q.shape[2] == 1:   # one token: the query heads of a key head are as good as its rows, and much faster
+        y = F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, q.shape[3]), k, v, attn_mask=mask)
+        return y.reshape(q.shape)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
@@ -202,13 +210,12 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.gate_proj = nn.Linear(config.n_embd, config.intermediate, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.intermediate, bias=False)
-        self.down_proj = nn.Linear(config.intermediate, config.n_embd, bias=False)
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.intermediate, bias=False)
+        self.down = nn.Linear(config.intermediate, config.n_embd, bias=False)
 
     def forward(self, x, ctx=None):
-        h = self.norm(x)
-        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+        gate, up = self.gate_up(self.norm(x)).chunk(2, -1)                    # (..., intermediate) each
+        return x + self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -285,7 +292,7 @@ class Llama(nn.Module):
         cos, sin = self.angles_of(slice(end - 1, end), end)
         if min(first) != max(first):
             columns = torch.tensor(first, device=device)
-            cos, sin = (t[:, None, None] for t in self.angles_of(columns, end))      # (B, 1, 1, D/2)
+            cos, sin = (t[:, None, None] for t in self.angles_of(columns, end))      # (B, 1, 1, D)
         if columns is not None or window and end > window:
             at = torch.tensor(first, device=device)[:, None, None, None]             # (B, 1, 1, 1)
             keys = torch.arange(end, device=device)
@@ -339,13 +346,14 @@ class Llama(nn.Module):
             self.train(was_training)
 
     def angles_of(self, positions, end):
-        """cos and sin, (..., D/2) each in the model's dtype, at positions that all lie below `end`."""
+        """cos and sin as `rotate` wants them, in the model's dtype, at positions that all lie below `end`."""
         like = self.embed.weight
         if self.angles is None or len(self.angles[0]) < end or self.angles[0].dtype != like.dtype \
                 or self.angles[0].device != like.device:
             n = min(self.config.max_context, 1 << max(end - 1, 511).bit_length())
             angle = torch.outer(torch.arange(n).float(), rope_frequencies(self.config))
-            self.angles = angle.cos().to(like), angle.sin().to(like)
+            cos, sin = angle.cos(), angle.sin()
+            self.angles = torch.cat((cos, cos), 1).to(like), torch.cat((-sin, sin), 1).to(like)
         return self.angles[0][positions], self.angles[1][positions]
 
     @classmethod
@@ -362,16 +370,18 @@ class Llama(nn.Module):
             model = cls(config)
         unused = {name for name in checkpoint.names if not name.endswith("rotary_emb.inv_freq")}
         for name, parameter in list(model.named_parameters()):   # a tied head is not among them
-            source = checkpoint_name(name)
-            if source not in checkpoint.names:
-                raise InputError(f"{checkpoint.path}: tensor {source} is missing; the model is incomplete")
-            tensor = checkpoint.tensor(source)
-            if tensor.shape != parameter.shape:
-                raise InputError(f"{checkpoint.path}: tensor {source} has shape {tuple(tensor.shape)}, but"
-                                 f" the config asks for {tuple(parameter.shape)}")
+            weight = torch.empty(parameter.shape, device=device, dtype=dtype)
+            for source, part in zip(*checkpoint_parts(name, weight, config)):
+                if source not in checkpoint.names:
+                    raise InputError(f"{checkpoint.path}: tensor {source} is missing; get the model again")
+                tensor = checkpoint.tensor(source)
+                if tensor.shape != part.shape:
+                    raise InputError(f"{checkpoint.path}: tensor {source} has shape {tuple(tensor.shape)},"
+                                     f" but the config asks for {tuple(part.shape)}")
+                part.copy_(tensor)
+                unused.discard(source)
             module, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
-            unused.discard(source)
+            setattr(model.get_submodule(module), leaf, nn.Parameter(weight))
         if config.tie_embeddings:
             model.head.weight = model.embed.weight
             unused.discard("lm_head.weight")
@@ -381,14 +391,21 @@ class Llama(nn.Module):
         return model.eval()
 
 
-def checkpoint_name(name):
-    """Where Hugging Face checkpoints keep one of our parameters."""
-    if name == "head.weight":
-        return "lm_head.weight"
-    for ours, theirs in (("embed.", "embed_tokens."), (".attn.norm.", ".input_layernorm."),
-                         (".attn.", ".self_attn."), (".mlp.norm.", ".post_attention_layernorm.")):
-        name = name.replace(ours, theirs)
-    return "model." + name
+def checkpoint_parts(name, weight, config):
+    """Where Hugging Face checkpoints keep a parameter: (tensor names, the parts of `weight` they fill)."""
+    layer, _, rest = name.rpartition(".attn." if ".attn." in name else ".mlp.")
+    q, kv, up = config.n_head * config.head_dim, config.n_kv_head * config.head_dim, config.intermediate
+    if rest == "qkv.weight":
+        names, rows = [f"self_attn.{part}_proj.weight" for part in "qkv"], [q, kv, kv]
+    elif rest == "gate_up.weight":
+        names, rows = ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [up, up]
+    else:
+        known = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+                 "head.weight": "lm_head.weight", ".attn.norm.weight": "input_layernorm.weight",
+                 ".attn.o.weight": "self_attn.o_proj.weight", ".mlp.down.weight": "mlp.down_proj.weight",
+                 ".mlp.norm.weight": "post_attention_layernorm.weight"}
+        names, rows = [known[name[len(layer):]]], [len(weight)]
+    return [f"model.{layer}.{part}" if layer else part for part in names], weight.split(rows)
 
 
 def draw(logits, temperature, top_k):

@@ -142,7 +142,7 @@ class MindSkip(nn.Module):
         Where these are: `columns`, for each row, on the host; `at` (N,), through all rows, on the device.
         """
         row, column = at // h.shape[1], at % h.shape[1]
-        cos, sin = (t[column] if t.dim() == 2 else t[row, 0, 0] for t in (ctx.cos, ctx.sin))     # (N, D/2)
+        cos, sin = (t[column] if t.dim() == 2 else t[row, 0, 0] for t in (ctx.cos, ctx.sin))     # (N, D)
         q = self.attn.queries(h.flatten(0, 1)[at], cos, sin)[None]       # (1, H, N, D)
         y, done = [], 0
         for b, of_row in enumerate(columns):

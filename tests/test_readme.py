@@ -20,7 +20,8 @@ def test_the_fork_runs(arguments, tmp_path):  # noqa: F811
     code = re.search(r'```python\n("""Sequence-level gates.*?)```', README, re.S)[1]
     assert len(code.splitlines()) <= 20
     (tmp_path / "last_token.py").write_text(code)
-    command = [sys.executable, tmp_path / "last_token.py", *map(str, arguments), "--granularity", "attn_sequence"]
+    command = [sys.executable, tmp_path / "last_token.py", *map(str, arguments)]
+    command += ["--granularity", "attn_sequence"]
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""})
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout
@@ -29,7 +30,7 @@ def test_the_fork_runs(arguments, tmp_path):  # noqa: F811
 def test_links_lead_somewhere():
     for name in "README.md", "data/README.md", "routers/README.md":
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text("utf-8")):
-            assert target.startswith("https://arxiv.org/") or (ROOT / name).parent.joinpath(target).exists(), target
+            assert target.startswith("https://arxiv.org/") or ((ROOT / name).parent / target).exists(), target
 
 
 def test_tuned_routers_load_and_do_what_they_say(smollm2):

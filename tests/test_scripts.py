@@ -1,0 +1,132 @@
+"""bench.py and sample.py on a tiny model: what they print and write, and what they refuse."""
+import json
+
+import pytest
+import torch
+from conftest import is_one_sentence, write_tiny
+
+import bench
+import sample
+from bench import FIELDS, force, pattern, random_model
+from model import Llama
+from router import GRANULARITIES, add_routers, capacity, routers, save_routers
+
+
+@pytest.fixture
+def router_file(tiny, tmp_path):
+    def write(granularity):
+        model = add_routers(Llama.from_pretrained(tiny), granularity, "1-3")
+        for gate in routers(model).values():
+            gate.router.weight.data.normal_(0, 0.3)
+            gate.router.bias.data.zero_()
+        save_routers(model, tmp_path / "r.safetensors")
+        return tmp_path / "r.safetensors"
+
+    return write
+
+
+# --------------------------------------------------------------------------------------------------- bench.py
+
+
+def test_bench_writes_every_variant(tiny, call, tmp_path):
+    status, said = call(
+        bench.main, "--model", tiny, "--device", "cpu", "--phase", "prefill,decode,train", "--batch", "1,3",
+        "--context", 40, "--capacity", "0.5,0.75", "--granularity", "attn_sequence,block_token",
+        "--rounds", 2,
+        "--against", "transformers,masked", "--json", tmp_path / "b.json",
+    )  # fmt: skip
+    assert status == 0 and "efficiency" in said and "torch" in said
+    table = json.loads((tmp_path / "b.json").read_text())
+    assert all(set(row) == set(FIELDS) for row in table["rows"]) and table["machine"]["torch"]
+    names = [(r["phase"], r["batch"], r["variant"], r["granularity"], r["capacity"]) for r in table["rows"]]
+    assert len(set(names)) == len(names) == 2 * (10 + 8 + 2)
+    for row in table["rows"]:
+        assert row["ms"] > 0 and row["speedup"] > 0
+        assert (row["efficiency"] is not None) == (row["variant"] == "routed")
+        if row["variant"] == "routed" and row["phase"] == "prefill":
+            assert row["capacity"] in (pytest.approx(0.5), pytest.approx(0.75))
+        if row["variant"] == "dense" and row["phase"] == "prefill":
+            assert row["cache_bytes"] == 2 * 4 * row["batch"] * 2 * 40 * 8 * (4 if "float32" in said else 2)
+        if row["variant"] == "none" and row["granularity"] == "attn_sequence":
+            assert row["cache_bytes"] == 0
+
+
+def test_bench_with_a_router_file(tiny, call, router_file):
+    status, said = call(bench.main, "--model", tiny, "--phase", "prefill", "--context", 40, "--rounds", 2,
+                        "--routers", router_file("attn_token"))  # fmt: skip
+    assert status == 0 and "routed       attn_token" in said
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_forced_gates_open_exactly_the_share(granularity, tiny):
+    model = add_routers(Llama.from_pretrained(tiny), granularity)
+    force(model, 0.25, seed=0)
+    with torch.no_grad():
+        model(torch.randint(0, 320, (4, 50)))
+    assert capacity(model) == 0.25
+    assert not torch.equal(pattern((4, 4, 50), 0.25, 0, "cpu"), pattern((4, 4, 50), 0.25, 1, "cpu"))
+
+
+def test_random_model_runs(tmp_path):
+    write_tiny(tmp_path, "tied head")
+    config = Llama.from_pretrained(tmp_path).config
+    model = random_model(config, "cpu", torch.float32)
+    assert torch.isfinite(model(torch.arange(9)[None])).all() and model.head.weight is model.embed.weight
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--context", 600], "context of 512"), (["--layers", "3", "--capacity", 0.5], "at least 0.750"),
+    (["--random-weights"], "is not one of smollm2-135m"), (["--model", "/nowhere"], "no such model"),
+    (["--routers", "/nowhere"], "missing"), (["--layers", "9"], "layers 0 to 3"),
+])  # fmt: skip
+def test_bench_refuses(arguments, named, tiny, call):
+    status, said = call(bench.main, "--model", tiny, "--rounds", 2, "--context", 40, *arguments)
+    assert status == 1 and named in said and is_one_sentence(said)
+
+
+@pytest.mark.parametrize("arguments", ["--phase sleep", "--batch 0", "--capacity 2", "--context x"])
+def test_bench_refuses_unknown_words_and_numbers(arguments, call):
+    flag, value = arguments.split()
+    status, said = call(bench.main, flag, value)
+    assert status == 2 and value in said and "Traceback" not in said
+
+
+# -------------------------------------------------------------------------------------------------- sample.py
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_sample_draws_what_was_skipped(granularity, tiny, call, router_file):
+    status, said = call(sample.main, "the quick", "--model", tiny, "--dtype", "float32",
+                        "--max-new-tokens", 12, "--routers", router_file(granularity))  # fmt: skip
+    assert status == 0 and "--- dense" in said and "--- routed" in said and "overall capacity" in said
+    if granularity.endswith("token"):
+        lines = [line for line in said.splitlines() if line[:5].strip().isdigit()]
+        rows = [line[5:] for line in lines if set(line[5:]) <= {*"█·"}]
+        assert len(rows) % 4 == 0 and set(rows[0]) == {"█"}
+        drawn = "".join(rows)
+        share = float(said.split("overall capacity ")[1].split(",")[0])
+        assert drawn.count("█") / len(drawn) == pytest.approx(share, abs=0.001)
+    else:
+        marks = said.split("has no router)\n\n")[1].split("\n")[0]
+        assert len(marks) == 4 and marks[0] == "=" and set(marks[1:]) <= set("█·")
+
+
+def test_sample_without_routers_is_the_greedy_continuation(tiny, call):
+    from tokenizer import Tokenizer
+
+    tok, model = Tokenizer.from_pretrained(tiny), Llama.from_pretrained(tiny)
+    ids = torch.tensor([[tok.bos_id] * (tok.bos_id is not None) + tok.encode("def f(x)")])
+    expected = tok.decode(t for t in model.generate(ids, 12)[0, ids.shape[1]:].tolist() if t != tok.eos_id)
+    status, said = call(sample.main, "def f(x)", "--plain", "--model", tiny, "--dtype", "float32",
+                        "--max-new-tokens", 12)  # fmt: skip
+    assert status == 0 and expected.split("<|im_end|>")[0].strip("\ufffd\n ")[:8] in said
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["", "--plain"], "empty"), (["hi", "--max-new-tokens", 0], "max_new_tokens"),
+    (["hi", "--max-new-tokens", 600], "context of 512"), (["hi", "--temperature", -1], "--temperature"),
+    (["hi", "--top-k", 0], "--top-k"), (["hi", "--routers", "/nowhere"], "missing"),
+])  # fmt: skip
+def test_sample_refuses(arguments, named, tiny, call):
+    status, said = call(sample.main, *arguments, "--model", tiny)
+    assert status == 1 and named in said
