@@ -358,7 +358,7 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path, device="cpu", dtype=torch.float32):
-        """A frozen-ready Llama in eval mode with the weights of `smollm2-135m`, a Hugging Face folder or a
+        """A Llama in eval mode with the weights of `smollm2-135m`, a Hugging Face folder or a
         .gguf file.
 
         Tensors are read one by one, straight to `device` and `dtype`. InputError names what is missing or

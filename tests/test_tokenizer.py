@@ -5,16 +5,18 @@ import json
 import random
 import sys
 
+import gguf
 import pytest
 import tokenizers
 from conftest import CORPUS, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenizer import LLAMA3, LLAMA3_SPECIAL, Tokenizer
+from tokenizer import LLAMA3_SPECIAL, Tokenizer
+from weights import LLAMA3_SPLIT as LLAMA3
+from weights import QWEN2_SPLIT as QWEN2
 from weights import InputError
 
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 # fmt: off
 PIECES = ["the", "The", " quick", "ing", "'s", "'ll", "I'VE", "don't", " ", "  ", "   ", "\t", "\n", "\r\n",
           "\n\n ", "0", "7", "42", "1234", "3.14", "x1", "é", "e\u0301", "ñ", "ß", "Ω", "Жук", "漢字", "かな",
@@ -191,6 +193,26 @@ def test_llama3_tokenizer_model(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0")
     with pytest.raises(InputError, match="SentencePiece"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_tokenizer_of_a_gguf(pre, tmp_path):
+    pattern = {"llama-bpe": LLAMA3, "qwen2": QWEN2}.get(pre)
+    theirs = train_tokenizer(pattern, digits=pre == "smollm")
+    if pre == "qwen2":
+        theirs.normalizer = tokenizers.normalizers.NFC()
+    model = json.loads(theirs.to_str())["model"]
+    w = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    w.add_tokenizer_model("gpt2"), w.add_tokenizer_pre(pre), w.add_token_list(list(model["vocab"]))
+    w.add_token_types([3] * 3 + [1] * (len(model["vocab"]) - 3))
+    w.add_token_merges([" ".join(m) for m in model["merges"]])
+    w.add_bos_token_id(1), w.add_eos_token_id(2)
+    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file()
+    w.close()
+    ours = Tokenizer.from_pretrained(tmp_path / "m.gguf")
+    assert (ours.bos_id, ours.eos_id) == (1 if pre == "llama-bpe" else None, 2)
+    for text in strings(800, seed=2):
+        assert ours.encode(text) == theirs.encode(text).ids, repr(text)
 
 
 def test_incomplete_tokenizer_json(tmp_path):
