@@ -97,7 +97,12 @@ class Cache:
     def prefill(self, layer, k, v):
         """Store the prompt's keys and values, (rows, K, T, D), from column 0 on."""
         shape = (*k.shape[:2], self.columns, k.shape[3])
-        self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)   # masked garbage could be NaN
+        try:
+            self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)   # garbage could be NaN
+        except RuntimeError as e:
+            size = 2 * len(self.k) * math.prod(shape) * k.element_size() / 2**30
+            raise InputError(f"out of memory: keys and values of {shape[0]} rows of {self.columns} tokens"
+                             f" need {size:.2f} GiB; lower the batch, the prompt or max_new_tokens") from e
         self.k[layer][:, :, :k.shape[2]] = k
         self.v[layer][:, :, :v.shape[2]] = v
 

@@ -229,7 +229,8 @@ class GGUF:
                   if f"{key}_token_id" in meta}
         config["add_bos_token"] = bool(meta.get("add_bos_token", pre == "llama-bpe"))
         spec = {"version": "1.0", "added_tokens": added, "pre_tokenizer": GGUF_PRE_TOKENIZERS[pre],
-                "model": bpe, "decoder": BYTE_LEVEL, "normalizer": {"type": "NFC"} if pre == "qwen2" else None}
+                "model": bpe, "decoder": BYTE_LEVEL,
+                "normalizer": {"type": "NFC"} if pre == "qwen2" else None}
         return {"config": config, "json": spec}
 
 

@@ -108,6 +108,16 @@ def test_cache_takes_the_bytes_it_says(tiny):
     assert model.cache.bytes() == 2 * 4 * 3 * 2 * 16 * 8 * 4  # k and v, layers, rows, ..., bytes
 
 
+def test_out_of_memory_names_the_cache_and_what_to_lower(tiny, monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = Llama.from_pretrained(tiny)
+    monkeypatch.setattr(torch.Tensor, "new_zeros", no_memory)
+    with pytest.raises(InputError, match=r"3 rows of 40 tokens need 0\.00 GiB; lower the batch"):
+        model.generate(torch.ones(3, 10, dtype=torch.int64), max_new_tokens=30)
+
+
 @pytest.mark.parametrize(
     "what, arguments",
     [
