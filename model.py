@@ -96,15 +96,16 @@ class Cache:
 
     def prefill(self, layer, k, v):
         """Store the prompt's keys and values, (rows, K, T, D), from column 0 on."""
-        shape = (*k.shape[:2], self.columns, k.shape[3])
+        shape, T = (*k.shape[:2], self.columns, k.shape[3]), k.shape[2]
         try:
-            self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)   # garbage could be NaN
+            self.k[layer], self.v[layer] = k.new_empty(shape), v.new_empty(shape)
         except RuntimeError as e:
             size = 2 * len(self.k) * math.prod(shape) * k.element_size() / 2**30
             raise InputError(f"out of memory: keys and values of {shape[0]} rows of {self.columns} tokens"
                              f" need {size:.2f} GiB; lower the batch, the prompt or max_new_tokens") from e
-        self.k[layer][:, :, :k.shape[2]] = k
-        self.v[layer][:, :, :v.shape[2]] = v
+        for memory, new in (self.k[layer], k), (self.v[layer], v):
+            memory[:, :, :T] = new
+            memory[:, :, T:] = 0                     # masked until written, but garbage could be NaN
 
     def step(self, layer, k, v, ctx):
         """Store a token a row, (rows, K, 1, D), each at its position; returns all keys and values so far."""

@@ -113,7 +113,7 @@ def test_out_of_memory_names_the_cache_and_what_to_lower(tiny, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     model = Llama.from_pretrained(tiny)
-    monkeypatch.setattr(torch.Tensor, "new_zeros", no_memory)
+    monkeypatch.setattr(torch.Tensor, "new_empty", no_memory)
     with pytest.raises(InputError, match=r"3 rows of 40 tokens need 0\.00 GiB; lower the batch"):
         model.generate(torch.ones(3, 10, dtype=torch.int64), max_new_tokens=30)
 
