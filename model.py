@@ -67,7 +67,7 @@ class Config:
 
 def rope_frequencies(config):
     """Rotation of each pair of channels in radians a position, float32 (D/2,). RoPE: arXiv 2104.09864."""
-    freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    freq = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     if config.rope_scaling:   # slow pairs turn `factor` times slower, fast ones as before, a ramp between
         r = config.rope_scaling
         turns = r["original_max_position_embeddings"] * freq / (2 * math.pi)   # within the first context

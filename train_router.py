@@ -185,7 +185,7 @@ def warm_start(model, samples, args, device):
 
 
 def train(model, samples, args, device):
-    """Tune the routers; yields nothing, leaves the model tuned and the files in args.out."""
+    """Tune the model's routers; metrics.jsonl, the router file and the checkpoint are left in args.out."""
     gates = routers(model)
     parameters = [p for gate in gates.values() for p in gate.router.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
