@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import FAMILIES, write_tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from model import Config, Llama
+from model import Config, Llama, rope_frequencies
 from model import Llama as LlamaModel
 from weights import SMOLLM2_FILE, InputError
 
@@ -176,6 +178,42 @@ def test_older_config_spelling(tiny):
     )
     config = Config.from_hf(old)
     assert config.rope_theta == 5e5 and config.rope_scaling["factor"] == 8.0 and config.n_kv_head == 2
+
+
+LLAMA31_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3",
+                "original_max_position_embeddings": 8192}  # fmt: skip
+KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+        "vocab_size", "max_position_embeddings")  # fmt: skip
+PUBLIC = {  # what their config.json say, as far as it concerns a loader
+    "Llama 2 7B": ((4096, 11008, 32, 32, 32, 32000, 4096), {"rope_scaling": None}),
+    "Llama 3 8B": ((4096, 14336, 32, 32, 8, 128256, 8192), {"rope_theta": 5e5, "attention_bias": False}),
+    "Llama 3.1 8B": ((4096, 14336, 32, 32, 8, 128256, 131072), {
+        "rope_theta": 5e5, "rope_scaling": LLAMA31_ROPE}),
+    "Llama 3.2 1B": ((2048, 8192, 32, 16, 8, 128256, 131072), {
+        "rope_theta": 5e5, "rope_scaling": LLAMA31_ROPE | {"factor": 32.0}, "head_dim": 64,
+        "tie_word_embeddings": True}),
+    "TinyLlama": ((2048, 5632, 32, 22, 4, 32000, 2048), {"rope_scaling": None}),
+    "Mistral 7B v0.1": ((4096, 14336, 32, 32, 8, 32000, 32768), {"rope_theta": 1e4, "sliding_window": 4096}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_configs_old_and_new_spelling(name):
+    family = "mistral" if "Mistral" in name else "llama"
+    keys = dict(zip(KEYS, PUBLIC[name][0])) | {"rms_norm_eps": 1e-5} | PUBLIC[name][1]
+    ours = Config.from_hf({"model_type": family, **keys})
+    theirs = (MistralConfig if family == "mistral" else LlamaConfig)(**keys)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert (ours.n_layer, ours.n_embd, ours.max_context) == (
+        theirs.num_hidden_layers, theirs.hidden_size, theirs.max_position_embeddings)  # fmt: skip
+    again = Config.from_hf(theirs.to_dict())
+    same = {"rope_scaling": None}
+    assert replace(again, **same) == replace(ours, **same)
+    assert (rope_frequencies(again) == rope_frequencies(ours)).all()
+    kind = theirs.rope_parameters["rope_type"]
+    if kind == "llama3":
+        expected, _ = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu")
+        assert torch.allclose(rope_frequencies(ours), expected, rtol=1e-6, atol=0)
 
 
 def test_loading_in_bfloat16(tiny):
