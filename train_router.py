@@ -35,7 +35,7 @@ from router import (
     routers,
     save_routers,
 )
-from samples import Batch, batches, pack, read_samples
+from samples import Batch, Sample, batches, pack, read_samples
 from tokenizer import Tokenizer
 from weights import InputError, open_safetensors, write_file
 
@@ -232,21 +232,25 @@ def calibrate(model, samples, args, device):
     """Move the threshold until the capacity on some training samples is the one that was asked for.
 
     The penalty leaves the capacity near its target, on one side or the other from batch to batch; bisection
-    on the threshold's logit needs a few forward passes without a head.
+    on the threshold's logit needs a few forward passes without a head. Where gates read prompts, prompts will
+    do, and more of them are needed: there is one decision a sequence, not one a token.
     """
     model.eval()
-    groups = [Batch.of(group, device) for group in pack(samples[:CALIBRATION_SAMPLES], 2 * args.tokens)]
-    low, high = -4.0, 4.0
-    for _ in range(7):
+    some = samples[:CALIBRATION_SAMPLES]
+    if args.granularity.endswith("sequence") and args.pool == "prompt":
+        some = [Sample(s.ids[:s.prompt], s.answer[:s.prompt], s.prompt) for s in samples[:6 * len(some)]]
+    groups = [Batch.of(group, device) for group in pack(some, 2 * args.tokens)]
+    low, high = -2.0, 2.0
+    for _ in range(8):
         middle = (low + high) / 2
         for gate in routers(model).values():
             gate.threshold = 1 / (1 + math.exp(-middle))
-        used = tokens = 0
+        used = gates = 0
         for batch in groups:
             model.run(model.embed(batch.idx), model.context(batch.idx, batch.lengths, batch.prompt_lengths))
-            n = int(batch.lengths.sum())
-            used, tokens = used + float(overall(model)) * n, tokens + n
-        low, high = (middle, high) if used / tokens > args.capacity else (low, middle)
+            n = next(iter(routers(model).values())).seen             # of each layer: tokens, or sequences
+            used, gates = used + float(overall(model)) * n, gates + n
+        low, high = (middle, high) if used / gates > args.capacity else (low, middle)
 
 
 def append(path, text):
