@@ -349,7 +349,7 @@ def parse_arguments():
     p.add_argument("--held-out", type=int, default=64, help="samples at the end of --data kept for the table")
     p.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
     args = p.parse_args()
-    args.command = " ".join(["python train_router.py", *sys.argv[1:]])
+    args.command = " ".join(["python train_router.py", *(a for a in sys.argv[1:] if a != "--resume")])
     return args
 
 
