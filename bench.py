@@ -101,7 +101,7 @@ class Variant:
     def run(self):
         model, cuda = self.model, self.args.device.type == "cuda"
         remove_routers(model)
-        model.requires_grad_(self.name == "train_all").eval()
+        model.requires_grad_(False).eval()
         if self.granularity and self.args.routers:
             load_routers(model, self.args.routers)
         elif self.granularity:

@@ -5,7 +5,6 @@
 """
 import argparse
 import shutil
-import sys
 import time
 
 import torch
@@ -33,7 +32,7 @@ class Printer:
 
 
 def generate(model, tok, ids, args):
-    """Stream a continuation of ids (1, T) to the terminal; returns how many tokens are new."""
+    """Stream a continuation of ids (1, T) to the terminal."""
     torch.manual_seed(args.seed)
     printer, start = Printer(tok, {tok.eos_id}), time.perf_counter()
     out = model.generate(ids, args.max_new_tokens, args.temperature, args.top_k, eos_id=tok.eos_id,
@@ -42,7 +41,6 @@ def generate(model, tok, ids, args):
     new = out[0, ids.shape[1]:].tolist()
     n = new.index(tok.eos_id) + 1 if tok.eos_id in new else len(new)
     print(f"\n\n{n} tokens in {seconds:.2f} s, cache {model.cache.bytes() / 2**20:.2f} MiB\n")
-    return n
 
 
 def draw(model, gates, prompt, width):
@@ -100,4 +98,3 @@ def main():
 
 if __name__ == "__main__":
     run_script("sample.py", main)
-    sys.stdout.flush()

@@ -6,10 +6,10 @@
 
 The loss is that of the answers' tokens: the KL divergence from the dense model's distribution (kl: no
 labels, it asks that the model behave as before), or the cross-entropy (ce, the paper's). To it comes a
-penalty on capacity above a target, which falls from 1 to --capacity over the first half of the run, so that
-layers compete before they close. At the end the threshold is moved, from 0.5, until the capacity is met on
-training samples. Layers below the first router need no autograd graph, and with kl their output serves both
-passes.
+penalty on capacity above a target, which falls to --capacity over the first half of the run, from 1 or
+from half-way (see --start), so that layers compete before they close. At the end the threshold is moved,
+from 0.5, until the capacity is met on training samples. Layers below the first router need no autograd
+graph, and with kl their output serves both passes.
 """
 import argparse
 import json
