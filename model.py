@@ -95,7 +95,7 @@ class Cache:
         self.decisions = {}
 
     def prefill(self, layer, k, v):
-        """Store the prompt's keys and values, (rows, K, T, D), from column 0 on."""
+        """Store a prompt's keys and values, (rows, K, T, D), from column 0 on; returns those to attend to."""
         shape, T = (*k.shape[:2], self.columns, k.shape[3]), k.shape[2]
         try:
             self.k[layer], self.v[layer] = k.new_empty(shape), v.new_empty(shape)
@@ -106,6 +106,7 @@ class Cache:
         for memory, new in (self.k[layer], k), (self.v[layer], v):
             memory[:, :, :T] = new
             memory[:, :, T:] = 0                     # masked until written, but garbage could be NaN
+        return k, v
 
     def step(self, layer, k, v, ctx):
         """Store a token a row, (rows, K, 1, D), each at its position; returns all keys and values so far."""
@@ -125,13 +126,14 @@ class Cache:
 @dataclass
 class Context:
     """What every layer of one forward pass shares. A row is one sequence of the batch."""
-    cos: torch.Tensor                            # (T, D), or (B, 1, 1, D) in a step with ragged rows
+    cos: torch.Tensor                            # (T, D), or (B, 1, T, D) where rows differ in positions
     sin: torch.Tensor
     lengths: torch.Tensor                        # (B,) real tokens of each row in this pass, then padding
     prompt_lengths: torch.Tensor                 # (B,) how many of them are the prompt
     max_prompt: int                              # the largest of those
     sizes: list[int] | None = None               # lengths once more, where the host can read them
-    first: list[int] | None = None               # the position of each row's first token in this pass
+    first: list[int] | None = None               # the position of each row's first token in this pass; None:
+                                                 # columns are not positions, and the mask alone tells
     mask: torch.Tensor | None = None             # (B or 1, 1, T, S) bool, True: may attend; None: causal
     window: int | None = None                    # a token sees so many, itself included; None: all before it
     cache: Cache | None = None
@@ -188,7 +190,7 @@ class Attention(nn.Module):
         if ctx.decoding:
             return ctx.cache.step(self.layer, k, v, ctx)
         if ctx.cache is not None:
-            ctx.cache.prefill(self.layer, k, v)
+            return ctx.cache.prefill(self.layer, k, v)
         return k, v
 
     def queries(self, h, cos, sin):

@@ -33,6 +33,7 @@ from model import attend
 from weights import InputError, open_safetensors, write_file
 
 GRANULARITIES = [f"{part}_{scope}" for part in ("attn", "mlp", "block") for scope in ("sequence", "token")]
+CLOSED = 2.0        # a threshold that no score reaches
 QUERY_CHUNK = 128   # gathered queries attend in chunks, each to the keys up to its last position
 
 
@@ -142,17 +143,20 @@ class MindSkip(nn.Module):
         Where these are: `columns`, for each row, on the host; `at` (N,), through all rows, on the device.
         """
         row, column = at // h.shape[1], at % h.shape[1]
-        cos, sin = (t[column] if t.dim() == 2 else t[row, 0, 0] for t in (ctx.cos, ctx.sin))     # (N, D)
+        cos, sin = (t[column] if t.dim() == 2 else t[row, 0, column] for t in (ctx.cos, ctx.sin))  # (N, D)
         q = self.attn.queries(h.flatten(0, 1)[at], cos, sin)[None]       # (1, H, N, D)
         y, done = [], 0
         for b, of_row in enumerate(columns):
             for chunk in of_row.split(QUERY_CHUNK) if len(of_row) else ():
-                position = chunk + ctx.first[b]
-                start, end = 0, int(position[-1]) + 1                    # keys that some query here may see
-                if ctx.window:
-                    start = max(0, int(position[0]) + 1 - ctx.window)
-                ago = position[:, None] - torch.arange(start, end)       # (n, S')
-                mask = ((ago >= 0) & (ago < (ctx.window or end))).to(h.device) if len(chunk) > 1 else None
+                if ctx.first is None:
+                    start, end, mask = 0, k.shape[2], ctx.mask[b, 0, chunk]              # (n, S)
+                else:
+                    position = chunk + ctx.first[b]
+                    start, end = 0, int(position[-1]) + 1                # keys that some query here may see
+                    if ctx.window:
+                        start = max(0, int(position[0]) + 1 - ctx.window)
+                    ago = position[:, None] - torch.arange(start, end)   # (n, S')
+                    mask = ((ago >= 0) & (ago < (ctx.window or end))).to(h.device) if len(chunk) > 1 else None
                 seen = slice(b, b + 1), slice(None), slice(start, end)
                 y.append(attend(q[:, :, done:done + len(chunk)], k[seen], v[seen], mask))
                 done += len(chunk)
@@ -270,6 +274,24 @@ def capacity(model, routed=False):
     open_share = shares(model)
     mean = sum(open_share.values()) / len(open_share) if routed and open_share else overall(model)
     return float(mean.detach())
+
+
+class Usage:
+    """How often the gates were open, over many passes: call `add` after each."""
+
+    def __init__(self, model):
+        self.model, self.opened, self.seen = model, {}, 0
+
+    def add(self):
+        for i, gate in routers(self.model).items():
+            self.opened[i] = self.opened.get(i, 0) + int(gate.opened)
+        self.seen += gate.seen if self.opened else 0
+
+    def summary(self):
+        """{"capacity": overall, "routed_capacity", "keep": {layer: share}}."""
+        keep, n = {i: opened / self.seen for i, opened in self.opened.items()}, self.model.config.n_layer
+        return {"capacity": (sum(keep.values()) + n - len(keep)) / n,
+                "routed_capacity": sum(keep.values()) / len(keep) if keep else 1.0, "keep": keep}
 
 
 def capacity_loss(model, target):

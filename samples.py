@@ -1,5 +1,8 @@
-"""Text files to samples, and samples to batches: instructions (Alpaca), chats and plain text."""
+"""Files to what a model reads: instructions (Alpaca), chats and plain text to samples and batches, benchmarks
+to questions."""
 import json
+import re
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,11 +108,11 @@ def batches(samples, budget, seed):
         yield from (packed[i] for i in torch.randperm(len(packed), generator=rng).tolist())
 
 
-def pack(samples, budget):
+def pack(samples, budget, size=lambda s: len(s.ids)):
     """Samples by length, in groups of at most `budget` tokens with padding (a longer one stands alone)."""
-    groups = [[]]
-    for s in sorted(samples, key=lambda s: -len(s.ids)):
-        if groups[-1] and len(groups[-1][0].ids) * (len(groups[-1]) + 1) > budget:
+    groups = []
+    for s in sorted(samples, key=size, reverse=True):
+        if not groups or size(groups[-1][0]) * (len(groups[-1]) + 1) > budget:
             groups.append([])
         groups[-1].append(s)
     return groups
@@ -132,3 +135,147 @@ class Batch:
         lengths = torch.tensor([len(s.ids) for s in samples])
         prompts = torch.tensor([s.prompt for s in samples])
         return cls(*(t.to(device) for t in (idx, lengths, prompts, scored, targets)))
+
+
+# ------------------------------------------------------------------------------------ benchmarks to questions
+
+
+QUESTIONS = Path(__file__).parent / "data" / "questions"
+
+
+@dataclass
+class Task:
+    """How a line of a benchmark becomes a question, as in lm-evaluation-harness."""
+    hub: tuple                         # the data set's name on the hub and its configuration
+    split: str
+    shots: int                         # the paper's
+    text: callable                     # the context; a list: one a choice, all followed by `target`
+    choices: callable
+    gold: callable                     # the right choice's place
+    norm: bool = False                 # is acc_norm defined?
+    paper: bool = True                 # one of the paper's eight?
+    examples: str = "train"            # the split few-shot examples come from
+    group: callable = lambda d: ""     # questions with the same group share examples, and this heading
+    target: callable = None
+
+
+def hellaswag_text(text):
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def index(labels, answer):
+    return labels.index(str(answer).strip())
+
+
+def arc(name, **kind):
+    return Task(("allenai/ai2_arc", name), "test", text=lambda d: f"Question: {d['question']}\nAnswer:",
+                choices=lambda d: d["choices"]["text"], norm=True,
+                gold=lambda d: index(d["choices"]["label"], d["answerKey"]), **kind)
+
+
+TASKS = {
+    "arc_challenge": arc("ARC-Challenge", shots=25),
+    "arc_easy": arc("ARC-Easy", shots=0, paper=False),
+    "boolq": Task(
+        ("aps/super_glue", "boolq"), "validation", 0,
+        lambda d: f"{d['passage']}\nQuestion: {d['question']}?\nAnswer:",
+        lambda d: ["no", "yes"], lambda d: int(d["label"])),
+    "hellaswag": Task(
+        ("Rowan/hellaswag", None), "validation", 10,
+        lambda d: hellaswag_text(f"{d['activity_label']}: {d['ctx_a']} {d['ctx_b'].capitalize()}"),
+        lambda d: [hellaswag_text(ending) for ending in d["endings"]], lambda d: int(d["label"]), norm=True),
+    "mmlu": Task(
+        ("cais/mmlu", "all"), "test", 5,
+        lambda d: "{}\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:".format(d["question"].strip(), *d["choices"]),
+        lambda d: ["A", "B", "C", "D"], lambda d: int(d["answer"]), examples="dev",
+        group=lambda d: "The following are multiple choice questions (with answers) about"
+                        f" {d['subject'].replace('_', ' ')}.\n\n"),
+    "openbookqa": Task(
+        ("allenai/openbookqa", "main"), "test", 0, lambda d: d["question_stem"],
+        lambda d: d["choices"]["text"], lambda d: index(d["choices"]["label"], d["answerKey"]), norm=True),
+    "piqa": Task(
+        ("baber/piqa", None), "validation", 0, lambda d: f"Question: {d['goal']}\nAnswer:",
+        lambda d: [d["sol1"], d["sol2"]], lambda d: int(d["label"]), norm=True),
+    "rte": Task(
+        ("nyu-mll/glue", "rte"), "validation", 0,
+        lambda d: f"{d['sentence1']}\nQuestion: {d['sentence2']} True or False?\nAnswer:",
+        lambda d: ["True", "False"], lambda d: int(d["label"])),
+    "winogrande": Task(
+        ("allenai/winogrande", "winogrande_xl"), "validation", 5,
+        lambda d: [d["sentence"][:d["sentence"].index("_")] + d[f"option{i}"] for i in (1, 2)],
+        lambda d: [d["option1"], d["option2"]], lambda d: ["1", "2"].index(d["answer"]),
+        target=lambda d: d["sentence"][d["sentence"].index("_") + 1:].strip()),
+}
+
+Question = namedtuple("Question", "id contexts continuations lengths gold group")
+
+
+def read_split(name, task, split, args):
+    """[(where, record)] of one split of a task, or None where there is no such split."""
+    if args.data_dir:
+        path = Path(args.data_dir) / name / f"{split}.jsonl"
+        try:
+            return list(records(path.read_text("utf-8"), path)) if path.exists() else None
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"{path}: cannot be read ({e})") from None
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"{name}: give --data-dir DIR with {name}/{split}.jsonl, a line a question with the"
+                         " hub's field names, or pip install datasets to fetch it from the hub") from None
+    try:
+        lines = datasets.load_dataset(*task.hub, split=split)
+        return [(f"{name}, {split} {i}", dict(line)) for i, line in enumerate(lines)]
+    except Exception as e:   # the hub's failures have no common kind
+        raise InputError(f"{name}: {task.hub[0]} could not be fetched from the hub ({e}); give --data-dir") \
+            from None
+
+
+def parse(task, where, record):
+    """(contexts, continuations, lengths of the choices in characters, gold, group) of a line; one context a
+    choice. InputError names a field that is missing or an answer that is none."""
+    try:
+        text, choices, group = task.text(record), task.choices(record), task.group(record)
+        contexts = text if isinstance(text, list) else [text] * len(choices)
+        after = [task.target(record)] * len(choices) if task.target else choices
+        lengths = [len(choice) for choice in choices]
+    except KeyError as e:
+        raise InputError(f"{where}: lacks the field {e}") from None
+    except (TypeError, ValueError, AttributeError, IndexError) as e:
+        raise InputError(f"{where}: not a question of this task ({e})") from None
+    try:
+        gold = task.gold(record)
+        if not 0 <= gold < len(choices):
+            raise ValueError
+    except KeyError as e:
+        raise InputError(f"{where}: lacks the field {e}") from None
+    except (ValueError, TypeError):
+        raise InputError(f"{where}: its answer is none of its {len(choices)} choices") from None
+    if not all(lengths) or not all(after):
+        raise InputError(f"{where}: a choice is empty")
+    return contexts, [" " + continuation for continuation in after], lengths, gold, group
+
+
+def read_task(name, args):
+    """The questions of a task, and how many examples precede each."""
+    task = TASKS[name]
+    lines = read_split(name, task, task.split, args)
+    if not lines:
+        where = f" in {args.data_dir}/{name}" if args.data_dir else ""
+        raise InputError(f"{name}: there is no {task.split}.jsonl{where}, or it is empty")
+    shots = task.shots if args.num_fewshot is None else args.num_fewshot
+    examples = {}
+    for where, record in (read_split(name, task, task.examples, args) or []) if shots else []:
+        contexts, continuations, _, gold, group = parse(task, where, record)
+        examples.setdefault(group, []).append(contexts[gold] + continuations[gold] + "\n\n")
+    if args.num_fewshot is None or not examples:
+        shots = min(shots, min(map(len, examples.values()), default=0))
+    questions = []
+    for i, (where, record) in enumerate(lines[:args.limit]):
+        contexts, *rest, group = parse(task, where, record)
+        if len(examples.get(group, ())) < shots:
+            raise InputError(f"{where}: {shots} examples are asked for, but {task.examples}.jsonl has"
+                             f" {len(examples.get(group, ()))} for it; lower --num-fewshot")
+        head = group + "".join(examples.get(group, ())[:shots])
+        questions.append(Question(i, [head + context for context in contexts], *rest, group))
+    return questions, shots

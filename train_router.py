@@ -26,7 +26,9 @@ from tqdm import tqdm
 
 from model import Llama, pick
 from router import (
+    CLOSED,
     GRANULARITIES,
+    Usage,
     add_routers,
     capacity_loss,
     dense,
@@ -43,13 +45,14 @@ DEFAULT_DATA = Path(__file__).parent / "data" / "instructions.jsonl"
 HEAD_CHUNK = 512      # tokens whose logits exist at once
 WARM_BATCHES, WARM_TOKENS = 4, 1024
 CALIBRATION_SAMPLES = 32
+HELD_OUT = 64         # samples at the end of --data that are kept for the table
 
 
 # ------------------------------------------------------------------------------------------------------ loss
 
 def two_passes(model, batch, with_dense):
     """The residual stream where a next token is scored, (N, C): routed, and dense if asked (else None)."""
-    first = min(routers(model))
+    first = min(routers(model), default=model.config.n_layer)
     ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
     with torch.no_grad():                                     # below the first router both are the same
         below = model.run(model.embed(batch.idx), ctx, 0, first)
@@ -98,7 +101,7 @@ def backward(model, batch, kind, weight, target, penalty):
 def evaluate(model, samples, budget, device):
     """Dense and routed loss, KL(dense || routed) in nats a token, and each layer's keep rate, on samples."""
     model.eval()
-    sums, tokens, opened, seen = torch.zeros(3, dtype=torch.float64), 0, {}, 0
+    sums, tokens, usage = torch.zeros(3, dtype=torch.float64), 0, Usage(model)
     for group in pack(samples, budget):
         batch = Batch.of(group, device)
         x, reference = two_passes(model, batch, with_dense=True)
@@ -108,15 +111,9 @@ def evaluate(model, samples, budget, device):
             ce = [F.nll_loss(log, batch.targets[part], reduction="sum") for log in (log_p, log_q)]
             sums += torch.stack([*ce, divergence(log_p, log_q).sum()]).cpu()
         tokens += len(x)
-        gates = routers(model)
-        seen += next(iter(gates.values())).seen
-        for layer, gate in gates.items():
-            opened[layer] = opened.get(layer, 0) + int(gate.opened)
-    keep = {layer: n / seen for layer, n in opened.items()}
-    n_layer, loss = model.config.n_layer, (sums / tokens).tolist()
-    return {"tokens": tokens, "dense_loss": loss[0], "loss": loss[1], "kl": loss[2], "keep": keep,
-            "capacity": (sum(keep.values()) + n_layer - len(keep)) / n_layer,
-            "routed_capacity": sum(keep.values()) / len(keep)}
+        usage.add()
+    dense_loss, loss, kl = (sums / tokens).tolist()
+    return {"tokens": tokens, "dense_loss": dense_loss, "loss": loss, "kl": kl} | usage.summary()
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -136,20 +133,17 @@ def target_capacity(step, args):
 
 
 @torch.no_grad()
-def warm_start(model, samples, args, device):
-    """Begin with routers that predict the harm of skipping.
+def measure_harm(model, groups, device):
+    """How far the output moves when one layer is closed at a time.
 
-    Close one layer at a time and see how far the output moves: log KL(dense || without it), for each
-    token, or each sequence. A ridge regression of that on what the layer's gate reads gives w and b, and
-    one threshold for all layers the capacity at which tuning starts. Gates that are all open would start
-    where the KL has no slope, and fall in step until whole layers close at once.
+    Returns {layer: (what its gate reads (n, C), KL(dense || without it) in nats (n,))}, for each answer token
+    of the groups of samples, or each sequence.
     """
     model.eval()
     gates = routers(model)
     reads, harms = {i: [] for i in gates}, {i: [] for i in gates}
     with dense(model):
-        groups = islice(batches(samples, min(args.tokens, WARM_TOKENS), args.seed), WARM_BATCHES)
-        for group in tqdm(groups, "warm start", WARM_BATCHES, unit="batch"):
+        for group in tqdm(groups, "harm of each layer", unit="batch"):
             batch = Batch.of(group, device)
             ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
             streams = [model.embed(batch.idx)]                                 # before each layer, (B, T, C)
@@ -160,23 +154,34 @@ def warm_start(model, samples, args, device):
             for i, gate in gates.items():
                 x = model.layers[i].attn(streams[i], ctx) if gate.part == "mlp" else streams[i]
                 h = gate.pooled(gate.read(x, ctx), ctx)
-                gate.bypass, gate.threshold = False, 2.0                         # no score reaches 2: closed
+                threshold, gate.bypass, gate.threshold = gate.threshold, False, CLOSED
                 x = model.run(streams[i], ctx, i)[batch.scored]
-                gate.bypass, gate.threshold = True, 0.5
+                gate.bypass, gate.threshold = True, threshold
                 harm = divergence(log_p, log_probabilities(model, x))
                 if gate.scope == "sequence":
                     harm = torch.stack([harm[row == b].mean() for b in range(len(h))])
                 reads[i].append(h if gate.scope == "sequence" else h[batch.scored])
-                harms[i].append((harm + 0.01).log())
-    predicted = []
-    for i, gate in gates.items():
-        h, y = torch.cat(reads[i]), torch.cat(harms[i])
-        centred = h - h.mean(0)
+                harms[i].append(harm)
+    return {i: (torch.cat(reads[i]), torch.cat(harms[i])) for i in gates}
+
+
+@torch.no_grad()
+def warm_start(model, samples, args, device):
+    """Begin with routers that predict the harm of skipping.
+
+    A ridge regression of each token's, or sequence's, log harm on what the layer's gate reads gives w and b,
+    and one threshold for all layers the capacity at which tuning starts. Gates that are all open would start
+    where the KL has no slope, and fall in step until whole layers close at once.
+    """
+    gates, predicted = routers(model), []
+    groups = list(islice(batches(samples, min(args.tokens, WARM_TOKENS), args.seed), WARM_BATCHES))
+    for i, (h, harm) in measure_harm(model, groups, device).items():
+        y, centred = (harm + 0.01).log(), h - h.mean(0)
         square = centred.T @ centred                                             # (C, C)
         ridge = 0.3 * square.diagonal().mean() * torch.eye(len(square), device=device)
         w = torch.linalg.solve(square + ridge, centred.T @ (y - y.mean()))
-        gate.router.weight[0], gate.router.bias[0] = w, y.mean() - h.mean(0) @ w
-        predicted.append(h @ w + gate.router.bias)
+        gates[i].router.weight[0], gates[i].router.bias[0] = w, y.mean() - h.mean(0) @ w
+        predicted.append(h @ w + gates[i].router.bias)
     free = 1 - len(gates) / model.config.n_layer
     closed = (1 - (1 + args.capacity) / 2) / (1 - free)                        # of the routed gates, at first
     level = torch.cat(predicted).float().quantile(min(1.0, closed))
@@ -245,12 +250,11 @@ def calibrate(model, samples, args, device):
         middle = (low + high) / 2
         for gate in routers(model).values():
             gate.threshold = 1 / (1 + math.exp(-middle))
-        used = gates = 0
+        usage = Usage(model)
         for batch in groups:
             model.run(model.embed(batch.idx), model.context(batch.idx, batch.lengths, batch.prompt_lengths))
-            n = next(iter(routers(model).values())).seen             # of each layer: tokens, or sequences
-            used, gates = used + float(overall(model)) * n, gates + n
-        low, high = (middle, high) if used / gates > args.capacity else (low, middle)
+            usage.add()
+        low, high = (middle, high) if usage.summary()["capacity"] > args.capacity else (low, middle)
 
 
 def append(path, text):
@@ -346,7 +350,8 @@ def parse_arguments():
     p.add_argument("--tokens", type=int, help="tokens a batch (default: 768 on a CPU, 16384 on CUDA)")
     p.add_argument("--accumulate", type=int, default=1, help="batches a step")
     p.add_argument("--pool", default="prompt", choices=("prompt", "all"), help="what a sequence's gate reads")
-    p.add_argument("--held-out", type=int, default=64, help="samples at the end of --data kept for the table")
+    p.add_argument("--held-out", type=int, default=HELD_OUT,
+                   help="samples at the end of --data kept for the table")
     p.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
     args = p.parse_args()
     args.command = " ".join(["python train_router.py", *(a for a in sys.argv[1:] if a != "--resume")])

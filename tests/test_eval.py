@@ -1,0 +1,275 @@
+"""eval.py against lm-evaluation-harness's figures, against one choice at a time, and against bad input."""
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import is_one_sentence, train_tokenizer, write_tiny
+
+import eval as evaluation
+from model import Llama
+from router import GRANULARITIES, Usage, add_routers, routers, save_routers
+from samples import QUESTIONS, TASKS, read_task
+from tokenizer import Tokenizer
+
+HERE = Path(__file__).parent
+
+
+# ------------------------------------------------------------------------------------------------ the harness
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_scores_are_the_harness(shots, smollm2, call, tmp_path):
+    theirs = json.loads((HERE / f"lm_eval_{shots}.json").read_text())
+    status, said = call(
+        evaluation.main, "--tasks", ",".join(theirs), "--data-dir", QUESTIONS, "--num-fewshot", shots,
+        "--device", "cpu", "--json", tmp_path / "ours.json",
+    )  # fmt: skip
+    assert status == 0, said
+    ours = json.loads((tmp_path / "ours.json").read_text())
+    assert ours["capacity"] == 1 and set(ours["tasks"]) == set(theirs)
+    for name, table in ours["tasks"].items():
+        items = theirs[name]["items"]
+        assert [item["id"] for item in table["items"]] == [item["id"] for item in items]
+        for mine, item in zip(table["items"], items):
+            assert mine["ll"] == pytest.approx(item["ll"], abs=1e-3)
+            assert (mine["ll"][mine["gold"]] == max(mine["ll"])) == item["acc"]
+        assert table["n"] == len(items) and table["acc"] == sum(i["acc"] for i in items) / len(items)
+        if TASKS[name].norm:
+            assert table["acc_norm"] == sum(i["acc_norm"] for i in items) / len(items)
+        else:
+            assert table["acc_norm"] is None and items[0]["acc_norm"] is None
+
+
+# --------------------------------------------------------------------------------------- one choice at a time
+
+
+@pytest.fixture
+def question_files(tmp_path):
+    """A few questions of every task, with examples for some."""
+    for name in TASKS:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for path in (QUESTIONS / name).glob("*.jsonl"):
+            lines = path.read_text().splitlines(keepends=True)
+            few = lines if path.stem in ("train", "dev") else lines[:6:2]
+            (tmp_path / "data" / name / path.name).write_text("".join(few))
+    return tmp_path / "data"
+
+
+def questions_of(folder, name, shots=0, limit=None):
+    return read_task(name, types.SimpleNamespace(data_dir=folder, num_fewshot=shots, limit=limit))[0]
+
+
+@torch.no_grad()
+def brute_force(model, questions, tok):
+    """Every choice by itself: the whole text, no padding, nothing shared."""
+    bos, out = [] if tok.bos_id is None else [tok.bos_id], []
+    for q in questions:
+        out.append([])
+        for context, continuation in zip(q.contexts, q.continuations):
+            n = len(bos + tok.encode(context.rstrip()))
+            ids = bos + tok.encode(context.rstrip()) + (bos + tok.encode(context + continuation))[n:]
+            room = model.config.max_context + 1
+            cut = max(0, len(ids) - room)
+            idx = torch.tensor([ids[cut:][:-1]])
+            log_p = model(idx, prompt_lengths=torch.tensor([n - cut])).log_softmax(-1)[0]
+            targets = torch.tensor(ids[cut:][1:])
+            out[-1].append(float(log_p.gather(1, targets[:, None])[n - cut - 1 :].sum()))
+    return out
+
+
+def with_gates(model, granularity, pool="prompt"):
+    add_routers(model, granularity, "1-3", pool=pool)
+    torch.manual_seed(1)
+    for gate in routers(model).values():
+        gate.router.weight.data.normal_(0, 0.5)
+        gate.router.bias.data.zero_()
+
+
+@pytest.mark.parametrize("kind", [None, *GRANULARITIES, "attn_sequence all"])
+@pytest.mark.parametrize("family", ["grouped queries", "Mistral with a window"])
+def test_sharing_changes_nothing(kind, family, question_files, tmp_path):
+    write_tiny(tmp_path / "m", family)
+    train_tokenizer(digits=True).save(str(tmp_path / "m" / "tokenizer.json"))
+    tok, model = Tokenizer.from_pretrained(tmp_path / "m"), Llama.from_pretrained(tmp_path / "m")
+    if kind:
+        granularity, _, pool = kind.partition(" ")
+        with_gates(model, granularity, pool or "prompt")
+    for name, shots in ("arc_challenge", 0), ("mmlu", 1), ("winogrande", 2), ("boolq", 0), ("hellaswag", 0):
+        questions = questions_of(question_files, name, shots, limit=3)
+        expected = brute_force(model, questions, tok)
+        for budget in 1, 700:
+            usage = Usage(model)
+            lls, _, _ = evaluation.log_likelihoods(model, questions, tok, budget, [usage])
+            for ours, theirs in zip(lls, expected):
+                assert ours == pytest.approx(theirs, abs=1e-3), (name, budget)
+            if kind:
+                assert 0.25 < usage.summary()["capacity"] < 1
+    usage = Usage(model)                                    # the same in another order, as a part of more
+    again, _, _ = evaluation.log_likelihoods(model, questions[::-1] + questions, tok, 300, [usage])
+    for ours, theirs in zip(again, expected[::-1] + expected):
+        assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def test_a_beginning_is_run_once(tiny, question_files):
+    tok, model = Tokenizer.from_pretrained(tiny), Llama.from_pretrained(tiny)
+    questions = questions_of(question_files, "arc_challenge", 1)
+    rows = evaluation.rows_of(questions, tok, 512, apart=False)
+    shared = evaluation.common_beginning(rows)
+    assert shared > evaluation.SHARED and len(rows) == len(questions)
+    _, _, tokens = evaluation.log_likelihoods(model, questions, tok, 512, [])
+    assert tokens == sum(evaluation.size(row) - shared for row in rows)
+    with_gates(model, "attn_sequence")                        # a sequence's gate reads its own prompt
+    _, _, tokens = evaluation.log_likelihoods(model, questions, tok, 512, [])
+    assert tokens == sum(map(evaluation.size, rows))
+
+
+def test_single_tokens_need_one_pass(tiny, question_files):
+    tok = Tokenizer.from_pretrained(tiny)
+    questions = questions_of(question_files, "mmlu")
+    for q, row in zip(questions, evaluation.rows_of(questions, tok, 512, apart=False)):
+        extra = sum(len(tok.encode(c)) - 1 for c in q.continuations)
+        assert evaluation.size(row) == len(tok.encode(q.contexts[0])) + extra
+
+
+def test_a_long_context_loses_its_beginning(tiny, question_files, call):
+    path = question_files / "boolq" / "validation.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1]["passage"] *= 30
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tok, model = Tokenizer.from_pretrained(tiny), Llama.from_pretrained(tiny)
+    questions = questions_of(question_files, "boolq")
+    lls, cut, _ = evaluation.log_likelihoods(model, questions, tok, 512, [])
+    assert cut == 2                                                       # one for each choice
+    for ours, theirs in zip(lls, brute_force(model, questions, tok)):
+        assert ours == pytest.approx(theirs, abs=1e-3)
+    _, said = call(evaluation.main, "--model", tiny, "--tasks", "boolq", "--data-dir", question_files)
+    assert "2 contexts were longer" in said
+
+
+# ----------------------------------------------------------------------------------------------- side by side
+
+
+def test_routed_and_static_beside_dense(tiny, question_files, call, tmp_path):
+    model = Llama.from_pretrained(tiny)
+    with_gates(model, "attn_token")
+    save_routers(model, tmp_path / "r.safetensors")
+    status, said = call(
+        evaluation.main, "--model", tiny, "--routers", tmp_path / "r.safetensors", "--static", 2,
+        "--shuffled",
+        "--data-dir", question_files, "--limit", 2, "--text", HERE.parent / "data" / "instructions.jsonl",
+        "--last", 3, "--json", tmp_path / "o.json", "--num-fewshot", 0, "--device", "cpu",
+    )  # fmt: skip
+    assert status == 0 and "average of 8" in said and "perplexity" in said
+    table = json.loads((tmp_path / "o.json").read_text())
+    assert table["static"]["capacity"] == pytest.approx(0.5)
+    assert table["dense"]["capacity"] == 1 and 0.25 < table["capacity"] < 1
+    assert table["shuffled"]["capacity"] == pytest.approx(table["capacity"], abs=0.1)
+    for variant in table, table["dense"], table["static"], table["shuffled"]:
+        assert list(variant["tasks"]) == list(TASKS)
+        assert all(t["n"] == 2 and [i["id"] for i in t["items"]] == [0, 1] for t in variant["tasks"].values())
+    assert table["tasks"]["piqa"]["items"] != table["dense"]["tasks"]["piqa"]["items"]
+    assert table["dense"]["text"]["kl"] == 0 and table["text"]["kl"] > 0 and table["static"]["text"]["kl"] > 0
+
+
+def test_what_changed():
+    q = [types.SimpleNamespace(id=i, gold=0, lengths=[1, 3]) for i in range(3)]
+    dense = evaluation.Scores(q, [[-1.0, -2.0], [-2.0, -1.0], [-1.0, -1.5]], norm=False)
+    other = evaluation.Scores(q, [[-1.0, -2.0], [-1.0, -2.0], [-3.0, -1.0]], norm=False)
+    found = other.against(dense)
+    assert (dense.acc, other.acc, found["changed"]) == (2 / 3, 2 / 3, 2) and found["difference"] == 0
+    assert found["interval"] == pytest.approx(1.96 / 3**0.5)                  # of 0, 1 and -1
+    p, r = (torch.tensor(lls).double().softmax(1) for lls in (dense.lls, other.lls))
+    assert found["kl"] == pytest.approx(float((p * (p / r).log()).sum(1).mean()))
+    assert evaluation.Scores(q, dense.lls, norm=True).acc_norm == pytest.approx(0)     # -2 / 3 beats -1
+
+
+def test_static_drops_what_is_missed_least(tiny):
+    """The layer whose attention does nothing is the first to go."""
+    tok, model = Tokenizer.from_pretrained(tiny), Llama.from_pretrained(tiny)
+    model.layers[2].attn.o.weight.data.zero_()
+    args = types.SimpleNamespace(seed=0)
+    samples, _ = evaluation.read_samples(evaluation.DEFAULT_DATA, tok, 512)
+    assert evaluation.least_harmful(model, samples[:20], 1, args, "cpu") == [2]
+
+
+def test_without_arguments(tiny, call):
+    status, said = call(evaluation.main, "--model", tiny)
+    assert status == 0 and "no benchmark" in said and all(name in said for name in TASKS)
+    assert "perplexity" in said and "a second" in said
+
+
+def test_from_the_hub(tiny, call, monkeypatch):
+    asked = []
+
+    def load_dataset(*hub, split):
+        asked.append((*hub, split))
+        return [json.loads(line) for line in (QUESTIONS / "piqa" / "validation.jsonl").open()]
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    status, _ = call(evaluation.main, "--model", tiny, "--tasks", "piqa")
+    assert status == 0 and asked == [("baber/piqa", None, "validation")]
+
+
+def test_finished_tasks_are_kept(tiny, question_files, call, tmp_path, monkeypatch):
+    run = evaluation.run_task
+
+    def interrupted(name, *rest):
+        if name == "piqa":
+            raise KeyboardInterrupt
+        return run(name, *rest)
+    monkeypatch.setattr(evaluation, "run_task", interrupted)
+    status, _ = call(evaluation.main, "--model", tiny, "--tasks", "rte,piqa", "--data-dir", question_files,
+                     "--json", tmp_path / "o.json")  # fmt: skip
+    assert status == 130 and list(json.loads((tmp_path / "o.json").read_text())["tasks"]) == ["rte"]
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--tasks", "piqa,quiz"], ["quiz", "winogrande"]),
+        (["--tasks", "piqa", "--data-dir", "nowhere"], ["piqa", "validation.jsonl", "nowhere"]),
+        (["--tasks", "piqa", "--limit", -1], ["--limit", "-1"]),
+        (["--tasks", "piqa", "--num-fewshot", -2], ["--num-fewshot"]),
+        (["--tasks", "arc_challenge", "--num-fewshot", 40], ["40", "train.jsonl", "--num-fewshot"]),
+        (["--tasks", "rte", "--routers", "none.safetensors"], ["none.safetensors"]),
+        (["--tasks", "rte", "--shuffled"], ["--routers"]),
+        (["--tasks", "rte", "--static", 9], ["--static", "4 layers"]),
+        (["--text", "nothing.txt"], ["nothing.txt"]),
+    ],
+)
+def test_bad_flags(flags, words, tiny, question_files, call):
+    flags = flags if "--data-dir" in flags or "--text" in flags else [*flags, "--data-dir", question_files]
+    status, said = call(evaluation.main, "--model", tiny, *flags)
+    assert status == 1 and is_one_sentence(said) and all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ('{"goal": "a", ', ["line 2", "JSON"]),
+        ('{"goal": "a", "sol1": "b", "label": 0}', ["line 2", "sol2"]),
+        ('{"goal": "a", "sol1": "b", "sol2": "c"}', ["line 2", "label"]),
+        ('{"goal": "a", "sol1": "b", "sol2": "c", "label": 2}', ["line 2", "answer"]),
+        ('{"goal": "a", "sol1": "b", "sol2": "c", "label": "x"}', ["line 2", "answer"]),
+        ('{"goal": "a", "sol1": "b", "sol2": "", "label": 1}', ["line 2", "empty"]),
+        ('{"goal": "a", "sol1": 5, "sol2": "c", "label": 1}', ["line 2"]),
+        ("[1, 2]", ["line 2"]),
+    ],
+)
+def test_bad_lines(line, words, tiny, question_files, call):
+    path = question_files / "piqa" / "validation.jsonl"
+    first = path.read_text().splitlines()[0]
+    path.write_text(f"{first}\n{line}\n")
+    status, said = call(evaluation.main, "--model", tiny, "--tasks", "piqa", "--data-dir", question_files)
+    assert status == 1 and is_one_sentence(said) and all(word in said for word in words), said
+
+
+def test_without_data_or_hub(tiny, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    status, said = call(evaluation.main, "--model", tiny, "--tasks", "piqa")
+    assert status == 1 and is_one_sentence(said) and "--data-dir" in said and "piqa/validation.jsonl" in said
