@@ -1,29 +1,39 @@
-"""What skipping buys: time of prefill, decode and tuning, dense against routed, and what is possible.
+"""What skipping buys: time and memory of prefill, decode and tuning, dense against routed, and the limit.
 
     python bench.py                        # attn_sequence and attn_token at capacity 0.5
     python bench.py --device cuda --model llama3-8b --random-weights --context 512,2048,8192 --batch 1,8
     python bench.py --against transformers,masked
+    python bench.py --phase train --layers last:15
 
 All variants run in turns, round after round, in one process, and medians are compared. `none` has every gate
 closed: what it takes cannot be skipped, so the limit at routed capacity c is t_dense / (t_none + c (t_dense -
 t_none)), and the efficiency of skipping is the measured speedup over that limit. Without --routers the open
 gates are drawn at random, exactly as many as the capacity asks for; the routers' scores are computed all the
-same.
+same. `of peak` is, for decode, the bytes of the weights, keys and values that a step reads over its time, as
+a share of the memory bandwidth of a large copy; else the products' operations over time, as a share of the
+rate of one large product; both are measured at the start. Peak memory counts the weights; on a CPU each
+variant is run once more for it, in a process of its own.
 """
 import argparse
+import copy
 import functools
 import json
 import math
+import multiprocessing
 import platform
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import Cache, Config, Llama, pick
 from router import (
+    CLOSED,
     GRANULARITIES,
     add_routers,
     capacity,
@@ -36,7 +46,7 @@ from router import (
 from samples import Batch, Sample
 from tokenizer import Tokenizer
 from train_router import DEFAULT_DATA, backward, common_arguments, run_script
-from weights import InputError, write_file
+from weights import InputError, open_checkpoint, write_file
 
 SHAPES = {
     "smollm2-135m": Config(30, 9, 3, 576, 1536, 49152, 64, 8192, rope_theta=1e5, tie_embeddings=True),
@@ -90,23 +100,49 @@ def force(model, share, seed):
         replace(gate, layer)
 
 
+class Work(TorchDispatchMode):
+    """Counts what the matrix products inside it do: operations, and the bytes of weights, keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm"):
+            a, b = args[-2:]
+            self.flops += 2 * out.numel() * a.shape[-1]
+            self.bytes += b.nbytes
+        elif "scaled_dot_product" in name and "backward" not in name:
+            q, k, v = args[:3]
+            causal = 2 if q.shape[2] == k.shape[2] else 1
+            self.flops += 4 * q.numel() * k.shape[2] // causal
+            self.bytes += k.nbytes + v.nbytes
+        return out
+
+
 class Variant:
     """One way to run the model on one input: `run()` does it once and returns its seconds."""
 
-    def __init__(self, model, args, phase, name, batch, context, granularity=None, share=None):
+    def __init__(self, model, args, phase, name, batch, context, granularity=None, asked=None):
         self.model, self.args, self.phase, self.name = model, args, phase, name
-        self.batch, self.context, self.granularity, self.share = batch, context, granularity, share
-        self.times, self.cache_bytes, self.peak, self.capacity = [], None, None, None
+        self.batch, self.context, self.granularity, self.asked = batch, context, granularity, asked
+        self.times, self.cache_bytes, self.peak, self.work = [], None, None, None
+        self.capacity = self.share = None       # overall and routed, as found in the run
 
     def run(self):
         model, cuda = self.model, self.args.device.type == "cuda"
         remove_routers(model)
         model.requires_grad_(False).eval()
         if self.granularity and self.args.routers:
-            load_routers(model, self.args.routers)
+            load_routers(model, self.args.routers, self.asked)
         elif self.granularity:
             add_routers(model, self.granularity, self.args.layers)
-            force(model, self.share, self.args.seed)
+            force(model, self.asked, self.args.seed)
+        if self.name == "none":
+            for gate in routers(model).values():
+                gate.threshold = CLOSED
         if self.name == "train_all":
             model.requires_grad_(True)
         if cuda:
@@ -120,7 +156,11 @@ class Variant:
         return seconds
 
     def time(self, work):
-        """Seconds that `work` takes on the device."""
+        """Seconds that `work` takes on the device; the first time it is counted, not timed."""
+        if self.work is None:
+            with Work() as self.work:
+                work()
+            return math.nan
         if self.args.device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -151,11 +191,12 @@ class Variant:
         cache = Cache(model.config, self.context + STEPS)
         token = self.first_token(idx, cache).argmax(-1)
 
+        step = model.stepper(cache, self.batch)
+
         def steps(token):
             for i in range(STEPS):
-                ctx = model.step_context(cache, [self.context + i] * self.batch, token.device)
-                x = model.run(model.embed(token[:, None]), ctx)
-                token = model.head(model.norm(x[:, 0])).argmax(-1)
+                x = step(token, [self.context + i] * self.batch)
+                token = model.head(model.norm(x)).argmax(-1)
         seconds = self.time(lambda: steps(token))
         self.cache_bytes = cache.bytes()
         return seconds / STEPS
@@ -221,49 +262,117 @@ class Transformers(Variant):
 def variants(model, args, phase, batch, context):
     """What is to be compared for one phase, batch and context; the first is what the others are compared
     with."""
-    def make(name, granularity=None, share=None, kind=Variant):
-        return kind(model, args, phase, name, batch, context, granularity, share)
-    n, routed_layers = model.config.n_layer, len(parse_layers(args.layers, model.config.n_layer))
-    shares = [(c * n - (n - routed_layers)) / routed_layers for c in args.capacity]
-    if min(shares) < 0:
-        raise InputError(f"--capacity {min(args.capacity)}: {n - routed_layers} of {n} layers have no router"
-                         f" and always run; give at least {1 - routed_layers / n:.3f}, or more --layers")
+    def make(name, granularity=None, asked=None, kind=Variant):
+        return kind(model, args, phase, name, batch, context, granularity, asked)
+    asked = args.capacity or [None]                                       # None: as the router file has it
+    if not args.routers:
+        n, gates = model.config.n_layer, len(parse_layers(args.layers, model.config.n_layer))
+        asked = [(c * n - (n - gates)) / gates for c in args.capacity or [0.5]]             # of the routed
+        if min(asked) < 0:
+            raise InputError(f"--capacity {min(args.capacity or [0.5])}: {n - gates} of {n} layers have no"
+                             f" router and always run; give at least {1 - gates / n:.3f}, or more --layers")
     if phase == "train":
-        return [make("train_all", args.granularity[0], 0.5), make("train_routers", args.granularity[0], 0.5)]
+        return [make(name, args.granularity[0], asked[0]) for name in ("train_all", "train_routers")]
     found = [make("dense")]
     for granularity in args.granularity:
-        found.append(make("none", granularity, 0.0))
-        found += [make("routed", granularity, share) for share in shares]
+        found.append(make("none", granularity, None if args.routers else 0.0))
+        found += [make("routed", granularity, c) for c in asked]
         if "masked" in args.against and phase == "prefill":
-            found.append(make("masked", granularity, shares[0]))
+            found.append(make("masked", granularity, asked[0]))
     if "transformers" in args.against:
         found.append(make("transformers", kind=Transformers))
     return found
 
 
 def measure(model, args, phase, batch, context):
-    """Run the variants in turns; returns a row (dict with FIELDS) for each."""
+    """Run the variants in turns; returns a row (dict with FIELDS, and more for the screen) for each."""
     found = variants(model, args, phase, batch, context)
-    for round_ in range(args.rounds + 1):
+    for round_ in range(args.rounds + 2):
         for v in found:
             seconds = v.run()
-            if round_:                       # the first is a warm-up
+            if round_ > 1:                   # the first counts the work, the second warms up
                 v.times.append(seconds)
     base = statistics.median(found[0].times)
     none = {v.granularity: statistics.median(v.times) for v in found if v.name == "none"}
     rows = []
-    for v in found:
-        ms, (low, _, high) = statistics.median(v.times), statistics.quantiles(v.times, n=4)
+    for i, v in enumerate(found):
+        seconds, (low, _, high) = statistics.median(v.times), statistics.quantiles(v.times, n=4)
+        if args.device.type == "cpu" and v.name != "transformers":
+            v.peak = peak_in_child(args, phase, batch, context, i)
         row = dict.fromkeys(FIELDS) | {
             "phase": phase, "variant": v.name, "granularity": v.granularity, "capacity": v.capacity,
-            "batch": batch, "context": context, "ms": 1000 * ms, "speedup": base / ms,
-            "tokens_per_s": batch * (1 if phase == "decode" else context) / ms,
-            "peak_bytes": v.peak, "cache_bytes": v.cache_bytes, "spread": (high - low) / ms}
+            "batch": batch, "context": context, "ms": 1000 * seconds, "speedup": base / seconds,
+            "tokens_per_s": batch * (1 if phase == "decode" else context) / seconds,
+            "peak_bytes": v.peak, "cache_bytes": v.cache_bytes, "spread": (high - low) / seconds}
         if v.name == "routed":
             row["limit"] = base / (none[v.granularity] + v.share * (base - none[v.granularity]))
             row["efficiency"] = row["speedup"] / row["limit"]
+        row["of_peak"] = (v.work.bytes / STEPS / seconds / args.bandwidth if phase == "decode"
+                          else v.work.flops / seconds / args.flops)
         rows.append(row)
     return rows
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+def peak_in_child(args, phase, batch, context, i):
+    """Peak memory in bytes of variant i in a process of its own, weights included; None where the system does
+    not tell."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    args = copy.copy(args)
+    args.theirs = None
+    start = multiprocessing.get_context("forkserver")
+    start.set_forkserver_preload(["train_router"])
+    with ProcessPoolExecutor(1, start) as pool:
+        return pool.submit(peak, args, phase, batch, context, i).result()
+
+
+def peak(args, phase, batch, context, i):
+    """The same, in this process."""
+    before = memory("VmRSS")
+    v = variants(make_model(args), args, phase, batch, context)[i]
+    v.work = Work()                                         # nothing to count
+    Path("/proc/self/clear_refs").write_text("5")           # forget the peak of loading
+    v.run()
+    return memory("VmHWM") - before
+
+
+def memory(key, file="/proc/self/status"):
+    """Bytes on a line of a file of the Linux kernel's, or None."""
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key + ":")), None)
+
+
+def needed(c, args):
+    """About how many bytes a run needs at most: weights, cache and what the layers hand on."""
+    item, batch, context = args.dtype.itemsize, max(args.batch), max(args.context)
+    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    layer = c.n_embd * (2 * q + 2 * kv + 3 * c.intermediate)
+    weights = (c.n_layer * layer + c.vocab_size * c.n_embd * (1 if c.tie_embeddings else 2)) * item
+    tokens = batch * (context + STEPS)
+    total = weights + 2 * c.n_layer * kv * tokens * item
+    wide = tokens * (4 * c.n_embd + 2 * q + 2 * kv + 4 * c.intermediate) * item           # alive in one layer
+    if "train" in args.phase:                     # gradients, AdamW's two moments, every layer, logits
+        return total + 3 * weights + c.n_layer * wide + 3 * tokens * c.vocab_size * 4
+    return total + wide
+
+
+def free_bytes(device):
+    """Free memory of the device, or None where the system does not tell."""
+    return torch.cuda.mem_get_info()[0] if device.type == "cuda" else memory("MemAvailable", "/proc/meminfo")
+
+
+def check_fit(config, args):
+    """InputError, before anything is allocated, where the model or the context will not fit."""
+    there, need = free_bytes(args.device), needed(config, args)
+    if there and need > there:
+        raise InputError(f"{args.model}, batch {max(args.batch)}, context {max(args.context)}: needs about"
+                         f" {need / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are free; lower --batch or"
+                         " --context, or choose a smaller --model")
 
 
 def numbers(kind, low, high=math.inf):
@@ -292,17 +401,57 @@ def choices(known):
 
 def show(rows):
     """Print rows as a table; ~ marks a speedup that is smaller than the spread of its measurements."""
-    print(f"\n{'phase':>8}{'batch':>6}{'context':>8} {'variant':13}{'granularity':15}{'capacity':>8}"
-          f"{'ms':>10}{'tokens/s':>10}{'spread':>8}{'speedup':>8} {'limit':>7}"
-          f"{'efficiency':>11}{'cache MiB':>10}")
+    print(f"\n{'phase':>8}{'batch':>6}{'context':>8} {'variant':14}{'granularity':15}{'capacity':>8}"
+          f"{'ms':>10}{'tokens/s':>10}{'spread':>8}{'speedup':>8} {'limit':>7}{'efficiency':>11}"
+          f"{'of peak':>8}{'peak MiB':>9}{'cache MiB':>10}")
     for r in rows:
-        def f(key, form, r=r):
-            return "" if r[key] is None else format(r[key], form)
+        def f(key, form, r=r, unit=1):
+            return "" if r[key] is None else format(r[key] / unit, form)
         noise = "~" if abs(r["speedup"] - 1) < r["spread"] and r["speedup"] != 1 else " "
-        cache = "" if r["cache_bytes"] is None else f"{r['cache_bytes'] / 2**20:.1f}"
-        print(f"{r['phase']:>8}{r['batch']:6d}{r['context']:8d} {r['variant']:13}{r['granularity'] or '':15}"
+        print(f"{r['phase']:>8}{r['batch']:6d}{r['context']:8d} {r['variant']:14}{r['granularity'] or '':15}"
               f"{f('capacity', '.3f'):>8}{r['ms']:10.2f}{r['tokens_per_s']:10.1f}{r['spread']:8.3f}"
-              f"{r['speedup']:8.3f}{noise}{f('limit', '.3f'):>7}{f('efficiency', '.3f'):>11}{cache:>10}")
+              f"{r['speedup']:8.3f}{noise}{f('limit', '.3f'):>7}{f('efficiency', '.3f'):>11}"
+              f"{f('of_peak', '.2f'):>8}{f('peak_bytes', '.0f', unit=2**20):>9}"
+              f"{f('cache_bytes', '.1f', unit=2**20):>10}", flush=True)
+
+
+def plot(rows, path):
+    """Speedup against context for each routed variant, and its limit as a dashed line."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot: needs matplotlib; pip install matplotlib") from None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes, lines = figure.subplots(), {}
+    for r in rows:
+        if r["variant"] == "routed":
+            name = f"{r['phase']}, {r['granularity']} {r['capacity']:.2f}, batch {r['batch']}"
+            lines.setdefault(name, []).append((r["context"], r["speedup"], r["limit"]))
+    for name, points in lines.items():
+        context, speedup, limit = zip(*sorted(points))
+        line, = axes.plot(context, speedup, marker="o", label=name)
+        axes.plot(context, limit, "--", color=line.get_color())
+    axes.set(xlabel="context, tokens", ylabel="speedup over dense (dashed: the limit)", xscale="log")
+    axes.axhline(1, color="grey", linewidth=0.5)
+    axes.legend()
+    figure.savefig(path)
+
+
+def rates(device, dtype):
+    """(bytes a second that a large copy reads and writes, operations a second of a large product)."""
+    def best(work, amount, seconds=0.7):
+        took, stop = [], time.perf_counter() + seconds
+        while not took or time.perf_counter() < stop:
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            took.append(time.perf_counter() - start)
+        return amount / statistics.median(took)
+    n = 8192 if device.type == "cuda" else 1536
+    a, big = torch.randn(n, n, device=device, dtype=dtype), torch.ones(2**26, device=device)
+    other = torch.empty_like(big)
+    return best(lambda: other.copy_(big), 2 * big.nbytes), best(lambda: a @ a, 2 * n**3)
 
 
 def machine(args):
@@ -313,15 +462,33 @@ def machine(args):
             name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "python": platform.python_version(), "dtype": str(args.dtype).removeprefix("torch."),
-            "model": args.model}
+            "model": args.model, "gb_per_s": round(args.bandwidth / 1e9, 1),
+            "tflop_per_s": round(args.flops / 1e12, 2)}
 
 
-def main():
+def make_model(args):
+    if args.random_weights:
+        return random_model(SHAPES[args.model], args.device, args.dtype)
+    return Llama.from_pretrained(args.model, args.device, args.dtype)
+
+
+def choose_model(args):
+    """Where none is given: on CUDA the largest shape that fits, with random weights; else smollm2-135m."""
+    args.model = "smollm2-135m"
+    if args.device.type == "cuda":
+        args.random_weights = True
+        fit = [name for name in SHAPES if needed(SHAPES[name], args) < free_bytes(args.device)]
+        args.model = max(fit, key=lambda name: needed(SHAPES[name], args), default=args.model)
+
+
+def parse_arguments():
     p = common_arguments(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
+    p.set_defaults(model=None)
     p.add_argument("--phase", type=choices(("prefill", "decode", "train")), default=["prefill", "decode"])
     p.add_argument("--batch", type=numbers(int, 1), default=[1])
     p.add_argument("--context", type=numbers(int, 2), default=[512])
-    p.add_argument("--capacity", type=numbers(float, 0, 1), default=[0.5], help="overall, one or several")
+    p.add_argument("--capacity", type=numbers(float, 0, 1),
+                   help="overall, one or several (default: 0.5, or what the --routers were tuned for)")
     p.add_argument("--granularity", type=choices(GRANULARITIES), default=["attn_sequence", "attn_token"])
     p.add_argument("--layers", default="all", help="which layers have a gate")
     p.add_argument("--routers", help="a router file: its decisions on real text instead of random ones")
@@ -329,27 +496,37 @@ def main():
     p.add_argument("--against", type=choices(("transformers", "masked")), default=[])
     p.add_argument("--rounds", type=numbers(int, 2), default=[7], help="measurements of each variant")
     p.add_argument("--json", help="write the table there, with the machine's name")
+    p.add_argument("--plot", help="draw speedup against context to this .png file; needs matplotlib")
     args = p.parse_args()
     args.rounds = args.rounds[0]
     args.device, args.dtype = pick(args.device, args.dtype)
+    if args.model is None:
+        choose_model(args)
+    if args.random_weights and args.model not in SHAPES:
+        raise InputError(f"--random-weights: {args.model} is not one of {', '.join(SHAPES)}")
+    return args
+
+
+def main():
+    args = parse_arguments()
     torch.manual_seed(args.seed)
-    if args.random_weights:
-        if args.model not in SHAPES:
-            raise InputError(f"--random-weights: {args.model} is not one of {', '.join(SHAPES)}")
-        model = random_model(SHAPES[args.model], args.device, args.dtype)
-    else:
-        model = Llama.from_pretrained(args.model, args.device, args.dtype)
+    config = SHAPES.get(args.model)
+    if not args.random_weights:
+        checkpoint = open_checkpoint(args.model)
+        config = Config.from_hf(checkpoint.config, checkpoint.path)
     longest = max(args.context) + (STEPS if "decode" in args.phase else 0)
-    if longest > model.config.max_context:
+    if longest > config.max_context:
         raise InputError(f"--context {max(args.context)}: {longest} tokens do not fit the model's context of"
-                         f" {model.config.max_context}")
+                         f" {config.max_context}")
+    check_fit(config, args)
+    model, n = make_model(args), max(args.batch) * max(args.context)
     if args.routers:
         args.granularity = [load_routers(model, args.routers)["granularity"]]
         ids = Tokenizer.from_pretrained(args.model).encode(DEFAULT_DATA.read_text("utf-8"))
     else:
-        ids = torch.randint(0, model.config.vocab_size, (max(args.batch) * max(args.context),)).tolist()
-    n = max(args.batch) * max(args.context)
+        ids = torch.randint(0, config.vocab_size, (n,)).tolist()
     args.text = torch.tensor((ids * (n // len(ids) + 1))[:n], device=args.device).view(-1, max(args.context))
+    args.bandwidth, args.flops = rates(args.device, args.dtype)
     rows = []
     for phase, batch, context in product(args.phase, args.batch, args.context):
         these = measure(model, args, phase, batch, context)
@@ -358,6 +535,8 @@ def main():
     if args.json:
         table = {"machine": machine(args), "rows": [{key: row[key] for key in FIELDS} for row in rows]}
         write_file(args.json, json.dumps(table, indent=1).encode())
+    if args.plot:
+        plot(rows, args.plot)
     print("\n" + ", ".join(f"{key} {value}" for key, value in machine(args).items()))
 
 

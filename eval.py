@@ -255,10 +255,10 @@ def variants(model, tok, args, device):
     """{name: a function that turns the model into it}; the first is the dense model."""
     found = {"dense": lambda: remove_routers(model)}
     if args.routers:
-        load_routers(model, args.routers)                   # a bad file is told before anything is computed
-        found["routed"] = lambda: load_routers(model, args.routers)
+        load_routers(model, args.routers, args.capacity)    # a bad file is told before anything is computed
+        found["routed"] = lambda: load_routers(model, args.routers, args.capacity)
     if args.shuffled:
-        found["shuffled"] = lambda: (load_routers(model, args.routers), shuffle_gates(model, args.seed))
+        found["shuffled"] = lambda: (found["routed"](), shuffle_gates(model, args.seed))
     if args.static:
         if args.static > model.config.n_layer:
             raise InputError(f"--static {args.static}: this model has {model.config.n_layer} layers")
@@ -327,6 +327,7 @@ def run_text(samples, found, model, budget, device):
 def parse_arguments():
     p = common_arguments(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
     p.add_argument("--routers", help="a file that train_router.py wrote")
+    p.add_argument("--capacity", type=float, help="overall; default: what the routers were tuned for")
     p.add_argument("--tasks", help=f"comma-separated, of {', '.join(TASKS)} (default: all of --data-dir)")
     p.add_argument("--data-dir", help="folder with <task>/<split>.jsonl (default: fetch from the hub)")
     p.add_argument("--text", help="perplexity of this file: any that train_router.py --data reads")

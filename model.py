@@ -118,6 +118,14 @@ class Cache:
             keys.scatter_(2, at, k), values.scatter_(2, at, v)
         return keys[:, :, :ctx.end], values[:, :, :ctx.end]
 
+    def copy(self, other):
+        """Take over another's keys and values, allocating what it has and this has not yet."""
+        for mine, theirs in (self.k, other.k), (self.v, other.v):
+            for i, t in enumerate(theirs):
+                if t is not None:
+                    mine[i] = torch.empty_like(t) if mine[i] is None else mine[i]
+                    mine[i].copy_(t)
+
     def bytes(self):
         """Bytes of keys and values allocated."""
         return sum(t.numel() * t.element_size() for t in (*self.k, *self.v) if t is not None)
@@ -249,6 +257,7 @@ class Llama(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.angles = None              # cos and sin of every position so far needed, made on first use
+        self.replays = {}               # CUDA: captured steps
 
     def forward(self, idx, lengths=None, prompt_lengths=None):
         """Logits (B, T, V) of token ids (B, T) int64.
@@ -295,17 +304,40 @@ class Llama(nn.Module):
     def step_context(self, cache, first, device):
         """The Context of a step that continues `cache` by a token a row, at positions `first` (a list)."""
         end, B, window = max(first) + 1, len(first), self.config.sliding_window
-        ones = torch.ones(B, dtype=torch.int64, device=device)
-        mask = columns = None
+        if min(first) != max(first) or window and end > window:
+            return self.ragged_context(cache, torch.tensor(first, device=device), end, first)
         cos, sin = self.angles_of(slice(end - 1, end), end)
-        if min(first) != max(first):
-            columns = torch.tensor(first, device=device)
-            cos, sin = (t[:, None, None] for t in self.angles_of(columns, end))      # (B, 1, 1, D)
-        if columns is not None or window and end > window:
-            at = torch.tensor(first, device=device)[:, None, None, None]             # (B, 1, 1, 1)
-            keys = torch.arange(end, device=device)
-            mask = (keys <= at) if not window else (keys <= at) & (keys > at - window)
-        return Context(cos, sin, ones, ones, 1, [1] * B, first, mask, window, cache, True, end, columns)
+        ones = torch.ones(B, dtype=torch.int64, device=device)
+        return Context(cos, sin, ones, ones, 1, [1] * B, first, None, window, cache, True, end)
+
+    def ragged_context(self, cache, columns, end, first=None):
+        """The same where rows are at positions columns (B,) below `end`, which the host need not know."""
+        window, ones, at = self.config.sliding_window, torch.ones_like(columns), columns[:, None, None, None]
+        keys = torch.arange(end, device=columns.device)
+        mask = (keys <= at) if not window else (keys <= at) & (keys > at - window)          # (B, 1, 1, end)
+        cos, sin = (t[:, None, None] for t in self.angles_of(columns, end))                 # (B, 1, 1, D)
+        return Context(cos, sin, ones, ones, 1, [1] * len(columns), first, mask, window, cache, True, end,
+                       columns)
+
+    def can_replay(self):
+        """Is a step of generation always the same kernels, on CUDA?"""
+        anew = any(getattr(m, "decides_at_each_step", False) for m in self.modules())
+        return self.embed.weight.device.type == "cuda" and not anew
+
+    def stepper(self, cache, rows):
+        """How to continue `cache`: a function of tokens (B,) and their positions (a list) that returns the
+        residual stream (B, C). Where it can, it replays a CUDA graph, kept for the next generation of the same
+        shape and decisions."""
+        if not self.can_replay():
+            device = self.embed.weight.device
+            return lambda token, first: self.run(self.embed(token[:, None]),
+                                                 self.step_context(cache, first, device))[:, 0]
+        key = (self.embed.weight.data_ptr(), rows, cache.columns, tuple(cache.decisions),
+               tuple(tuple(decision.tolist()) for decision in cache.decisions.values()))
+        replay = self.replays.pop(key, None) or Replay(self, cache, rows)
+        self.replays = dict([*self.replays.items(), (key, replay)][-4:])            # the last four
+        replay.cache.copy(cache)
+        return replay
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens=32, temperature=0.0, top_k=None, lengths=None, eos_id=None,
@@ -336,6 +368,7 @@ class Llama(nn.Module):
             out = torch.full((B, T + max_new_tokens), pad, device=idx.device)
             out[:, :T] = torch.where(torch.arange(T, device=idx.device) < lengths[:, None], idx, pad)
             done = torch.zeros(B, dtype=torch.bool, device=idx.device)
+            step = self.stepper(cache, B)
             for i in range(max_new_tokens):
                 token = draw(self.head(self.norm(x)), temperature, top_k)            # (B,)
                 token = token.masked_fill(done, pad)
@@ -347,8 +380,7 @@ class Llama(nn.Module):
                     if bool(done.all()):
                         break
                 if i + 1 < max_new_tokens:
-                    ctx = self.step_context(cache, [n + i for n in sizes], idx.device)
-                    x = self.run(self.embed(token[:, None]), ctx)[:, 0]
+                    x = step(token, [n + i for n in sizes])
             return out
         finally:
             self.train(was_training)
@@ -397,6 +429,40 @@ class Llama(nn.Module):
             raise InputError(f"{checkpoint.path}: tensor {min(unused)} has no place in this model;"
                              " is the config right?")
         return model.eval()
+
+
+class Replay:
+    """A step of generation as a CUDA graph: captured once, its kernels run again without Python. They work at
+    fixed addresses: it has a cache, tokens and positions of its own, and attends to all columns, masked."""
+
+    def __init__(self, model, cache, rows):
+        self.model, self.cache = model, Cache(model.config, cache.columns)
+        self.cache.copy(cache)
+        self.cache.decisions = cache.decisions
+        self.token = torch.zeros(rows, dtype=torch.int64, device=model.embed.weight.device)
+        self.columns = torch.zeros_like(self.token)
+        self.x, self.replay = self.capture()
+
+    def step(self):
+        ctx = self.model.ragged_context(self.cache, self.columns, self.cache.columns)
+        return self.model.run(self.model.embed(self.token[:, None]), ctx)[:, 0]
+
+    def capture(self):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.step()                              # a first run, for what is allocated and chosen only once
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            x = self.step()
+        return x, graph.replay
+
+    def __call__(self, token, first):
+        self.token.copy_(token)
+        self.columns.copy_(torch.tensor(first))
+        self.replay()
+        return self.x
 
 
 def checkpoint_parts(name, weight, config):

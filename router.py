@@ -56,6 +56,7 @@ class MindSkip(nn.Module):
         self.bypass = False                  # True: the dense model, no gate is asked
         self.opened = self.seen = None       # how many gates were open, of how many, since the last prompt
         self.trace = None                    # a list that collects every decision, for those who want to see
+        self.decides_at_each_step = self.scope == "token"
 
     @property
     def attn(self):
@@ -310,8 +311,8 @@ def save_routers(model, path, calibration=None, **notes):
     """Write the routers to a safetensors file: layers.N.weight (1, n_embd) and .bias (1,), and what they are
     for.
 
-    calibration: what a later `load_routers` should know of thresholds and capacities (JSON); notes: strings
-    to keep.
+    calibration: [(threshold, the overall capacity measured with it)], what `load_routers` reads a capacity
+    from; notes: strings to keep.
     """
     found = routers(model)
     if not found:
@@ -319,14 +320,27 @@ def save_routers(model, path, calibration=None, **notes):
     one = next(iter(found.values()))
     meta = {"granularity": f"{one.part}_{one.scope}", "layers": ",".join(map(str, found)), "pool": one.pool,
             "threshold": repr(one.threshold), "model": json.dumps(shape_of(model)),
-            "calibration": json.dumps(calibration or {}), **notes}
+            "calibration": json.dumps(sorted(calibration or [])), **notes}
     tensors = {f"layers.{i}.{name}": p.detach().float().cpu().contiguous()
                for i, gate in found.items() for name, p in gate.router.named_parameters()}
     write_file(path, safetensors_bytes(tensors, metadata=meta))
 
 
-def load_routers(model, path):
-    """Add the routers of a file; returns its metadata. InputError if they are for another model."""
+def threshold_for(capacity, table, path):
+    """The threshold that gives an overall capacity, between the two of the calibration that lie around it."""
+    table = sorted((used, threshold) for threshold, used in table)
+    if not table or not table[0][0] <= capacity <= table[-1][0]:
+        what = f"capacities from {table[0][0]:.3f} to {table[-1][0]:.3f}" if table else "no capacity"
+        raise InputError(f"{path}: its calibration has {what}, not {capacity}; ask for one that it has, or"
+                         " tune with --capacity")
+    for (c0, t0), (c1, t1) in zip(table, [*table[1:], table[-1]]):
+        if capacity <= c1:
+            return t0 + (t1 - t0) * (capacity - c0) / (c1 - c0) if c1 > c0 else t0
+
+
+def load_routers(model, path, capacity=None):
+    """Add the routers of a file; returns its metadata. capacity: an overall capacity other than the one they
+    were tuned for, which moves the threshold. InputError if they are for another model, or cannot give it."""
     file = open_safetensors(path)
     meta = file.metadata() or {}
     missing = {"granularity", "layers", "pool", "threshold", "model"} - meta.keys()
@@ -342,4 +356,6 @@ def load_routers(model, path):
             if key not in file.keys() or tuple(file.get_slice(key).get_shape()) != tuple(p.shape):
                 raise InputError(f"{path}: tensor {key} is missing or not of shape {tuple(p.shape)}")
             p.data.copy_(file.get_tensor(key))
+        if capacity is not None:
+            gate.threshold = threshold_for(capacity, json.loads(meta["calibration"]), path)
     return meta

@@ -64,6 +64,7 @@ def main():
     p = common_arguments(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
     p.add_argument("prompt", nargs="?", default="Why is the sky blue?")
     p.add_argument("--routers", help="a file that train_router.py wrote")
+    p.add_argument("--capacity", type=float, help="overall; default: what the routers were tuned for")
     p.add_argument("--max-new-tokens", type=int, default=80)
     p.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     p.add_argument("--top-k", type=int)
@@ -75,7 +76,7 @@ def main():
     tok = Tokenizer.from_pretrained(args.model)
     model = Llama.from_pretrained(args.model, device, dtype)
     if args.routers:
-        load_routers(model, args.routers)
+        load_routers(model, args.routers, args.capacity)
     if args.plain or not args.prompt:
         ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(args.prompt)
     else:

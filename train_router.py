@@ -37,14 +37,14 @@ from router import (
     routers,
     save_routers,
 )
-from samples import Batch, Sample, batches, pack, read_samples
+from samples import PLAIN_PIECE, PLAIN_PROMPT, Batch, Sample, batches, pack, read_samples
 from tokenizer import Tokenizer
 from weights import InputError, open_safetensors, write_file
 
 DEFAULT_DATA = Path(__file__).parent / "data" / "instructions.jsonl"
 HEAD_CHUNK = 512      # tokens whose logits exist at once
 WARM_BATCHES, WARM_TOKENS = 4, 1024
-CALIBRATION_SAMPLES = 32
+CALIBRATION_SAMPLES = 24
 HELD_OUT = 64         # samples at the end of --data that are kept for the table
 
 
@@ -234,27 +234,47 @@ def train(model, samples, args, device):
 
 @torch.no_grad()
 def calibrate(model, samples, args, device):
-    """Move the threshold until the capacity on some training samples is the one that was asked for.
+    """Set the threshold that gives --capacity, and measure which capacities other thresholds give.
 
-    The penalty leaves the capacity near its target, on one side or the other from batch to batch; bisection
-    on the threshold's logit needs a few forward passes without a head. Where gates read prompts, prompts will
-    do, and more of them are needed: there is one decision a sequence, not one a token.
+    The penalty leaves the capacity near its target, on one side or the other from batch to batch, and other
+    text uses another capacity than the text that was trained on. So the threshold is set on some training
+    samples, as they are and as plain text: first on a grid, then by bisection. Returns all that was measured,
+    [(threshold, overall capacity)]. No head is needed; where gates read prompts, prompts will do, and more of
+    them are needed: there is one decision a sequence, not one a token.
     """
     model.eval()
     some = samples[:CALIBRATION_SAMPLES]
+    answers = [i for s in some for i, answer in zip(s.ids, s.answer) if answer]
+    piece = PLAIN_PIECE
     if args.granularity.endswith("sequence") and args.pool == "prompt":
-        some = [Sample(s.ids[:s.prompt], s.answer[:s.prompt], s.prompt) for s in samples[:6 * len(some)]]
-    groups = [Batch.of(group, device) for group in pack(some, 2 * args.tokens)]
-    low, high = -2.0, 2.0
-    for _ in range(8):
-        middle = (low + high) / 2
+        some = [Sample(s.ids[:s.prompt], s.answer[:s.prompt], s.prompt) for s in samples[:8 * len(some)]]
+        piece = PLAIN_PROMPT
+    plain = [answers[i:i + piece] for i in range(0, len(answers), piece)]
+    plain = [Sample(ids, [True] * len(ids), min(len(ids), PLAIN_PROMPT)) for ids in plain]
+    kinds = [[Batch.of(group, device) for group in pack(kind, 2 * args.tokens)] for kind in (some, plain)]
+    measured = []
+
+    def used(logit):
         for gate in routers(model).values():
-            gate.threshold = 1 / (1 + math.exp(-middle))
-        usage = Usage(model)
-        for batch in groups:
-            model.run(model.embed(batch.idx), model.context(batch.idx, batch.lengths, batch.prompt_lengths))
-            usage.add()
-        low, high = (middle, high) if usage.summary()["capacity"] > args.capacity else (low, middle)
+            gate.threshold = 1 / (1 + math.exp(-logit))
+        usages = [Usage(model) for _ in kinds]
+        for groups, usage in zip(kinds, usages):
+            for batch in groups:
+                ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
+                model.run(model.embed(batch.idx), ctx)
+                usage.add()
+        mean = sum(usage.summary()["capacity"] for usage in usages) / len(usages)
+        measured.append((gate.threshold, mean))
+        return mean
+
+    grid = [logit for logit in range(-3, 4) if used(logit) > args.capacity]
+    low = grid[-1] if grid else -3
+    for i in range(1, 6):
+        low += 0.5 ** i * (used(low + 0.5 ** i) > args.capacity)
+    best = min(measured, key=lambda pair: abs(pair[1] - args.capacity))[0]
+    for gate in routers(model).values():
+        gate.threshold = best
+    return measured
 
 
 def append(path, text):
@@ -406,9 +426,9 @@ def main():
     torch.manual_seed(args.seed)
     add_routers(model, args.granularity, args.layers, pool=args.pool)
     train(model, train_set, args, device)
-    calibrate(model, train_set, args, device)
+    calibration = calibrate(model, train_set, args, device)
     result = evaluate(model, test_set, args.tokens, device)
-    save_routers(model, Path(args.out) / "routers.safetensors", command=args.command,
+    save_routers(model, Path(args.out) / "routers.safetensors", calibration, command=args.command,
                  held_out=json.dumps(result))
     report(result, args)
 

@@ -7,6 +7,7 @@ from safetensors import safe_open
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import model as llama
 import router
 from model import Llama
 from router import (
@@ -318,6 +319,19 @@ def test_save_and_load(granularity, tiny, tmp_path):
         assert torch.equal(real(model(tokens(), LENGTHS)), real(again(tokens(), LENGTHS)))
 
 
+def test_the_threshold_is_a_dial(tiny, tmp_path):
+    path, model = tmp_path / "r.safetensors", routed(tiny, "attn_token")
+    save_routers(model, path, [(0.5, 0.6), (0.1, 0.9), (0.9, 0.3)])
+    for asked, threshold in (0.6, 0.5), (0.75, 0.3), (0.3, 0.9), (0.9, 0.1), (0.45, 0.7), (None, 0.5):
+        load_routers(model, path, asked)
+        assert [gate.threshold for gate in routers(model).values()] == pytest.approx([threshold] * 4)
+    with pytest.raises(InputError, match="0.300 to 0.900, not 0.95"):
+        load_routers(model, path, 0.95)
+    save_routers(model, path)
+    with pytest.raises(InputError, match="no capacity, not 0.5"):
+        load_routers(model, path, 0.5)
+
+
 def test_router_file_of_another_model(tiny, tmp_path):
     save_routers(routed(tiny, "attn_token"), tmp_path / "r.safetensors")
     write_tiny(tmp_path / "other", "head_dim")
@@ -358,6 +372,37 @@ def test_add_routers_refuses(tiny):
     assert not any(isinstance(m, MindSkip) for m in model.modules())
 
 
+@pytest.mark.parametrize("granularity", [None, *SEQUENCE])
+@pytest.mark.parametrize("family", ["grouped queries", "Mistral with a window"])
+def test_replayed_steps_give_the_same_tokens(granularity, family, tmp_path, monkeypatch):
+    """All but the capture itself, on a CPU: a step at fixed addresses, kept for the same decisions."""
+    made = []
+
+    class Eager(llama.Replay):
+        def capture(self):
+            made.append(self)
+            x = self.step()
+            return x, lambda: x.copy_(self.step())
+
+    write_tiny(tmp_path, family)
+    model = routed(tmp_path, granularity) if granularity else Llama.from_pretrained(tmp_path)
+    prompts = [tokens(seed=1), tokens(seed=2), tokens(seed=1), tokens(seed=1)[:3]]
+    lengths = [LENGTHS, LENGTHS, None, LENGTHS[:3]]
+    expected = [model.generate(idx, 9, lengths=n) for idx, n in zip(prompts, lengths)]
+    monkeypatch.setattr(llama, "Replay", Eager)
+    monkeypatch.setattr(Llama, "can_replay", lambda self: True)
+    for idx, n, out in zip(prompts * 2, lengths * 2, expected * 2):
+        assert torch.equal(model.generate(idx, 9, lengths=n), out)
+    assert len(made) == (4 if granularity else 2)          # a graph for each pattern, or shape
+    assert len(model.replays) <= 4
+
+
+def test_token_level_and_cpu_steps_are_not_replayed(tiny):
+    assert not Llama.from_pretrained(tiny).can_replay()
+    assert routers(routed(tiny, "attn_token"))[0].decides_at_each_step
+    assert not routers(routed(tiny, "attn_sequence"))[0].decides_at_each_step
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_cuda_gives_the_logits_and_tokens_of_the_cpu(granularity, tiny):
@@ -368,4 +413,5 @@ def test_cuda_gives_the_logits_and_tokens_of_the_cpu(granularity, tiny):
         assert (real(on_gpu(idx.cuda(), LENGTHS.cuda(), PROMPTS.cuda()).cpu()) - expected).abs().max() < 1e-3
     assert capacity(on_cpu) == pytest.approx(capacity(on_gpu))
     out = on_cpu.generate(idx, max_new_tokens=8, lengths=LENGTHS)
-    assert torch.equal(on_gpu.generate(idx.cuda(), max_new_tokens=8, lengths=LENGTHS.cuda()).cpu(), out)
+    for _ in range(2):                                     # the second time a captured step is there
+        assert torch.equal(on_gpu.generate(idx.cuda(), max_new_tokens=8, lengths=LENGTHS.cuda()).cpu(), out)
