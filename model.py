@@ -6,7 +6,8 @@ Notable:
 - what all layers of one forward pass share (rotary angles, masks, row lengths, the cache) travels in a
   Context
 - rows of a batch may have different lengths: they are padded on the right, where causal attention never looks
-- grouped-query attention, Llama 3.1's rope scaling, Mistral's sliding window, tied or untied head
+- grouped-query attention, Llama 3.1's rope scaling, Mistral's sliding window, Qwen2's bias on q, k and v,
+  Qwen3's norm on q and k, tied or untied head
 
 Shapes: B rows, T columns (tokens), S keys, C n_embd, H n_head, K n_kv_head, D head_dim, V vocabulary.
 """
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from weights import InputError, open_checkpoint
+
+FAMILIES = "llama", "mistral", "qwen2", "qwen3"     # model_type in config.json
 
 
 @dataclass(frozen=True)
@@ -32,22 +35,25 @@ class Config:
     max_context: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None    # Llama 3.1's, with the keys of config.json
+    rope_scaling: dict | None = None    # Llama 3.1's: the keys of config.json, or a GGUF file's "factors"
     sliding_window: int | None = None   # Mistral 7B v0.1: a token sees this many tokens, itself included
     tie_embeddings: bool = False
+    qkv_bias: bool = False              # Qwen2
+    qk_norm: bool = False               # Qwen3: every head's query and key is normalized
 
     @classmethod
     def from_hf(cls, hf, where="config.json"):
         """Config from the keys of a Hugging Face config.json. Refuses, by name, what would be loaded half."""
         family = hf.get("model_type")
-        if family not in ("llama", "mistral"):
-            raise InputError(f"{where}: model_type {family!r} is not supported; 'llama' and 'mistral' are")
-        for key, plain in ("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"):
+        if family not in FAMILIES:
+            raise InputError(f"{where}: model_type {family!r} is not supported; {', '.join(FAMILIES)} are")
+        for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"),
+                           ("use_sliding_window", False)):
             if hf.get(key, plain) != plain:
                 raise InputError(f"{where}: {key} {hf[key]!r} is not supported")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3"):
+        if kind not in ("default", "llama3", "factors"):
             raise InputError(f"{where}: rope type {kind!r} is not supported; 'default' and 'llama3' are")
         try:
             n_head, n_embd = hf["num_attention_heads"], hf["hidden_size"]
@@ -58,9 +64,10 @@ class Config:
                 intermediate=hf["intermediate_size"], max_context=hf.get("max_position_embeddings", 2048),
                 norm_eps=hf.get("rms_norm_eps", 1e-6),
                 rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
-                rope_scaling=rope if kind == "llama3" else None,
+                rope_scaling=rope if kind != "default" else None,
                 sliding_window=hf.get("sliding_window") if family == "mistral" else None,
-                tie_embeddings=hf.get("tie_word_embeddings", False))
+                tie_embeddings=hf.get("tie_word_embeddings", False),
+                qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
         except KeyError as e:
             raise InputError(f"{where}: lacks {e}") from None
 
@@ -68,8 +75,10 @@ class Config:
 def rope_frequencies(config):
     """Rotation of each pair of channels in radians a position, float32 (D/2,). RoPE: arXiv 2104.09864."""
     freq = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    if config.rope_scaling:   # slow pairs turn `factor` times slower, fast ones as before, a ramp between
-        r = config.rope_scaling
+    r = config.rope_scaling
+    if r and "factors" in r:
+        return freq / torch.tensor(r["factors"])
+    if r:                     # slow pairs turn `factor` times slower, fast ones as before, a ramp between
         turns = r["original_max_position_embeddings"] * freq / (2 * math.pi)   # within the first context
         ramp = (turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])
         ramp = ramp.clamp(0, 1)
@@ -176,12 +185,17 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
+        width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
+        self.qkv = nn.Linear(config.n_embd, width, bias=config.qkv_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.o = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x, ctx):
         y = self.heads(self.qkv(self.norm(x)))                                # (B, H + 2K, T, D)
         qk, v = y[:, :-self.n_kv_head], y[:, -self.n_kv_head:]
+        if self.q_norm:
+            qk = torch.cat((self.q_norm(qk[:, :self.n_head]), self.k_norm(qk[:, self.n_head:])), 1)
         qk = rotate(qk, ctx.cos, ctx.sin)
         k, v = self.remember(qk[:, self.n_head:], v, ctx)                     # (B, K, S, D)
         q = qk[:, :self.n_head]                                               # (B, H, T, D)
@@ -203,12 +217,19 @@ class Attention(nn.Module):
 
     def queries(self, h, cos, sin):
         """Queries alone, (..., H, T, D), for those who need no more; h = norm(x)."""
-        return rotate(self.heads(F.linear(h, self.qkv.weight[:self.n_head * self.head_dim])), cos, sin)
+        q = self.project(h, slice(self.n_head * self.head_dim))
+        return rotate(self.q_norm(q) if self.q_norm else q, cos, sin)
 
     def keys_values(self, h, ctx):
         """Keys and values alone, (B, K, S, D), remembered."""
-        y = self.heads(F.linear(h, self.qkv.weight[self.n_head * self.head_dim:]))
-        return self.remember(rotate(y[:, :self.n_kv_head], ctx.cos, ctx.sin), y[:, self.n_kv_head:], ctx)
+        y = self.project(h, slice(self.n_head * self.head_dim, None))
+        k, v = y[:, :self.n_kv_head], y[:, self.n_kv_head:]
+        return self.remember(rotate(self.k_norm(k) if self.k_norm else k, ctx.cos, ctx.sin), v, ctx)
+
+    def project(self, h, rows):
+        """Some rows of `qkv`, as heads."""
+        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
+        return self.heads(F.linear(h, self.qkv.weight[rows], bias))
 
 
 def attend(q, k, v, mask=None, causal=False):
@@ -326,7 +347,7 @@ class Llama(nn.Module):
 
     def stepper(self, cache, rows):
         """How to continue `cache`: a function of tokens (B,) and their positions (a list) that returns the
-        residual stream (B, C). Where it can, it replays a CUDA graph, kept for the next generation of the same
+        residual stream (B, C). Where it can, it replays a CUDA graph, kept for later generations of the same
         shape and decisions."""
         if not self.can_replay():
             device = self.embed.weight.device
@@ -469,13 +490,15 @@ def checkpoint_parts(name, weight, config):
     """Where Hugging Face checkpoints keep a parameter: (tensor names, the parts of `weight` they fill)."""
     layer, _, rest = name.rpartition(".attn." if ".attn." in name else ".mlp.")
     q, kv, up = config.n_head * config.head_dim, config.n_kv_head * config.head_dim, config.intermediate
-    if rest == "qkv.weight":
-        names, rows = [f"self_attn.{part}_proj.weight" for part in "qkv"], [q, kv, kv]
+    if rest in ("qkv.weight", "qkv.bias"):
+        names, rows = [f"self_attn.{part}_proj.{rest[4:]}" for part in "qkv"], [q, kv, kv]
     elif rest == "gate_up.weight":
         names, rows = ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [up, up]
     else:
         known = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
                  "head.weight": "lm_head.weight", ".attn.norm.weight": "input_layernorm.weight",
+                 ".attn.q_norm.weight": "self_attn.q_norm.weight",
+                 ".attn.k_norm.weight": "self_attn.k_norm.weight",
                  ".attn.o.weight": "self_attn.o_proj.weight", ".mlp.down.weight": "mlp.down_proj.weight",
                  ".mlp.norm.weight": "post_attention_layernorm.weight"}
         names, rows = [known[name[len(layer):]]], [len(weight)]

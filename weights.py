@@ -135,6 +135,7 @@ class Folder:
         raise InputError(f"{self.path}: has no tokenizer.json and no tokenizer.model; copy one of them there")
 
 
+GGUF_ARCHITECTURES = "llama", "qwen2", "qwen3"
 GGUF_CONFIG = {     # what llama.cpp calls things, and what Hugging Face calls them
     "block_count": "num_hidden_layers", "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
@@ -146,6 +147,7 @@ GGUF_TENSORS = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -181,8 +183,9 @@ class GGUF:
         except Exception as e:   # on a damaged file the package raises whatever its arithmetic ran into
             raise InputError(f"{self.path}: not a whole GGUF file ({reason(e)}); get it again") from None
         arch = self.meta.get("general.architecture")
-        if arch != "llama":
-            raise InputError(f"{self.path}: architecture {arch!r} is not supported; 'llama' is")
+        if arch not in GGUF_ARCHITECTURES:
+            raise InputError(f"{self.path}: architecture {arch!r} is not supported;"
+                             f" {', '.join(GGUF_ARCHITECTURES)} are")
         self.tensors = {self.rename(t.name): t for t in reader.tensors}
         self.names = set(self.tensors)
         self.config = {theirs: self.meta[f"{arch}.{ours}"] for ours, theirs in GGUF_CONFIG.items()
@@ -190,6 +193,10 @@ class GGUF:
         self.config |= {"model_type": arch, "tie_word_embeddings": "lm_head.weight" not in self.names}
         if "model.embed_tokens.weight" in self.names:
             self.config["vocab_size"] = int(self.tensors["model.embed_tokens.weight"].shape[1])
+        if "rope_freqs.weight" in self.names:      # Llama 3.1's scaling: a divisor of each pair's frequency
+            self.names.discard("rope_freqs.weight")
+            self.config["rope_scaling"] = {"rope_type": "factors",
+                                           "factors": self.tensor("rope_freqs.weight").tolist()}
 
     @staticmethod
     def rename(name):
@@ -209,7 +216,8 @@ class GGUF:
                              f" ({reason(e)})") from None
         w = torch.from_numpy(array)
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        if heads:   # llama.cpp interleaves their rotary pairs, x0 y0 x1 y1 ...: back to x0 x1 ... y0 y1 ...
+        if heads and self.config["model_type"] == "llama":
+            # llama.cpp interleaves their rotary pairs, x0 y0 x1 y1 ...: back to x0 x1 ... y0 y1 ...
             w = w.view(self.config[heads], -1, 2, shape[1]).transpose(1, 2).reshape(shape)
         return w
 

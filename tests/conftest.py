@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 TINY = dict(
@@ -39,6 +39,8 @@ FAMILIES = {
     "sharded": dict(),
     "Mistral": dict(model_type="mistral", sliding_window=None),
     "Mistral with a window": dict(model_type="mistral", sliding_window=12),
+    "Qwen2": dict(model_type="qwen2", tie_word_embeddings=True),
+    "Qwen3": dict(model_type="qwen3", head_dim=16),
 }
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. ",
@@ -52,9 +54,8 @@ def write_tiny(folder, name="grouped queries", seed=0):
     """Save a tiny random model of a family; returns transformers' own copy of it."""
     torch.manual_seed(seed)
     keys = TINY | FAMILIES[name]
-    mistral = keys.pop("model_type", "llama") == "mistral"
-    config = (MistralConfig if mistral else LlamaConfig)(**keys)
-    model = (MistralForCausalLM if mistral else LlamaForCausalLM)(config).eval()
+    config = AutoConfig.for_model(keys.pop("model_type", "llama"), **keys)
+    model = AutoModelForCausalLM.from_config(config).eval()
     for p in model.parameters():
         if p.dim() == 1:
             p.data.uniform_(0.5, 1.5)  # norms that are all one would hide a swapped norm

@@ -3,13 +3,16 @@ import json
 
 import pytest
 import torch
-from conftest import is_one_sentence, write_tiny
+from conftest import is_one_sentence, train_tokenizer, write_tiny
 
 import bench
+import eval as evaluation
 import sample
+import train_router
 from bench import FIELDS, force, pattern, random_model
 from model import Llama
 from router import GRANULARITIES, add_routers, capacity, load_routers, routers, save_routers
+from samples import QUESTIONS
 
 
 @pytest.fixture
@@ -170,3 +173,27 @@ def test_sample_without_routers_is_the_greedy_continuation(tiny, call):
 def test_sample_refuses(arguments, named, tiny, call):
     status, said = call(sample.main, *arguments, "--model", tiny)
     assert status == 1 and named in said
+
+
+# ---------------------------------------------------------------------------------------------- every family
+
+
+@pytest.mark.parametrize("family", ["Llama 3.1 rope", "Mistral with a window", "Qwen2", "Qwen3"])
+def test_every_script_on_every_family(family, call, tmp_path):
+    write_tiny(tmp_path, family)
+    train_tokenizer(digits=True).save(str(tmp_path / "tokenizer.json"))
+    common = ["--model", tmp_path, "--device", "cpu"]
+    data = tmp_path / "text.txt"
+    data.write_text("The quick brown fox jumps over the lazy dog by 5 o'clock. " * 90)
+    out = tmp_path / "out"
+    tuning = ["--data", data, "--steps", 2, "--tokens", 600, "--out", out]
+    status, said = call(train_router.main, *common, *tuning)
+    assert status == 0 and "perplexity" in said
+    routed = [*common, "--routers", out / "routers.safetensors"]
+    questions = ["--tasks", "piqa", "--limit", 2, "--data-dir", QUESTIONS]
+    status, said = call(evaluation.main, *routed, *questions, "--text", data)
+    assert status == 0 and "routed" in said
+    status, said = call(bench.main, *routed, "--context", 40, "--rounds", 2)
+    assert status == 0 and "efficiency" in said
+    status, said = call(sample.main, "hello", *routed, "--max-new-tokens", 4)
+    assert status == 0 and "--- routed" in said

@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
+import conftest
 import gguf
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weights
-from model import Llama
+from model import Llama, rope_frequencies
 from tokenizer import Tokenizer
 from weights import InputError, open_checkpoint, write_file
 
@@ -147,6 +149,87 @@ def test_gguf_tensors_come_back(tmp_path):
         )
     model = Llama.from_pretrained(tmp_path / "m.gguf")
     assert model.config.head_dim == 32 and torch.isfinite(model(torch.arange(9)[None])).all()
+
+
+def as_gguf(folder, path, arch, kind=gguf.GGMLQuantizationType.F32, freqs=None):
+    """A tiny Hugging Face model as llama.cpp's converter writes it, its matrices quantized to `kind`."""
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config["num_hidden_layers"])
+    w = gguf.GGUFWriter(path, arch)
+    w.add_block_count(config["num_hidden_layers"]), w.add_embedding_length(config["hidden_size"])
+    w.add_feed_forward_length(config["intermediate_size"]), w.add_context_length(512)
+    w.add_head_count(config["num_attention_heads"]), w.add_head_count_kv(config["num_key_value_heads"])
+    w.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    w.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    if "head_dim" in config:
+        w.add_key_length(config["head_dim"])
+    for name, t in tensors.items():
+        x = t.float().numpy()
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        if heads and arch == "llama":
+            x = x.reshape(config[heads], 2, -1, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+        stem, _, suffix = name.rpartition(".")
+        name = f"{names.get_name(stem)}.{suffix}"
+        if x.ndim == 2:
+            w.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(x), kind), raw_dtype=kind)
+        else:
+            w.add_tensor(name, x)
+    if freqs is not None:
+        w.add_tensor("rope_freqs.weight", freqs)
+    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file()
+    w.close()
+
+
+@pytest.mark.parametrize("family", ["grouped queries", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
+def test_gguf_families_and_quantizations(family, kind, tmp_path, monkeypatch):
+    """Logits are transformers' on the same dequantized tensors."""
+    monkeypatch.setitem(conftest.TINY, "hidden_size", 96)
+    kind = gguf.GGMLQuantizationType[kind]
+    reference = conftest.write_tiny(tmp_path / "m", family)
+    arch = reference.config.model_type
+    as_gguf(tmp_path / "m", tmp_path / "m.gguf", arch, kind)
+    for p in reference.parameters():
+        if p.dim() == 2:
+            q = gguf.quants.quantize(p.data.numpy(), kind)
+            p.data = torch.from_numpy(gguf.quants.dequantize(q, kind).copy())
+    idx = torch.randint(0, 320, (2, 100))
+    with torch.no_grad():
+        found, expected = Llama.from_pretrained(tmp_path / "m.gguf")(idx), reference(idx).logits
+    assert (found - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
+def test_gguf_k_quantizations(kind, tmp_path):
+    """The gguf package cannot write these, so the blocks are random, with finite scales."""
+    kind = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 256, (8, 2 * size), dtype=np.uint8)
+    scales = {"Q6_K": [size - 2]}.get(kind.name, [0, 2])
+    for start in (0, size):
+        for at in scales:
+            raw[:, start + at:start + at + 2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+    w = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2")
+    w.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=kind)
+    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file()
+    w.close()
+    found = open_checkpoint(tmp_path / "m.gguf").tensor("model.layers.0.mlp.up_proj.weight")
+    assert found.shape == (8, 2 * block) and torch.isfinite(found).all() and found.std() > 0
+    assert np.array_equal(found.numpy(), gguf.quants.dequantize(raw, kind))
+
+
+def test_gguf_rope_factors_are_llama_31s_scaling(tmp_path):
+    """llama.cpp keeps the scaling as divisors of the frequencies."""
+    conftest.write_tiny(tmp_path / "m", "Llama 3.1 rope")
+    model = Llama.from_pretrained(tmp_path / "m")
+    plain = rope_frequencies(replace(model.config, rope_scaling=None))
+    factors = (plain / rope_frequencies(model.config)).numpy()
+    as_gguf(tmp_path / "m", tmp_path / "m.gguf", "llama", freqs=factors)
+    idx = torch.randint(0, 320, (2, 150))
+    with torch.no_grad():
+        assert (Llama.from_pretrained(tmp_path / "m.gguf")(idx) - model(idx)).abs().max() < 1e-4
+    assert factors.max() > 7
 
 
 @pytest.mark.parametrize("keep", [0, 10, 500, 5000, -100])
