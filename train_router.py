@@ -335,7 +335,7 @@ def resume(model, optimizer, args):
 def common_arguments(parser):
     """The flags that every script has."""
     parser.add_argument("--model", default="smollm2-135m",
-                        help="smollm2-135m, a Hugging Face folder or a .gguf file")
+                        help="smollm2-135m, a Hugging Face folder, a .gguf file or a hub id")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                         help="auto: bfloat16 where the hardware has it")

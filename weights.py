@@ -1,8 +1,8 @@
 """Finds a model's files and reads them: configuration, tensors, tokenizer data. Nothing here knows about
 layers.
 
-`open_checkpoint(name_or_path)` takes the name `smollm2-135m`, a folder in the Hugging Face layout or a .gguf
-file, and returns an object that looks the same for all of them:
+`open_checkpoint(name_or_path)` takes the name `smollm2-135m`, a folder in the Hugging Face layout, a .gguf
+file or a hub id, and returns an object that looks the same for all of them:
 
     .path           where it is, for messages
     .config         dict, the keys of a Hugging Face config.json
@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -41,8 +42,39 @@ def open_checkpoint(name_or_path):
         return Folder(path)
     if path.suffix == ".gguf" and path.is_file():
         return GGUF(path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name_or_path)):
+        return Folder(fetch_from_hub(str(name_or_path)))
     raise InputError(f"{name_or_path}: no such model; give smollm2-135m, a folder with config.json and"
-                     " *.safetensors, or a .gguf file")
+                     " *.safetensors, a .gguf file or a hub id")
+
+
+HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer.model",
+             "tokenizer_config.json"]
+
+
+def fetch_from_hub(name):
+    """The folder with the files of a hub id, `owner/model` or `owner/model@revision`: fetched, or from the
+    hub's cache where they are there and the hub cannot be reached."""
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError:
+        raise InputError(f"{name}: no such folder or file; if it is a hub id, pip install huggingface_hub"
+                         " to fetch it") from None
+    repo, _, revision = name.partition("@")
+    try:
+        return snapshot_download(repo, revision=revision or None, allow_patterns=HUB_FILES,
+                                 ignore_patterns="*/*")
+    except errors.GatedRepoError:
+        raise InputError(f"{name}: its owner asks for consent; accept the terms on its page on the hub, then"
+                         " log in with `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(f"{name}: no such folder or file here, and no such model on the hub (or a private"
+                         " one: `hf auth login`)") from None
+    except errors.RevisionNotFoundError:
+        raise InputError(f"{name}: the hub's {repo} has no revision {revision}") from None
+    except Exception as e:   # the network's and the package's failures have no common kind
+        raise InputError(f"{name}: no such folder or file here, and it could not be fetched from the hub"
+                         f" ({reason(e)}); check the network") from None
 
 
 def reason(error):
@@ -94,6 +126,9 @@ class Folder:
 
     def __init__(self, path):
         self.path = Path(path)
+        if (self.path / "params.json").exists() and not (self.path / "config.json").exists():
+            raise InputError(f"{path}: Meta's own layout, whose weights are pickles, is not loaded; get the"
+                             " model's Hugging Face version, config.json with *.safetensors")
         self.config = read_json(self.path / "config.json")
         self.shard_of = self.read_index()
         self.names, files = set(self.shard_of), set(self.shard_of.values())

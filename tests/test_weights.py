@@ -84,6 +84,13 @@ def test_pickles_are_not_loaded(folder):
         Llama.from_pretrained(folder)
 
 
+def test_metas_own_layout_is_refused(tmp_path):
+    (tmp_path / "params.json").write_text('{"dim": 4096}')
+    (tmp_path / "consolidated.00.pth").write_bytes(b"")
+    with pytest.raises(InputError, match="safetensors"):
+        Llama.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["{broken", "[]", "\x80"])
 def test_broken_config(text, folder):
     (folder / "config.json").write_bytes(text.encode("latin-1"))
