@@ -45,6 +45,7 @@ DEFAULT_DATA = Path(__file__).parent / "data" / "instructions.jsonl"
 HEAD_CHUNK = 512      # tokens whose logits exist at once
 WARM_BATCHES, WARM_TOKENS = 4, 1024
 CALIBRATION_SAMPLES = 24
+CALIBRATION_LOGITS = -1, -0.5, -0.25, 0, 0.25, 0.5, 1       # of the threshold
 HELD_OUT = 64         # samples at the end of --data that are kept for the table
 
 
@@ -267,10 +268,11 @@ def calibrate(model, samples, args, device):
         measured.append((gate.threshold, mean))
         return mean
 
-    grid = [logit for logit in range(-3, 4) if used(logit) > args.capacity]
-    low = grid[-1] if grid else -3
-    for i in range(1, 6):
-        low += 0.5 ** i * (used(low + 0.5 ** i) > args.capacity)
+    below = [logit for logit in CALIBRATION_LOGITS if used(logit) > args.capacity]
+    low, high = max(below, default=-4), min({*CALIBRATION_LOGITS, 4} - {*below})
+    for _ in range(4):
+        middle = (low + high) / 2
+        low, high = (middle, high) if used(middle) > args.capacity else (low, middle)
     best = min(measured, key=lambda pair: abs(pair[1] - args.capacity))[0]
     for gate in routers(model).values():
         gate.threshold = best

@@ -431,3 +431,33 @@ def test_the_data_that_ships():
     assert len({row["instruction"] for row in rows}) == len(rows)
     words = sorted(len(row["output"].split()) for row in rows)
     assert words[len(rows) // 10] < 12 and words[-len(rows) // 10] > 120
+
+
+# ---------------------------------------------------------------------------------------------- calibration
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence", "block_token"])
+def test_calibration_tells_which_threshold_gives_a_capacity(granularity, tiny, arguments):
+    args = SimpleNamespace(granularity=granularity, pool="prompt", capacity=0.6, tokens=400)
+    tok, model = Tokenizer.from_pretrained(tiny), Llama.from_pretrained(tiny)
+    samples, _ = read_samples(arguments[3], tok, 512)
+    add_routers(model, granularity)
+    for gate in routers(model).values():
+        gate.router.weight.data.normal_(0, 0.3)
+        gate.router.bias.data.zero_()
+    table = sorted(train_router.calibrate(model, samples, args, "cpu"))
+    used = [capacity for _, capacity in table]
+    assert used == sorted(used, reverse=True) and used[0] > 0.6 > used[-1]
+    best = min(table, key=lambda pair: abs(pair[1] - 0.6))
+    assert abs(best[1] - 0.6) < (0.05 if granularity.endswith("token") else 0.15)
+    assert {gate.threshold for gate in routers(model).values()} == {best[0]}
+
+
+def test_a_tuned_file_serves_other_capacities(arguments, tiny, tmp_path, call):
+    call(main, *arguments)
+    samples, _ = read_samples(arguments[3], Tokenizer.from_pretrained(tiny), 512)
+    model, found = Llama.from_pretrained(tiny), []
+    for asked in 0.6, 0.75, 0.9:
+        load_routers(model, tmp_path / "out" / "routers.safetensors", asked)
+        found.append(evaluate(model, samples, 400, "cpu")["capacity"])
+    assert found == sorted(found) and max(abs(f - a) for f, a in zip(found, (0.6, 0.75, 0.9))) < 0.12
