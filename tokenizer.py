@@ -8,6 +8,7 @@ that is installed.
 import base64
 import json
 import unicodedata
+from datetime import datetime
 
 import numpy as np
 import regex
@@ -38,6 +39,7 @@ def byte_alphabet():
 
 class Tokenizer:
     """encode(text) -> ids, decode(ids) -> text; `eos_id`, `bos_id` (None: it puts none before a text)."""
+    template = None
 
     @classmethod
     def from_pretrained(cls, name_or_path):
@@ -51,8 +53,12 @@ class Tokenizer:
         except Inexpressible as e:
             tok = Foreign(found["json"], f"{checkpoint.path}: tiktoken cannot express its tokenizer ({e})")
         config = found["config"]
+        tok.template = config.get("chat_template")
+        if isinstance(tok.template, list):          # several, by name
+            tok.template = {one["name"]: one["template"] for one in tok.template}.get("default")
         bos, eos = (token["content"] if isinstance(token, dict) else token
                     for token in (config.get("bos_token"), config.get("eos_token")))
+        tok.marks = {"bos_token": bos or "", "eos_token": eos or ""}
         tok.eos_id = tok.special.get(eos, config.get("eos_token_id"))
         if isinstance(tok.eos_id, list):   # Llama 3.1 lists all that may end a text
             tok.eos_id = tok.eos_id[0]
@@ -110,8 +116,14 @@ class Tokenizer:
         included).
 
         messages: [{"role", "content"}, ...]. If the last is not the assistant's, the answer is opened, to be
-        generated.
+        generated. The model's own Jinja template is used if it has one and jinja2 is installed, else ChatML,
+        Llama 3's format or a plain one, whichever its special tokens are made for.
         """
+        parts = self.template and render(self.template, messages, **self.marks)
+        if parts:
+            ids = [self.encode(text) for text, _ in parts]
+            answer = [by_assistant for (_, by_assistant), part in zip(parts, ids) for _ in part]
+            return sum(ids, []), answer
         template = PLAIN_CHAT
         if "<|im_start|>" in self.special:
             template = CHATML
@@ -133,6 +145,39 @@ class Tokenizer:
             header = self.encode(opening.format(role="assistant"))
             ids, answer = ids + header, answer + [False] * len(header)
         return ids, answer
+
+
+def render(template, messages, **marks):
+    """[(text, whether it is the assistant's)] of a chat by a Jinja template; None without jinja2, or where a
+    message is written otherwise once another follows. InputError where the template refuses the chat."""
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        return None
+
+    def refuse(why):
+        raise TemplateError(why)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {"raise_exception": refuse, "strftime_now": datetime.now().strftime}
+    try:
+        compiled, done, parts = environment.from_string(template), "", []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = compiled.render(messages=messages[:i], add_generation_prompt=True, **marks)
+                after = compiled.render(messages=messages[:i + 1], add_generation_prompt=False, **marks)
+                if not before.startswith(done) or not after.startswith(before):
+                    return None
+                parts += [(before[len(done):], False), (after[len(before):], True)]
+                done = after
+        if messages[-1]["role"] != "assistant":
+            whole = compiled.render(messages=messages, add_generation_prompt=True, **marks)
+            if not whole.startswith(done):
+                return None
+            parts.append((whole[len(done):], False))
+        return parts
+    except TemplateError as e:
+        raise InputError(f"the model's chat template refuses this chat ({e})") from None
 
 
 class Inexpressible(Exception):

@@ -49,7 +49,7 @@ def open_checkpoint(name_or_path):
 
 
 HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer.model",
-             "tokenizer_config.json"]
+             "tokenizer_config.json", "chat_template.jinja"]
 
 
 def fetch_from_hub(name):
@@ -163,6 +163,8 @@ class Folder:
         found = {"config": dict(self.config)}
         if (self.path / "tokenizer_config.json").exists():
             found["config"] |= read_json(self.path / "tokenizer_config.json")
+        if (self.path / "chat_template.jinja").exists():
+            found["config"]["chat_template"] = (self.path / "chat_template.jinja").read_text("utf-8")
         if (self.path / "tokenizer.json").exists():
             return found | {"json": read_json(self.path / "tokenizer.json")}
         if (self.path / "tokenizer.model").exists():

@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import shutil
 import sys
 
 import gguf
@@ -256,3 +257,44 @@ def test_llama3_and_plain_chat(tmp_path):
         base.decode(base.encode_chat(CHAT[:2])[0])
         == "<s><|user|>\nHi <|im_end|></s>\n<|assistant|>\nHello.</s>\n"
     )
+
+
+SYSTEM_TEMPLATE = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
+You are kind.<|im_end|>
+{% endif %}{% if m.role == 'nobody' %}{{ raise_exception('nobody may speak') }}{% endif %}
+{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>' + '\n' }}{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
+def test_the_models_own_template(file, tiny, tmp_path):
+    """Ids are transformers' apply_chat_template; the answers are the assistant's."""
+    from transformers import PreTrainedTokenizerFast
+
+    shutil.copytree(tiny, tmp_path / "m")
+    if file == "chat_template.jinja":
+        (tmp_path / "m" / file).write_text(SYSTEM_TEMPLATE)
+    else:
+        (tmp_path / "m" / file).write_text(json.dumps({"chat_template": SYSTEM_TEMPLATE}))
+    ours = Tokenizer.from_pretrained(tmp_path / "m")
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "m" / "tokenizer.json"))
+    chat = [{"role": "user", "content": "Hi"}, *CHAT[1:]]
+    for messages in chat, chat[:2], chat[:1]:
+        opened = messages[-1]["role"] != "assistant"
+        ids, answer = ours.encode_chat(messages)
+        assert ids == theirs.apply_chat_template(
+            messages, chat_template=SYSTEM_TEMPLATE, add_generation_prompt=opened, return_dict=False
+        )
+        spoken = ours.decode([i for i, a in zip(ids, answer) if a])
+        assert spoken == ("Hello.<|im_end|>\n" if len(messages) > 1 else "")
+    with pytest.raises(InputError, match="nobody may speak"):
+        ours.encode_chat([{"role": "nobody", "content": "x"}])
+
+
+def test_without_jinja_the_built_in_template(tiny, tmp_path, monkeypatch):
+    shutil.copytree(tiny, tmp_path / "m")
+    plain = Tokenizer.from_pretrained(tmp_path / "m").encode_chat(CHAT)
+    (tmp_path / "m" / "chat_template.jinja").write_text(SYSTEM_TEMPLATE)
+    assert Tokenizer.from_pretrained(tmp_path / "m").encode_chat(CHAT) != plain
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert Tokenizer.from_pretrained(tmp_path / "m").encode_chat(CHAT) == plain
