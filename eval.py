@@ -378,7 +378,8 @@ def main():
         if not args.json:
             return
         tables = {v: {"tasks": {name: one.entry() for name, one in scores[v].items()},
-                      "capacity": totals[v].summary()["capacity"], "text": text.get(v)} for v in found}
+                      "capacity": (totals[v].summary() if tasks else text[v])["capacity"],
+                      "text": text.get(v)} for v in found}
         first = tables.pop("routed" if args.routers else "dense")
         write_file(args.json, json.dumps(first | tables).encode())
     if tasks:

@@ -174,6 +174,19 @@ def test_routed_and_static_beside_dense(tiny, question_files, call, tmp_path):
     assert table["dense"]["text"]["kl"] == 0 and table["text"]["kl"] > 0 and table["static"]["text"]["kl"] > 0
 
 
+def test_text_alone(tiny, call, tmp_path):
+    model = Llama.from_pretrained(tiny)
+    with_gates(model, "attn_sequence")
+    save_routers(model, tmp_path / "r.safetensors")
+    (tmp_path / "t.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    status, _ = call(evaluation.main, "--model", tiny, "--routers", tmp_path / "r.safetensors", "--text",
+                     tmp_path / "t.txt", "--json", tmp_path / "o.json")  # fmt: skip
+    table = json.loads((tmp_path / "o.json").read_text())
+    assert status == 0 and table["tasks"] == {}
+    assert table["text"]["dense_loss"] == table["dense"]["text"]["loss"]
+    assert table["capacity"] == table["text"]["capacity"] < 1 == table["dense"]["capacity"]
+
+
 def test_what_changed():
     q = [types.SimpleNamespace(id=i, gold=0, lengths=[1, 3]) for i in range(3)]
     dense = evaluation.Scores(q, [[-1.0, -2.0], [-2.0, -1.0], [-1.0, -1.5]], norm=False)
