@@ -42,7 +42,7 @@ from tokenizer import Tokenizer
 from weights import InputError, open_safetensors, write_file
 
 DEFAULT_DATA = Path(__file__).parent / "data" / "instructions.jsonl"
-HEAD_CHUNK = 512      # tokens whose logits exist at once
+HEAD_CHUNK = 128      # tokens whose logits exist at once
 WARM_BATCHES, WARM_TOKENS = 4, 1024
 CALIBRATION_SAMPLES = 24
 CALIBRATION_LOGITS = -1, -0.5, -0.25, 0, 0.25, 0.5, 1       # of the threshold
