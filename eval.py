@@ -345,8 +345,8 @@ def parse_arguments():
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} should be at least {least}; it is {value}")
-    if args.shuffled and not args.routers:
-        raise InputError("--shuffled needs --routers, whose decisions it shuffles")
+    if (args.shuffled or args.capacity is not None) and not args.routers:
+        raise InputError("--shuffled and --capacity need --routers, whose decisions they change")
     if not (args.tasks or args.data_dir or args.text):
         args.data_dir, args.text, args.last = str(QUESTIONS), str(DEFAULT_DATA), HELD_OUT
         print("No --tasks: a few questions written for this project, to see that all works. They are no"

@@ -72,6 +72,8 @@ def main():
     args = p.parse_args()
     if args.temperature < 0 or args.top_k is not None and args.top_k < 1:
         raise InputError("--temperature should be 0 or more and --top-k 1 or more")
+    if args.capacity is not None and not args.routers:
+        raise InputError("--capacity needs --routers, whose decisions it changes")
     device, dtype = pick(args.device, args.dtype)
     tok = Tokenizer.from_pretrained(args.model)
     model = Llama.from_pretrained(args.model, device, dtype)

@@ -251,6 +251,7 @@ def test_finished_tasks_are_kept(tiny, question_files, call, tmp_path, monkeypat
         (["--tasks", "arc_challenge", "--num-fewshot", 40], ["40", "train.jsonl", "--num-fewshot"]),
         (["--tasks", "rte", "--routers", "none.safetensors"], ["none.safetensors"]),
         (["--tasks", "rte", "--shuffled"], ["--routers"]),
+        (["--tasks", "rte", "--capacity", 0.5], ["--routers"]),
         (["--tasks", "rte", "--static", 9], ["--static", "4 layers"]),
         (["--text", "nothing.txt"], ["nothing.txt"]),
     ],
