@@ -168,7 +168,8 @@ def test_sample_without_routers_is_the_greedy_continuation(tiny, call):
 @pytest.mark.parametrize("arguments, named", [
     (["", "--plain"], "empty"), (["hi", "--max-new-tokens", 0], "max_new_tokens"),
     (["hi", "--max-new-tokens", 600], "context of 512"), (["hi", "--temperature", -1], "--temperature"),
-    (["hi", "--top-k", 0], "--top-k"), (["hi", "--capacity", 0.5], "--routers"), (["hi", "--routers", "/nowhere"], "missing"),
+    (["hi", "--top-k", 0], "--top-k"),
+    (["hi", "--capacity", 0.5], "--routers"), (["hi", "--routers", "/nowhere"], "missing"),
 ])  # fmt: skip
 def test_sample_refuses(arguments, named, tiny, call):
     status, said = call(sample.main, *arguments, "--model", tiny)
