@@ -131,8 +131,9 @@ class Folder:
                              " model's Hugging Face version, config.json with *.safetensors")
         self.config = read_json(self.path / "config.json")
         self.shard_of = self.read_index()
-        self.names, files = set(self.shard_of), set(self.shard_of.values())
-        self.shards = {file: open_safetensors(self.path / file) for file in sorted(files)}
+        self.names = set(self.shard_of)
+        for file in sorted(set(self.shard_of.values())):
+            open_safetensors(self.path / file)                          # none is missing or truncated
 
     def read_index(self):
         """{tensor name: file name}, from the index, or from the files where there is none."""
@@ -155,7 +156,8 @@ class Folder:
     def tensor(self, name):
         file = self.shard_of[name]
         try:
-            return self.shards[file].get_tensor(name)
+            # opened anew for each: a mapped file keeps what was read of it in memory until it is closed
+            return open_safetensors(self.path / file).get_tensor(name)
         except (SafetensorError, OSError) as e:
             raise InputError(f"{self.path / file}: tensor {name} cannot be read ({reason(e)})") from None
 
