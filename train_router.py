@@ -6,16 +6,17 @@
 
 The loss is that of the answers' tokens: the KL divergence from the dense model's distribution (kl: no
 labels, it asks that the model behave as before), or the cross-entropy (ce, the paper's). To it comes a
-penalty on capacity above a target, which falls to --capacity over the first half of the run, from 1 or
-from half-way (see --start), so that layers compete before they close. At the end the threshold is moved,
-from 0.5, until the capacity is met on training samples. Layers below the first router need no autograd
-graph, and with kl their output serves both passes.
+penalty on capacity above --capacity. Tuning starts there, from each layer's measured harm (--start open:
+from 1, and the target falls over the first half of the run). At the end the threshold is moved, from 0.5,
+until the capacity is met on training samples. Layers below the first router need no autograd graph, and with
+kl their output serves both passes.
 """
 import argparse
 import json
 import math
 import signal
 import sys
+from heapq import heappop, heappush
 from itertools import islice
 from pathlib import Path
 
@@ -128,66 +129,132 @@ def learning_rate(step, args):
 
 
 def target_capacity(step, args):
-    """Falls to --capacity over the first half of the run: from 1, or half-way, where the routers start."""
-    start = 1 if args.start == "open" else (1 + args.capacity) / 2
-    return start + (args.capacity - start) * min(1.0, 2 * (step + 1) / args.steps)
+    """--capacity, where the routers start; open ones fall to it over the first half of the run."""
+    left = 1 - min(1.0, 2 * (step + 1) / args.steps) if args.start == "open" else 0
+    return args.capacity + (1 - args.capacity) * left
+
+
+def distance(model, batch, reference, x):
+    """KL(dense || model) in nats where a next token is scored, (N,); reference (N, C) and x (B, T, C) are
+    residual streams of both."""
+    return divergence(log_probabilities(model, reference), log_probabilities(model, x[batch.scored]))
 
 
 @torch.no_grad()
 def measure_harm(model, groups, device):
-    """How far the output moves when one layer is closed at a time.
+    """How much further from the dense output the model is with one layer closed than with it open, while the
+    other gates decide as they do now (new gates are open).
 
-    Returns {layer: (what its gate reads (n, C), KL(dense || without it) in nats (n,))}, for each answer token
-    of the groups of samples, or each sequence.
+    Returns {layer: (what its gate reads (n, C), that difference of KL(dense || model) in nats (n,))}, for
+    each answer token of the groups of samples, or each sequence.
     """
     model.eval()
     gates = routers(model)
+    by_sequence = any(gate.scope == "sequence" for gate in gates.values())
     reads, harms = {i: [] for i in gates}, {i: [] for i in gates}
-    with dense(model):
-        for group in tqdm(groups, "harm of each layer", unit="batch"):
-            batch = Batch.of(group, device)
-            ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
-            streams = [model.embed(batch.idx)]                                 # before each layer, (B, T, C)
-            for layer in model.layers:
-                streams.append(layer(streams[-1], ctx))
-            log_p = log_probabilities(model, streams.pop()[batch.scored])
-            row = batch.scored.nonzero()[:, 0]
-            for i, gate in gates.items():
-                x = model.layers[i].attn(streams[i], ctx) if gate.part == "mlp" else streams[i]
-                h = gate.pooled(gate.read(x, ctx), ctx)
-                threshold, gate.bypass, gate.threshold = gate.threshold, False, CLOSED
-                x = model.run(streams[i], ctx, i)[batch.scored]
-                gate.bypass, gate.threshold = True, threshold
-                harm = divergence(log_p, log_probabilities(model, x))
-                if gate.scope == "sequence":
-                    harm = torch.stack([harm[row == b].mean() for b in range(len(h))])
-                reads[i].append(h if gate.scope == "sequence" else h[batch.scored])
-                harms[i].append(harm)
+    for group in tqdm(groups, "harm of each layer", unit="batch"):
+        batch = Batch.of(group, device)
+        ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
+        row = batch.scored.nonzero()[:, 0]
+        with dense(model):
+            reference = model.run(model.embed(batch.idx), ctx)[batch.scored]
+
+        def harm_of(x, batch=batch, reference=reference, row=row):
+            kl = distance(model, batch, reference, x)
+            return torch.stack([kl[row == b].mean() for b in range(len(x))]) if by_sequence else kl
+
+        streams = [model.embed(batch.idx)]                                     # before each layer, (B, T, C)
+        for layer in model.layers:
+            streams.append(layer(streams[-1], ctx))
+        now, shares = harm_of(streams.pop()), {i: int(gate.opened) / gate.seen for i, gate in gates.items()}
+        for i, gate in gates.items():
+            x = model.layers[i].attn(streams[i], ctx) if gate.part == "mlp" else streams[i]
+            h, is_open, is_closed = gate.pooled(gate.read(x, ctx), ctx), now, now
+            if shares[i] < 1:
+                gate.bypass = True
+                is_open = harm_of(model.run(streams[i], ctx, i))
+                gate.bypass = False
+            if shares[i] > 0:
+                threshold, gate.threshold = gate.threshold, CLOSED
+                is_closed = harm_of(model.run(streams[i], ctx, i))
+                gate.threshold = threshold
+            reads[i].append(h if by_sequence else h[batch.scored])
+            harms[i].append(is_closed - is_open)
     return {i: (torch.cat(reads[i]), torch.cat(harms[i])) for i in gates}
+
+
+@torch.no_grad()
+def close_greedily(model, groups, device):
+    """Close whole layers, half of those with a gate, each time the one that adds least to the harm of those
+    already closed.
+
+    Returns {layer: KL(dense || model) that it added, nats a token}, in that order, then the others. The more
+    are closed the more harm a further one does, so that an earlier figure is a lower bound: only the layer
+    that has the least is measured anew (accelerated greedy, Minoux 1978).
+    """
+    model.eval()
+    gates, measured, order, total = routers(model), [], {}, 0.0
+    for group in groups:
+        batch = Batch.of(group, device)
+        ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
+        with dense(model):
+            measured.append((batch, ctx, model.run(model.embed(batch.idx), ctx)[batch.scored]))
+
+    def harm_without(layers):
+        for i, gate in gates.items():
+            gate.bypass, gate.threshold = i not in layers, CLOSED
+        kl = [distance(model, batch, reference, model.run(model.embed(batch.idx), ctx))
+              for batch, ctx, reference in measured]
+        return float(torch.cat(kl).mean())
+
+    heap = [(0.0, i, -1) for i in gates]          # (harm it adds, layer, how many were closed when measured)
+    with tqdm(total=len(gates) // 2, desc="closing layers", unit="layer") as bar:
+        while len(order) < len(gates) // 2:
+            harm, i, when = heappop(heap)
+            if when < len(order):
+                heappush(heap, (harm_without([*order, i]) - total, i, len(order)))
+                continue
+            order[i], total = harm, total + harm
+            bar.update()
+    for gate in gates.values():
+        gate.bypass, gate.threshold = False, 0.5
+    return order | {i: harm for harm, i, _ in sorted(heap)}
 
 
 @torch.no_grad()
 def warm_start(model, samples, args, device):
     """Begin with routers that predict the harm of skipping.
 
-    A ridge regression of each token's, or sequence's, log harm on what the layer's gate reads gives w and b,
-    and one threshold for all layers the capacity at which tuning starts. Gates that are all open would start
-    where the KL has no slope, and fall in step until whole layers close at once.
+    Gates that are all open would start where the KL has no slope, and fall in step until whole layers close
+    at once. Token level: ridge regression of each token's log harm on what the layer's gate reads gives w and
+    b, and one threshold for all layers the capacity; then the harm is measured once more, among gates that
+    skip half of what they shall. Sequence level: a few dozen prompts do not tell which sequences need which
+    layer, so w = 0, and b is the log of the harm a layer adds to those that close before it.
     """
-    gates, predicted = routers(model), []
+    gates = routers(model)
     groups = list(islice(batches(samples, min(args.tokens, WARM_TOKENS), args.seed), WARM_BATCHES))
-    for i, (h, harm) in measure_harm(model, groups, device).items():
-        y, centred = (harm + 0.01).log(), h - h.mean(0)
-        square = centred.T @ centred                                             # (C, C)
-        ridge = 0.3 * square.diagonal().mean() * torch.eye(len(square), device=device)
-        w = torch.linalg.solve(square + ridge, centred.T @ (y - y.mean()))
-        gates[i].router.weight[0], gates[i].router.bias[0] = w, y.mean() - h.mean(0) @ w
-        predicted.append(h @ w + gates[i].router.bias)
     free = 1 - len(gates) / model.config.n_layer
-    closed = (1 - (1 + args.capacity) / 2) / (1 - free)                        # of the routed gates, at first
-    level = torch.cat(predicted).float().quantile(min(1.0, closed))
-    for gate in gates.values():
-        gate.router.bias -= level
+    if args.granularity.endswith("sequence"):
+        harm = close_greedily(model, groups, device)
+        order = sorted(harm, key=harm.get)
+        closed = round((1 - args.capacity) * model.config.n_layer)
+        logs = [math.log(max(harm[i], 1e-4)) for i in order]
+        level = (logs[max(0, closed - 1)] + logs[min(closed, len(logs) - 1)]) / 2
+        for i, log in zip(order, logs):
+            gates[i].router.bias.fill_(log - level)
+        return
+    for capacity in (1 + args.capacity) / 2, args.capacity:
+        measured, predicted = measure_harm(model, groups, device), []
+        for i, (h, harm) in measured.items():
+            y, centred = (harm.clamp(0) + 0.01).log(), h - h.mean(0)
+            square = centred.T @ centred                                         # (C, C)
+            ridge = 0.3 * square.diagonal().mean() * torch.eye(len(square), device=device)
+            w = torch.linalg.solve(square + ridge, centred.T @ (y - y.mean()))
+            gates[i].router.weight[0], gates[i].router.bias[0] = w, y.mean() - h.mean(0) @ w
+            predicted.append(h @ w + gates[i].router.bias)
+        level = torch.cat(predicted).float().quantile(min(1.0, (1 - capacity) / (1 - free)))
+        for gate in gates.values():
+            gate.router.bias -= level
 
 
 def train(model, samples, args, device):
@@ -367,7 +434,8 @@ def parse_arguments():
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--start", default="harm", choices=("harm", "open"),
                    help="routers that predict each layer's harm, or open ones")
-    p.add_argument("--lr", type=float, default=0.004)
+    p.add_argument("--lr", type=float, help="learning rate (default: 0.004 at token level, 0.001 at"
+                   " sequence level, where there is one decision a prompt to learn from)")
     p.add_argument("--penalty", type=float, default=5.0, help="lambda, the price of excess capacity")
     p.add_argument("--tokens", type=int, help="tokens a batch (default: 768 on a CPU, 16384 on CUDA)")
     p.add_argument("--accumulate", type=int, default=1, help="batches a step")
@@ -376,6 +444,8 @@ def parse_arguments():
                    help="samples at the end of --data kept for the table")
     p.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
     args = p.parse_args()
+    if args.lr is None:
+        args.lr = 0.004 if args.granularity.endswith("token") else 0.001
     args.command = " ".join(["python train_router.py", *(a for a in sys.argv[1:] if a != "--resume")])
     return args
 
