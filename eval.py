@@ -273,9 +273,10 @@ def variants(model, tok, args, device):
 # ----------------------------------------------------------------------------------------------------- script
 
 def run_task(name, questions, shots, found, totals, model, tok, budget):
-    """Score a task's questions with every variant, and print a line for each; returns {variant: its Scores}
-    and the tokens run. What the gates did is added to totals, {variant: Usage}."""
-    results, tokens = {}, 0
+    """Score a task's questions with every variant, and print a line for each; returns {variant: its Scores},
+    {variant: {layer: how often it ran}} and the tokens run. What the gates did is added to totals, {variant:
+    Usage}."""
+    results, keep, tokens = {}, {}, 0
     metric = "acc_norm" if TASKS[name].norm else "acc"
     for variant, become in found.items():
         become()
@@ -288,13 +289,14 @@ def run_task(name, questions, shots, found, totals, model, tok, budget):
             change = (f"{100 * d['difference']:+9.1f} ±{100 * d['interval']:5.1f}{d['changed']:9}"
                       f"{d['kl']:10.4f}")
         mean, used = 100 * float(one.right.mean()), usage.summary()
+        keep[variant] = used["keep"]
         print(f"{name:14}{len(questions):6}{shots:6} {variant:9}{metric:>9}{mean:7.1f}"
               f" ±{100 * error(one.right):4.1f}{change}{used['capacity']:9.3f}{used['routed_capacity']:8.3f}"
               f"{seconds:9.1f}", flush=True)
     if cut:
         print(f"  {cut} contexts were longer than the model's {model.config.max_context} tokens and lost"
               " their beginnings")
-    return results, tokens
+    return results, keep, tokens
 
 
 def show_average(scores):
@@ -311,14 +313,15 @@ def show_average(scores):
               f"{line}{'':6}{mean(change.mean() for change in changes):+9.1f} ±{interval:5.1f}")
 
 
-def run_text(samples, found, model, budget, device):
+def run_text(path, samples, found, model, budget, device):
     """Perplexity of a text with every variant, and KL to the dense model; {variant: `evaluate`'s result}."""
     print(f"\n{'text, tokens':>20} {'variant':9}{'loss':>9}{'perplexity':>12}{'KL to dense':>13}"
           f"{'capacity':>10}{'routed':>8}")
     results = {}
     for variant, become in found.items():
         become()
-        r = results[variant] = evaluate(model, samples, budget, device)
+        r = evaluate(model, samples, budget, device)
+        results[variant] = {"file": path} | r
         print(f"{r['tokens']:20,} {variant:9}{r['loss']:9.4f}{math.exp(r['loss']):12.3f}{r['kl']:13.4f}"
               f"{r['capacity']:10.3f}{r['routed_capacity']:8.3f}", flush=True)
     return results
@@ -339,7 +342,7 @@ def parse_arguments():
     p.add_argument("--static-data", default=str(DEFAULT_DATA), help="the text they are chosen on")
     p.add_argument("--shuffled", action="store_true", help="also with each layer's decisions shuffled")
     p.add_argument("--tokens", type=int, help="tokens a batch (default: 512 on a CPU, 16384 on CUDA)")
-    p.add_argument("--json", help="write every log-likelihood to this file")
+    p.add_argument("--json", help="write every log-likelihood, and how often each layer ran, to this file")
     args = p.parse_args()
     for name, least in ("last", 1), ("limit", 1), ("num_fewshot", 0), ("static", 0), ("tokens", 1):
         value = getattr(args, name)
@@ -371,7 +374,8 @@ def main():
     if args.text and not samples:
         raise InputError(f"{args.text}: nothing to score; a text needs more than 64 tokens, a chat an answer")
     found = variants(model, tok, args, device)
-    scores, totals, text, tokens = {v: {} for v in found}, {v: Usage(model) for v in found}, {}, 0
+    scores, keeps, text, tokens = {v: {} for v in found}, {v: {} for v in found}, {}, 0
+    totals = {v: Usage(model) for v in found}
     start = time.perf_counter()
 
     def save():
@@ -379,22 +383,24 @@ def main():
             return
         tables = {v: {"tasks": {name: one.entry() for name, one in scores[v].items()},
                       "capacity": (totals[v].summary() if tasks else text[v])["capacity"],
-                      "text": text.get(v)} for v in found}
+                      "text": text.get(v), "keep": keeps[v]} for v in found}
         first = tables.pop("routed" if args.routers else "dense")
         write_file(args.json, json.dumps(first | tables).encode())
     if tasks:
         print(f"{'task':14}{'n':>6}{'shots':>6} {'variant':9}{'metric':>9}{'score':>7}{'':6}{'difference':>9}"
               f"{'95 %':>7}{'changed':>9}{'KL':>9}{'capacity':>9}{'routed':>8}{'seconds':>9}")
     for name, (questions, shots) in tasks.items():
-        results, n = run_task(name, questions, shots, found, totals, model, tok, budget)
+        results, keep, n = run_task(name, questions, shots, found, totals, model, tok, budget)
         for variant, one in results.items():
-            scores[variant][name] = one
+            scores[variant][name], keeps[variant][name] = one, keep[variant]
         tokens += n
         save()
     show_average(scores)
     if samples:
         samples = samples[-args.last:] if args.last else samples
-        text = run_text(samples, found, model, budget, device)
+        text = run_text(args.text, samples, found, model, budget, device)
+        for variant, result in text.items():
+            keeps[variant][args.text] = result["keep"]
         tokens += sum(len(s.ids) for s in samples) * (2 * len(found) - 1)
         save()
     seconds = time.perf_counter() - start

@@ -6,10 +6,10 @@
 
 The loss is that of the answers' tokens: the KL divergence from the dense model's distribution (kl: no
 labels, it asks that the model behave as before), or the cross-entropy (ce, the paper's). To it comes a
-penalty on capacity above --capacity. Tuning starts there, from each layer's measured harm (--start open:
-from 1, and the target falls over the first half of the run). At the end the threshold is moved, from 0.5,
-until the capacity is met on training samples. Layers below the first router need no autograd graph, and with
-kl their output serves both passes.
+penalty on capacity above a target, which falls to --capacity over the first half of the run. Tuning starts
+from each layer's measured harm (see warm_start). At the end the threshold is moved, from 0.5, until the
+capacity is met on training samples. Layers below the first router need no autograd graph, and with kl their
+output serves both passes.
 """
 import argparse
 import json
@@ -129,57 +129,48 @@ def learning_rate(step, args):
 
 
 def target_capacity(step, args):
-    """--capacity, where the routers start; open ones fall to it over the first half of the run."""
-    left = 1 - min(1.0, 2 * (step + 1) / args.steps) if args.start == "open" else 0
-    return args.capacity + (1 - args.capacity) * left
+    """Falls over the first half of the run from where the routers start to --capacity."""
+    start = first_target(args)
+    return start + (args.capacity - start) * min(1.0, 2 * (step + 1) / args.steps)
 
 
-def distance(model, batch, reference, x):
-    """KL(dense || model) in nats where a next token is scored, (N,); reference (N, C) and x (B, T, C) are
-    residual streams of both."""
-    return divergence(log_probabilities(model, reference), log_probabilities(model, x[batch.scored]))
+def first_target(args):
+    """Where the routers start: open, half-way, so that layers compete before they close, or at --capacity."""
+    if args.start == "open":
+        return 1
+    return (1 + args.capacity) / 2 if args.granularity.endswith("token") else args.capacity
 
 
 @torch.no_grad()
 def measure_harm(model, groups, device):
-    """How much further from the dense output the model is with one layer closed than with it open, while the
-    other gates decide as they do now (new gates are open).
+    """How far the output moves when one layer is closed at a time.
 
-    Returns {layer: (what its gate reads (n, C), that difference of KL(dense || model) in nats (n,))}, for
-    each answer token of the groups of samples, or each sequence.
+    Returns {layer: (what its gate reads (n, C), KL(dense || without it) in nats (n,))}, for each answer token
+    of the groups of samples, or each sequence.
     """
     model.eval()
     gates = routers(model)
-    by_sequence = any(gate.scope == "sequence" for gate in gates.values())
     reads, harms = {i: [] for i in gates}, {i: [] for i in gates}
-    for group in tqdm(groups, "harm of each layer", unit="batch"):
-        batch = Batch.of(group, device)
-        ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
-        row = batch.scored.nonzero()[:, 0]
-        with dense(model):
-            reference = model.run(model.embed(batch.idx), ctx)[batch.scored]
-
-        def harm_of(x, batch=batch, reference=reference, row=row):
-            kl = distance(model, batch, reference, x)
-            return torch.stack([kl[row == b].mean() for b in range(len(x))]) if by_sequence else kl
-
-        streams = [model.embed(batch.idx)]                                     # before each layer, (B, T, C)
-        for layer in model.layers:
-            streams.append(layer(streams[-1], ctx))
-        now, shares = harm_of(streams.pop()), {i: int(gate.opened) / gate.seen for i, gate in gates.items()}
-        for i, gate in gates.items():
-            x = model.layers[i].attn(streams[i], ctx) if gate.part == "mlp" else streams[i]
-            h, is_open, is_closed = gate.pooled(gate.read(x, ctx), ctx), now, now
-            if shares[i] < 1:
-                gate.bypass = True
-                is_open = harm_of(model.run(streams[i], ctx, i))
-                gate.bypass = False
-            if shares[i] > 0:
-                threshold, gate.threshold = gate.threshold, CLOSED
-                is_closed = harm_of(model.run(streams[i], ctx, i))
-                gate.threshold = threshold
-            reads[i].append(h if by_sequence else h[batch.scored])
-            harms[i].append(is_closed - is_open)
+    with dense(model):
+        for group in tqdm(groups, "harm of each layer", unit="batch"):
+            batch = Batch.of(group, device)
+            ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
+            streams = [model.embed(batch.idx)]                                 # before each layer, (B, T, C)
+            for layer in model.layers:
+                streams.append(layer(streams[-1], ctx))
+            log_p = log_probabilities(model, streams.pop()[batch.scored])
+            row = batch.scored.nonzero()[:, 0]
+            for i, gate in gates.items():
+                x = model.layers[i].attn(streams[i], ctx) if gate.part == "mlp" else streams[i]
+                h = gate.pooled(gate.read(x, ctx), ctx)
+                threshold, gate.bypass, gate.threshold = gate.threshold, False, CLOSED
+                x = model.run(streams[i], ctx, i)[batch.scored]
+                gate.bypass, gate.threshold = True, threshold
+                harm = divergence(log_p, log_probabilities(model, x))
+                if gate.scope == "sequence":
+                    harm = torch.stack([harm[row == b].mean() for b in range(len(h))])
+                reads[i].append(h if gate.scope == "sequence" else h[batch.scored])
+                harms[i].append(harm)
     return {i: (torch.cat(reads[i]), torch.cat(harms[i])) for i in gates}
 
 
@@ -203,8 +194,10 @@ def close_greedily(model, groups, device):
     def harm_without(layers):
         for i, gate in gates.items():
             gate.bypass, gate.threshold = i not in layers, CLOSED
-        kl = [distance(model, batch, reference, model.run(model.embed(batch.idx), ctx))
-              for batch, ctx, reference in measured]
+        kl = []
+        for batch, ctx, reference in measured:
+            x = model.run(model.embed(batch.idx), ctx)[batch.scored]
+            kl.append(divergence(log_probabilities(model, reference), log_probabilities(model, x)))
         return float(torch.cat(kl).mean())
 
     heap = [(0.0, i, -1) for i in gates]          # (harm it adds, layer, how many were closed when measured)
@@ -227,9 +220,9 @@ def warm_start(model, samples, args, device):
 
     Gates that are all open would start where the KL has no slope, and fall in step until whole layers close
     at once. Token level: ridge regression of each token's log harm on what the layer's gate reads gives w and
-    b, and one threshold for all layers the capacity; then the harm is measured once more, among gates that
-    skip half of what they shall. Sequence level: a few dozen prompts do not tell which sequences need which
-    layer, so w = 0, and b is the log of the harm a layer adds to those that close before it.
+    b, and one threshold for all layers the capacity. Sequence level: a few dozen prompts do not tell which
+    sequences need which layer, so w = 0, and b is the log of the harm a layer adds to those that close before
+    it.
     """
     gates = routers(model)
     groups = list(islice(batches(samples, min(args.tokens, WARM_TOKENS), args.seed), WARM_BATCHES))
@@ -243,18 +236,18 @@ def warm_start(model, samples, args, device):
         for i, log in zip(order, logs):
             gates[i].router.bias.fill_(log - level)
         return
-    for capacity in (1 + args.capacity) / 2, args.capacity:
-        measured, predicted = measure_harm(model, groups, device), []
-        for i, (h, harm) in measured.items():
-            y, centred = (harm.clamp(0) + 0.01).log(), h - h.mean(0)
-            square = centred.T @ centred                                         # (C, C)
-            ridge = 0.3 * square.diagonal().mean() * torch.eye(len(square), device=device)
-            w = torch.linalg.solve(square + ridge, centred.T @ (y - y.mean()))
-            gates[i].router.weight[0], gates[i].router.bias[0] = w, y.mean() - h.mean(0) @ w
-            predicted.append(h @ w + gates[i].router.bias)
-        level = torch.cat(predicted).float().quantile(min(1.0, (1 - capacity) / (1 - free)))
-        for gate in gates.values():
-            gate.router.bias -= level
+    predicted = []
+    for i, (h, harm) in measure_harm(model, groups, device).items():
+        y, centred = (harm + 0.01).log(), h - h.mean(0)
+        square = centred.T @ centred                                             # (C, C)
+        ridge = 0.3 * square.diagonal().mean() * torch.eye(len(square), device=device)
+        w = torch.linalg.solve(square + ridge, centred.T @ (y - y.mean()))
+        gates[i].router.weight[0], gates[i].router.bias[0] = w, y.mean() - h.mean(0) @ w
+        predicted.append(h @ w + gates[i].router.bias)
+    closed = (1 - first_target(args)) / (1 - free)                               # of the routed gates
+    level = torch.cat(predicted).float().quantile(min(1.0, closed))
+    for gate in gates.values():
+        gate.router.bias -= level
 
 
 def train(model, samples, args, device):
@@ -429,7 +422,7 @@ def parse_arguments():
     p.add_argument("--layers", default="all", help="which layers get a router: all, last:16, 2-29 or 3,5,9")
     p.add_argument("--capacity", type=float, default=0.8, help="share of the sublayers that should still run")
     p.add_argument("--loss", default="kl", choices=("kl", "ce"))
-    p.add_argument("--steps", type=int, default=90)
+    p.add_argument("--steps", type=int, default=160)
     p.add_argument("--out", default="out", help="folder for the routers, metrics.jsonl and the checkpoint")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--start", default="harm", choices=("harm", "open"),
