@@ -24,18 +24,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from harm import HEAD_CHUNK, log_probabilities, measure_harm
 from model import Cache, Llama, pick
 from router import CLOSED, Usage, add_routers, load_routers, remove_routers, routers
 from samples import QUESTIONS, TASKS, batches, pack, read_samples, read_task
 from tokenizer import Tokenizer
 from train_router import (
     DEFAULT_DATA,
-    HEAD_CHUNK,
     HELD_OUT,
     common_arguments,
     evaluate,
-    log_probabilities,
-    measure_harm,
     run_script,
 )
 from weights import InputError, write_file
@@ -236,29 +234,51 @@ def least_harmful(model, samples, n, args, device):
     return sorted(sorted(harm, key=harm.get)[:n])
 
 
-def shuffle_gates(model, seed):
-    """Each layer's decisions go to other tokens (or sequences) of the batch: as many are open, others."""
+def replace_scores(model, change, seed):
+    """Let each gate's scores, of a batch's real tokens or its sequences, be change(those scores, rng)."""
     def replace(gate, score, rng):
-        def shuffled(h, ctx):
+        def changed(h, ctx):
             s = score(h, ctx)
             real = torch.arange(h.shape[1], device=h.device) < ctx.lengths[:, None] if s.dim() == 2 else ...
-            order = torch.randperm(s[real].numel(), generator=rng).to(s.device)
-            s[real] = s[real][order]
+            s[real] = change(s[real], rng)
             return s
-        gate.score = shuffled
+        gate.score = changed
     rng = torch.Generator().manual_seed(seed)
     for gate in routers(model).values():
         replace(gate, gate.score, rng)
+
+
+def shuffle(scores, rng):
+    """Each layer's decisions go to other tokens: as many are open, others."""
+    return scores[torch.randperm(scores.numel(), generator=rng).to(scores.device)]
+
+
+def draw(share):
+    """Gates open at random, as often in every layer."""
+    return lambda scores, rng: (torch.rand(scores.shape, generator=rng) < share).to(scores)
+
+
+def routed_share(meta, capacity, n_layer, path):
+    """The share of the gates that are open at an overall capacity, or at that of the router file."""
+    table, gates = json.loads(meta["calibration"]), meta["layers"].count(",") + 1
+    if capacity is None and not table:
+        raise InputError(f"--random: {path} does not tell its capacity; give --capacity")
+    if capacity is None:
+        capacity = min(table, key=lambda pair: abs(pair[0] - float(meta["threshold"])))[1]
+    return 1 - (1 - capacity) * n_layer / gates
 
 
 def variants(model, tok, args, device):
     """{name: a function that turns the model into it}; the first is the dense model."""
     found = {"dense": lambda: remove_routers(model)}
     if args.routers:
-        load_routers(model, args.routers, args.capacity)    # a bad file is told before anything is computed
+        meta = load_routers(model, args.routers, args.capacity)      # a bad file is told before the work
         found["routed"] = lambda: load_routers(model, args.routers, args.capacity)
     if args.shuffled:
-        found["shuffled"] = lambda: (found["routed"](), shuffle_gates(model, args.seed))
+        found["shuffled"] = lambda: (found["routed"](), replace_scores(model, shuffle, args.seed))
+    if args.random:
+        share = routed_share(meta, args.capacity, model.config.n_layer, args.routers)
+        found["random"] = lambda: (found["routed"](), replace_scores(model, draw(share), args.seed))
     if args.static:
         if args.static > model.config.n_layer:
             raise InputError(f"--static {args.static}: this model has {model.config.n_layer} layers")
@@ -341,6 +361,8 @@ def parse_arguments():
                    help="also without the N attentions that are missed least")
     p.add_argument("--static-data", default=str(DEFAULT_DATA), help="the text they are chosen on")
     p.add_argument("--shuffled", action="store_true", help="also with each layer's decisions shuffled")
+    p.add_argument("--random", action="store_true",
+                   help="also with gates that open at random, as many, and as often in every layer")
     p.add_argument("--tokens", type=int, help="tokens a batch (default: 512 on a CPU, 16384 on CUDA)")
     p.add_argument("--json", help="write every log-likelihood, and how often each layer ran, to this file")
     args = p.parse_args()
@@ -348,8 +370,8 @@ def parse_arguments():
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} should be at least {least}; it is {value}")
-    if (args.shuffled or args.capacity is not None) and not args.routers:
-        raise InputError("--shuffled and --capacity need --routers, whose decisions they change")
+    if (args.shuffled or args.random or args.capacity is not None) and not args.routers:
+        raise InputError("--shuffled, --random and --capacity need --routers, whose decisions they change")
     if not (args.tasks or args.data_dir or args.text):
         args.data_dir, args.text, args.last = str(QUESTIONS), str(DEFAULT_DATA), HELD_OUT
         print("No --tasks: a few questions written for this project, to see that all works. They are no"

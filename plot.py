@@ -31,7 +31,7 @@ def read(path):
 
 def variants(scores):
     """{name: its table} of what eval.py wrote, the routed model's (or, without routers, the dense) first."""
-    others = {name: scores[name] for name in ("dense", "static", "shuffled") if name in scores}
+    others = {name: scores[name] for name in ("dense", "static", "shuffled", "random") if name in scores}
     return {"routed" if "dense" in others else "dense": scores} | others
 
 

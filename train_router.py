@@ -10,14 +10,15 @@ penalty on capacity above a target, which falls to --capacity over the first hal
 from each layer's measured harm (see warm_start). At the end the threshold is moved, from 0.5, until the
 capacity is met on training samples. Layers below the first router need no autograd graph, and with kl their
 output serves both passes.
+
+--train tells what is compared with it: bias learns one set of layers for all text, all trains the whole model
+with its routers, as Mixture of Depths does, and leaves it in out/model.
 """
 import argparse
 import json
 import math
 import signal
 import sys
-from heapq import heappop, heappush
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,9 +26,9 @@ import torch.nn.functional as F
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
-from model import Llama, pick
+from harm import HEAD_CHUNK, divergence, first_target, log_probabilities, warm_start
+from model import Llama, checkpoint_parts, pick
 from router import (
-    CLOSED,
     GRANULARITIES,
     Usage,
     add_routers,
@@ -35,53 +36,48 @@ from router import (
     dense,
     overall,
     parse_layers,
+    remove_routers,
     routers,
     save_routers,
 )
 from samples import PLAIN_PIECE, PLAIN_PROMPT, Batch, Sample, batches, pack, read_samples
 from tokenizer import Tokenizer
-from weights import InputError, open_safetensors, write_file
+from weights import InputError, open_checkpoint, open_safetensors, write_file, write_folder
 
 DEFAULT_DATA = Path(__file__).parent / "data" / "instructions.jsonl"
-HEAD_CHUNK = 128      # tokens whose logits exist at once
-WARM_BATCHES, WARM_TOKENS = 4, 1024
 CALIBRATION_SAMPLES = 24
 CALIBRATION_LOGITS = -1, -0.5, -0.25, 0, 0.25, 0.5, 1       # of the threshold
+MODEL_LR = 1e-5       # of the model's own weights, with --train all
 HELD_OUT = 64         # samples at the end of --data that are kept for the table
 
 
 # ------------------------------------------------------------------------------------------------------ loss
 
-def two_passes(model, batch, with_dense):
-    """The residual stream where a next token is scored, (N, C): routed, and dense if asked (else None)."""
-    first = min(routers(model), default=model.config.n_layer)
+def two_passes(model, batch, teacher=None):
+    """The residual stream where a next token is scored, (N, C): the routed model's, and the dense `teacher`'s
+    (None without one). A model can be its own teacher: then what lies below the first router serves both."""
+    whole = model.embed.weight.requires_grad                         # --train all
+    first = 0 if whole or teacher not in (None, model) else min(routers(model), default=model.config.n_layer)
     ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
-    with torch.no_grad():                                     # below the first router both are the same
+    with torch.set_grad_enabled(whole and torch.is_grad_enabled()):
         below = model.run(model.embed(batch.idx), ctx, 0, first)
-        if with_dense:
-            with dense(model):
-                reference = model.run(below, ctx, first)[batch.scored]
-    return model.run(below, ctx, first)[batch.scored], reference if with_dense else None
+    reference = None
+    if teacher is not None:
+        with torch.no_grad(), dense(teacher):
+            x = below if teacher is model else teacher.embed(batch.idx)
+            reference = teacher.run(x, ctx, first)[batch.scored]
+    return model.run(below, ctx, first)[batch.scored], reference
 
 
-def log_probabilities(model, x):
-    """Log-probabilities of the next token, float32 (n, V), from the residual stream (n, C)."""
-    return model.head(model.norm(x)).float().log_softmax(-1)
-
-
-def divergence(log_p, log_q):
-    """KL(p || q) of each token in nats, (n,)."""
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
-
-
-def backward(model, batch, kind, weight, target, penalty):
-    """Add a batch's gradients to the routers; returns the sum of its tokens' losses times `weight`, a tensor.
+def backward(model, batch, kind, weight, target, penalty, teacher=None):
+    """Add a batch's gradients to what trains; returns the sum of its tokens' losses times `weight`, a tensor.
 
     The logits, vocab_size numbers a token, exist for HEAD_CHUNK tokens at a time: the head's gradient is
     gathered chunk by chunk at its input, then sent through the layers in one go, together with that of
     `penalty` times the capacity loss.
     """
-    x, reference = two_passes(model, batch, kind == "kl")
+    teacher = teacher or model
+    x, reference = two_passes(model, batch, teacher if kind == "kl" else None)
     leaf, total = x.detach().requires_grad_(), 0.0
     for i in range(0, len(leaf), HEAD_CHUNK):
         part = slice(i, i + HEAD_CHUNK)
@@ -90,7 +86,7 @@ def backward(model, batch, kind, weight, target, penalty):
             losses = F.nll_loss(log_q, batch.targets[part], reduction="none")
         else:
             with torch.no_grad():
-                log_p = log_probabilities(model, reference[part])
+                log_p = log_probabilities(teacher, reference[part])
             losses = divergence(log_p, log_q)
         loss = losses.sum() * weight
         loss.backward()
@@ -100,16 +96,17 @@ def backward(model, batch, kind, weight, target, penalty):
 
 
 @torch.no_grad()
-def evaluate(model, samples, budget, device):
+def evaluate(model, samples, budget, device, teacher=None):
     """Dense and routed loss, KL(dense || routed) in nats a token, and each layer's keep rate, on samples."""
+    teacher = teacher or model.eval()
     model.eval()
     sums, tokens, usage = torch.zeros(3, dtype=torch.float64), 0, Usage(model)
     for group in pack(samples, budget):
         batch = Batch.of(group, device)
-        x, reference = two_passes(model, batch, with_dense=True)
+        x, reference = two_passes(model, batch, teacher)
         for i in range(0, len(x), HEAD_CHUNK):
             part = slice(i, i + HEAD_CHUNK)
-            log_p, log_q = log_probabilities(model, reference[part]), log_probabilities(model, x[part])
+            log_p, log_q = log_probabilities(teacher, reference[part]), log_probabilities(model, x[part])
             ce = [F.nll_loss(log, batch.targets[part], reduction="sum") for log in (log_p, log_q)]
             sums += torch.stack([*ce, divergence(log_p, log_q).sum()]).cpu()
         tokens += len(x)
@@ -120,12 +117,12 @@ def evaluate(model, samples, budget, device):
 
 # -------------------------------------------------------------------------------------------------- training
 
-def learning_rate(step, args):
+def learning_rate(step, steps, peak):
     """Warm-up over the first 5 % of the steps, then a cosine down to a tenth."""
-    warm = max(1, args.steps // 20)
+    warm = max(1, steps // 20)
     if step < warm:
-        return args.lr * (step + 1) / warm
-    return args.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, args.steps - warm)))
+        return peak * (step + 1) / warm
+    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def target_capacity(step, args):
@@ -134,127 +131,26 @@ def target_capacity(step, args):
     return start + (args.capacity - start) * min(1.0, 2 * (step + 1) / args.steps)
 
 
-def first_target(args):
-    """Where the routers start: open, half-way, so that layers compete before they close, or at --capacity."""
-    if args.start == "open":
-        return 1
-    return (1 + args.capacity) / 2 if args.granularity.endswith("token") else args.capacity
+def trained(model):
+    """{name: parameter} of what trains."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-@torch.no_grad()
-def measure_harm(model, groups, device):
-    """How far the output moves when one layer is closed at a time.
-
-    Returns {layer: (what its gate reads (n, C), KL(dense || without it) in nats (n,))}, for each answer token
-    of the groups of samples, or each sequence.
-    """
-    model.eval()
-    gates = routers(model)
-    reads, harms = {i: [] for i in gates}, {i: [] for i in gates}
-    with dense(model):
-        for group in tqdm(groups, "harm of each layer", unit="batch"):
-            batch = Batch.of(group, device)
-            ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
-            streams = [model.embed(batch.idx)]                                 # before each layer, (B, T, C)
-            for layer in model.layers:
-                streams.append(layer(streams[-1], ctx))
-            log_p = log_probabilities(model, streams.pop()[batch.scored])
-            row = batch.scored.nonzero()[:, 0]
-            for i, gate in gates.items():
-                x = model.layers[i].attn(streams[i], ctx) if gate.part == "mlp" else streams[i]
-                h = gate.pooled(gate.read(x, ctx), ctx)
-                threshold, gate.bypass, gate.threshold = gate.threshold, False, CLOSED
-                x = model.run(streams[i], ctx, i)[batch.scored]
-                gate.bypass, gate.threshold = True, threshold
-                harm = divergence(log_p, log_probabilities(model, x))
-                if gate.scope == "sequence":
-                    harm = torch.stack([harm[row == b].mean() for b in range(len(h))])
-                reads[i].append(h if gate.scope == "sequence" else h[batch.scored])
-                harms[i].append(harm)
-    return {i: (torch.cat(reads[i]), torch.cat(harms[i])) for i in gates}
+def make_optimizer(model, args):
+    """AdamW on what --train asks for; the routers learn at --lr, the model itself at MODEL_LR."""
+    if args.train == "all":
+        model.requires_grad_(True)
+    for gate in routers(model).values():
+        gate.router.weight.requires_grad_(args.train != "bias")
+    ours, theirs = ([p for name, p in trained(model).items() if (".router." in name) == of_routers]
+                    for of_routers in (True, False))
+    groups = [{"params": ours, "peak": args.lr}, {"params": theirs, "peak": MODEL_LR}]
+    return torch.optim.AdamW(groups[:1 + bool(theirs)], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
 
 
-@torch.no_grad()
-def close_greedily(model, groups, device):
-    """Close whole layers, half of those with a gate, each time the one that adds least to the harm of those
-    already closed.
-
-    Returns {layer: KL(dense || model) that it added, nats a token}, in that order, then the others. The more
-    are closed the more harm a further one does, so that an earlier figure is a lower bound: only the layer
-    that has the least is measured anew (accelerated greedy, Minoux 1978).
-    """
-    model.eval()
-    gates, measured, order, total = routers(model), [], {}, 0.0
-    for group in groups:
-        batch = Batch.of(group, device)
-        ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
-        with dense(model):
-            measured.append((batch, ctx, model.run(model.embed(batch.idx), ctx)[batch.scored]))
-
-    def harm_without(layers):
-        for i, gate in gates.items():
-            gate.bypass, gate.threshold = i not in layers, CLOSED
-        kl = []
-        for batch, ctx, reference in measured:
-            x = model.run(model.embed(batch.idx), ctx)[batch.scored]
-            kl.append(divergence(log_probabilities(model, reference), log_probabilities(model, x)))
-        return float(torch.cat(kl).mean())
-
-    heap = [(0.0, i, -1) for i in gates]          # (harm it adds, layer, how many were closed when measured)
-    with tqdm(total=len(gates) // 2, desc="closing layers", unit="layer") as bar:
-        while len(order) < len(gates) // 2:
-            harm, i, when = heappop(heap)
-            if when < len(order):
-                heappush(heap, (harm_without([*order, i]) - total, i, len(order)))
-                continue
-            order[i], total = harm, total + harm
-            bar.update()
-    for gate in gates.values():
-        gate.bypass, gate.threshold = False, 0.5
-    return order | {i: harm for harm, i, _ in sorted(heap)}
-
-
-@torch.no_grad()
-def warm_start(model, samples, args, device):
-    """Begin with routers that predict the harm of skipping.
-
-    Gates that are all open would start where the KL has no slope, and fall in step until whole layers close
-    at once. Token level: ridge regression of each token's log harm on what the layer's gate reads gives w and
-    b, and one threshold for all layers the capacity. Sequence level: a few dozen prompts do not tell which
-    sequences need which layer, so w = 0, and b is the log of the harm a layer adds to those that close before
-    it.
-    """
-    gates = routers(model)
-    groups = list(islice(batches(samples, min(args.tokens, WARM_TOKENS), args.seed), WARM_BATCHES))
-    free = 1 - len(gates) / model.config.n_layer
-    if args.granularity.endswith("sequence"):
-        harm = close_greedily(model, groups, device)
-        order = sorted(harm, key=harm.get)
-        closed = round((1 - args.capacity) * model.config.n_layer)
-        logs = [math.log(max(harm[i], 1e-4)) for i in order]
-        level = (logs[max(0, closed - 1)] + logs[min(closed, len(logs) - 1)]) / 2
-        for i, log in zip(order, logs):
-            gates[i].router.bias.fill_(log - level)
-        return
-    predicted = []
-    for i, (h, harm) in measure_harm(model, groups, device).items():
-        y, centred = (harm + 0.01).log(), h - h.mean(0)
-        square = centred.T @ centred                                             # (C, C)
-        ridge = 0.3 * square.diagonal().mean() * torch.eye(len(square), device=device)
-        w = torch.linalg.solve(square + ridge, centred.T @ (y - y.mean()))
-        gates[i].router.weight[0], gates[i].router.bias[0] = w, y.mean() - h.mean(0) @ w
-        predicted.append(h @ w + gates[i].router.bias)
-    closed = (1 - first_target(args)) / (1 - free)                               # of the routed gates
-    level = torch.cat(predicted).float().quantile(min(1.0, closed))
-    for gate in gates.values():
-        gate.router.bias -= level
-
-
-def train(model, samples, args, device):
+def train(model, samples, args, device, teacher=None):
     """Tune the model's routers; metrics.jsonl, the router file and the checkpoint are left in args.out."""
-    gates = routers(model)
-    parameters = [p for gate in gates.values() for p in gate.router.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = make_optimizer(model, args)
     out, stop = Path(args.out), []
     start, log = resume(model, optimizer, args) if args.resume else (0, [])
     write_file(out / "metrics.jsonl", b"".join(log))
@@ -271,16 +167,19 @@ def train(model, samples, args, device):
         weight = 1 / sum(len(batch.targets) for batch in group)
         target, loss, used = target_capacity(step, args), 0.0, 0.0
         for batch in group:
-            loss += backward(model, batch, args.loss, weight, target, args.penalty / args.accumulate)
+            loss += backward(model, batch, args.loss, weight, target, args.penalty / args.accumulate,
+                             teacher)
             used += overall(model).detach() / args.accumulate
         loss, used = float(loss), float(used)
         if not math.isfinite(loss):
             raise InputError(f"step {step}: the loss is {loss}; the last checkpoint in {out} is kept; lower"
                              " --lr or use --dtype float32")
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        for part in optimizer.param_groups:
+            part["lr"] = learning_rate(step, args.steps, part["peak"])
         optimizer.step()
         optimizer.zero_grad()
-        line = {"step": step, "loss": loss, "capacity": used, "target": target, "lr": lr}
+        line = {"step": step, "loss": loss, "capacity": used, "target": target,
+                "lr": optimizer.param_groups[0]["lr"]}
         append(out / "metrics.jsonl", json.dumps(line) + "\n")
         bar.set_postfix(loss=f"{loss:.3f}", capacity=f"{used:.3f}")
         if stop or step + 1 == args.steps or (step + 1) % args.save_every == 0:
@@ -347,18 +246,16 @@ def append(path, text):
         raise InputError(f"{path}: cannot be written ({e.strerror}); the last checkpoint is kept") from None
 
 
-SAME_ON_RESUME = ("model", "dtype", "seed", "data", "granularity", "layers", "capacity", "loss", "steps",
-                  "start", "lr", "penalty", "tokens", "accumulate", "pool", "held_out")
+SAME_ON_RESUME = ("model", "dtype", "seed", "data", "granularity", "layers", "capacity", "train", "loss",
+                  "steps", "start", "lr", "penalty", "tokens", "accumulate", "pool", "held_out")
 
 
 def save(model, optimizer, step, args):
-    """The router file, and the checkpoint a run continues from: routers, AdamW's moments, the step."""
+    """The router file, and the checkpoint a run continues from: what trains, AdamW's moments, the step."""
     tensors = {}
-    for layer, gate in routers(model).items():
-        for name, p in gate.router.named_parameters():
-            state = optimizer.state[p]
-            tensors |= {f"layers.{layer}.{name}": p.detach(), f"layers.{layer}.{name}.m": state["exp_avg"],
-                        f"layers.{layer}.{name}.v": state["exp_avg_sq"]}
+    for name, p in trained(model).items():
+        state = optimizer.state[p]
+        tensors |= {name: p.detach(), f"{name}.m": state["exp_avg"], f"{name}.v": state["exp_avg_sq"]}
     arguments = {key: str(getattr(args, key)) for key in SAME_ON_RESUME}
     meta = {"step": str(step), "arguments": json.dumps(arguments)}
     save_routers(model, Path(args.out) / "routers.safetensors", command=args.command)
@@ -381,15 +278,23 @@ def resume(model, optimizer, args):
             flag = "--" + key.replace("_", "-")
             raise InputError(f"--resume: {path} was made with {flag} {then.get(key)}, now it is"
                              f" {getattr(args, key)}; give the same, or start afresh without --resume")
-    for layer, gate in routers(model).items():
-        for name, p in gate.router.named_parameters():
-            key = f"layers.{layer}.{name}"
-            p.data.copy_(file.get_tensor(key))
-            optimizer.state[p] = {"step": torch.tensor(float(step)),
-                                  "exp_avg": file.get_tensor(key + ".m").to(p.device),
-                                  "exp_avg_sq": file.get_tensor(key + ".v").to(p.device)}
+    for name, p in trained(model).items():
+        p.data.copy_(file.get_tensor(name))
+        optimizer.state[p] = {"step": torch.tensor(float(step)),
+                              "exp_avg": file.get_tensor(name + ".m").to(p.device),
+                              "exp_avg_sq": file.get_tensor(name + ".v").to(p.device)}
     metrics = Path(args.out) / "metrics.jsonl"
     return step, metrics.read_bytes().splitlines(keepends=True)[:step] if metrics.exists() else []
+
+
+def save_model(model, source, folder):
+    """The model without its routers, in the Hugging Face layout; config and tokenizer are its `source`'s."""
+    remove_routers(model)
+    tensors = {}
+    for name, p in model.named_parameters():
+        for theirs, part in zip(*checkpoint_parts(name, p.detach().cpu(), model.config)):
+            tensors[theirs] = part.contiguous()
+    write_folder(folder, open_checkpoint(source), tensors)
 
 
 # ---------------------------------------------------------------------------------------------------- script
@@ -421,6 +326,9 @@ def parse_arguments():
     p.add_argument("--granularity", default="attn_token", choices=GRANULARITIES)
     p.add_argument("--layers", default="all", help="which layers get a router: all, last:16, 2-29 or 3,5,9")
     p.add_argument("--capacity", type=float, default=0.8, help="share of the sublayers that should still run")
+    p.add_argument("--train", default="routers", choices=("routers", "bias", "all"),
+                   help="what trains: the routers; only their biases, which closes the same layers for every"
+                   " text; or the whole model with its routers, as Mixture of Depths does")
     p.add_argument("--loss", default="kl", choices=("kl", "ce"))
     p.add_argument("--steps", type=int, default=160)
     p.add_argument("--out", default="out", help="folder for the routers, metrics.jsonl and the checkpoint")
@@ -437,6 +345,8 @@ def parse_arguments():
                    help="samples at the end of --data kept for the table")
     p.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
     args = p.parse_args()
+    if args.train == "all" and args.dtype == "auto":
+        args.dtype = "float32"                       # steps of 1e-5 would be lost in bfloat16's rounding
     if args.lr is None:
         args.lr = 0.004 if args.granularity.endswith("token") else 0.001
     args.command = " ".join(["python train_router.py", *(a for a in sys.argv[1:] if a != "--resume")])
@@ -490,12 +400,17 @@ def main():
     train_set, test_set = samples[:-held_out], samples[-held_out:]
     torch.manual_seed(args.seed)
     add_routers(model, args.granularity, args.layers, pool=args.pool)
-    train(model, train_set, args, device)
+    teacher = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False) \
+        if args.train == "all" else model
+    train(model, train_set, args, device, teacher)
     calibration = calibrate(model, train_set, args, device)
-    result = evaluate(model, test_set, args.tokens, device)
+    result = evaluate(model, test_set, args.tokens, device, teacher)
     save_routers(model, Path(args.out) / "routers.safetensors", calibration, command=args.command,
                  held_out=json.dumps(result))
     report(result, args)
+    if args.train == "all":
+        save_model(model, args.model, Path(args.out) / "model")
+        print(f"{Path(args.out) / 'model'}: the model they were trained with")
 
 
 if __name__ == "__main__":

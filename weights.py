@@ -174,6 +174,18 @@ class Folder:
         raise InputError(f"{self.path}: has no tokenizer.json and no tokenizer.model; copy one of them there")
 
 
+def write_folder(folder, source, tensors):
+    """A folder in the Hugging Face layout: these tensors, and the config and tokenizer of `source`."""
+    folder, tokenizer = Path(folder), source.tokenizer()
+    write_file(folder / "model.safetensors", safetensors_bytes(tensors, metadata={"format": "pt"}))
+    if "json" in tokenizer:
+        write_file(folder / "tokenizer.json", json.dumps(tokenizer["json"], ensure_ascii=False).encode())
+    else:
+        write_file(folder / "tokenizer.model", Path(tokenizer["ranks"]).read_bytes())
+    write_file(folder / "tokenizer_config.json", json.dumps(tokenizer["config"], indent=1).encode())
+    write_file(folder / "config.json", json.dumps(source.config, indent=1).encode())  # last: it is whole
+
+
 GGUF_ARCHITECTURES = "llama", "qwen2", "qwen3"
 GGUF_CONFIG = {     # what llama.cpp calls things, and what Hugging Face calls them
     "block_count": "num_hidden_layers", "embedding_length": "hidden_size",
@@ -302,12 +314,7 @@ def fetch_smollm2():
         print(f"fetching smollm2-135m (93 MB) into {folder} ...", file=sys.stderr)
         write_file(folder / SMOLLM2_FILE, download_smollm2())
     source = GGUF(folder / SMOLLM2_FILE)
-    tokenizer = source.tokenizer()
-    tensors = {name: source.tensor(name) for name in sorted(source.names)}
-    write_file(folder / "model.safetensors", safetensors_bytes(tensors))
-    write_file(folder / "tokenizer.json", json.dumps(tokenizer["json"], ensure_ascii=False).encode())
-    config = source.config | tokenizer["config"]   # written last: it marks the rest as whole
-    write_file(folder / "config.json", json.dumps(config, indent=1).encode())
+    write_folder(folder, source, {name: source.tensor(name) for name in sorted(source.names)})
     return folder
 
 

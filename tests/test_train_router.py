@@ -15,20 +15,12 @@ import torch
 from conftest import is_one_sentence
 
 import train_router
+from harm import close_greedily, first_target, measure_harm, warm_start
 from model import Llama
 from router import CLOSED, GRANULARITIES, add_routers, capacity, dense, load_routers, routers
 from samples import Batch, batches, pack, read_samples
 from tokenizer import Tokenizer
-from train_router import (
-    backward,
-    close_greedily,
-    evaluate,
-    first_target,
-    main,
-    measure_harm,
-    two_passes,
-    warm_start,
-)
+from train_router import backward, evaluate, main, two_passes
 from weights import InputError
 
 ROOT = Path(train_router.__file__).parent
@@ -106,14 +98,48 @@ def test_capacity_comes_down_to_its_target(arguments, call, tmp_path):
     assert 0 < held_out["kl"] and held_out["tokens"] > 0
 
 
+def test_only_biases_train(arguments, call, tmp_path, tiny):
+    """The learned static router: the same layers for every token."""
+    assert call(main, *arguments, "--train", "bias", "--steps", 30)[0] == 0
+    held_out = json.loads(meta_of(tmp_path / "out" / "routers.safetensors")["held_out"])
+    assert set(held_out["keep"].values()) == {0.0, 1.0}
+    model = Llama.from_pretrained(tiny)
+    load_routers(model, tmp_path / "out" / "routers.safetensors")
+    gates = routers(model).values()
+    assert len({round(float(gate.router.bias.detach()), 3) for gate in gates}) == 4
+    assert not any(gate.router.weight.any() for gate in gates)
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "block_sequence"])
+def test_the_whole_model_trains_and_is_kept(granularity, arguments, call, tmp_path, tiny, tok):
+    whole = [*arguments, "--train", "all", "--granularity", granularity]
+    status, said = call(main, *whole)
+    assert status == 0 and str(tmp_path / "out" / "model") in said
+    one = Llama.from_pretrained(tmp_path / "out" / "model")
+    assert Tokenizer.from_pretrained(tmp_path / "out" / "model").encode("It is 3") == tok.encode("It is 3")
+    before = Llama.from_pretrained(tiny)
+    moved = [float((p - q).abs().max().detach()) for p, q in zip(one.parameters(), before.parameters())]
+    still = sum(m == 0 for m in moved) / len(moved)  # a layer that is closed for all has no gradient
+    assert still < 0.3 and max(moved) < 13e-5  # 12 steps of at most 1e-5 in AdamW
+    load_routers(one, tmp_path / "out" / "routers.safetensors")
+    held_out = json.loads(meta_of(tmp_path / "out" / "routers.safetensors")["held_out"])
+    samples, _ = read_samples(arguments[3], tok, 512)
+    again = evaluate(one, samples[-8:], 400, "cpu", before)
+    assert again["kl"] == pytest.approx(held_out["kl"], rel=1e-4) and again["loss"] != held_out["dense_loss"]
+    assert again["dense_loss"] == pytest.approx(evaluate(before, samples[-8:], 400, "cpu")["loss"], rel=1e-5)
+
+
 def meta_of(path):
     from safetensors import safe_open
 
     return safe_open(str(path), "pt").metadata()
 
 
-@pytest.mark.parametrize("stop_at", [5, 9])
-def test_resume_gives_the_numbers_of_an_uninterrupted_run(stop_at, arguments, call, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop_at, train", [(5, "routers"), (9, "routers"), (5, "bias"), (9, "all")])
+def test_resume_gives_the_numbers_of_an_uninterrupted_run(
+    stop_at, train, arguments, call, tmp_path, monkeypatch
+):
+    arguments += ["--train", train]
     assert call(main, *arguments)[0] == 0
     whole = (tmp_path / "out" / "metrics.jsonl").read_bytes()
     tuned = (tmp_path / "out" / "routers.safetensors").read_bytes()
@@ -186,7 +212,8 @@ def dense_logits(model, batch):
 
 @pytest.mark.parametrize("kind", ["kl", "ce"])
 @pytest.mark.parametrize("layers", ["all", "2-3"])
-def test_chunked_backward_equals_the_plain_one(kind, layers, tiny, tok, tmp_path, monkeypatch):
+@pytest.mark.parametrize("train", ["routers", "all"])
+def test_chunked_backward_equals_the_plain_one(train, kind, layers, tiny, tok, tmp_path, monkeypatch):
     model = add_routers(Llama.from_pretrained(tiny), "attn_token", layers).train()
     for gate in routers(model).values():
         gate.router.weight.data.normal_(0, 0.5)
@@ -195,7 +222,11 @@ def test_chunked_backward_equals_the_plain_one(kind, layers, tiny, tok, tmp_path
     batch = Batch.of(samples[:6], "cpu")
     monkeypatch.setattr(train_router, "HEAD_CHUNK", 7)
     weight = 1 / len(batch.targets)
-    loss = backward(model, batch, kind, weight, 0.1, 3.0)
+    teacher = None
+    if train == "all":  # the dense model that it began as
+        teacher = Llama.from_pretrained(tiny)
+        model.requires_grad_(True)
+    loss = backward(model, batch, kind, weight, 0.1, 3.0, teacher)
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
@@ -213,7 +244,7 @@ def test_chunked_backward_equals_the_plain_one(kind, layers, tiny, tok, tmp_path
     plain = plain[mask].mean()
     (plain + 3.0 * capacity_loss(model, 0.1)).backward()
     assert float(loss) == pytest.approx(plain.item(), rel=1e-4)
-    assert len(grads) == 2 * len(routers(model))
+    assert len(grads) == (2 * len(routers(model)) if train == "routers" else len(list(model.parameters())))
     for name, p in model.named_parameters():
         if p.grad is not None:
             assert (p.grad - grads[name]).abs().max() < 1e-4 * p.grad.abs().max() + 1e-7
@@ -278,7 +309,8 @@ def test_closing_layers_greedily(granularity, tiny, tok, tmp_path):
 def test_tuning_starts_at_the_capacity_asked_for(granularity, tiny, tok, tmp_path):
     samples, _ = read_samples(write_data(tmp_path / "d.jsonl"), tok, 512)
     model = add_routers(Llama.from_pretrained(tiny), granularity)
-    args = SimpleNamespace(tokens=500, seed=3, capacity=0.5, start="harm", granularity=granularity)
+    args = SimpleNamespace(tokens=500, seed=3, capacity=0.5, start="harm", granularity=granularity,
+                           train="routers")
     warm_start(model, samples, args, "cpu")
     used, asked = evaluate(model, samples, 500, "cpu")["capacity"], first_target(args)
     assert asked == (0.5 if granularity.endswith("sequence") else 0.75)
@@ -296,7 +328,7 @@ def test_layers_below_the_first_router_run_once_and_without_a_graph(tiny, tok, t
     for layer in model.layers:
         layer.register_forward_hook(hook)
     samples, _ = read_samples(write_data(tmp_path / "d.jsonl"), tok, 512)
-    two_passes(model, Batch.of(samples[:4], "cpu"), with_dense=True)
+    two_passes(model, Batch.of(samples[:4], "cpu"), model)
     assert runs == [1, 1, 2, 2] and graphs == [False, False, True, True]
 
 
