@@ -8,7 +8,7 @@ The loss is that of the answers' tokens: the KL divergence from the dense model'
 labels, it asks that the model behave as before), or the cross-entropy (ce, the paper's). To it comes a
 penalty on capacity above a target, which falls to --capacity over the first half of the run. Tuning starts
 from each layer's measured harm (see warm_start). At the end the threshold is moved, from 0.5, until the
-capacity is met on training samples. Layers below the first router need no autograd graph, and with kl their
+capacity is met on training samples and plain text. Layers below the first router need no autograd graph, and with kl their
 output serves both passes.
 
 --train tells what is compared with it: bias learns one set of layers for all text, all trains the whole model
@@ -193,18 +193,19 @@ def train(model, samples, args, device, teacher=None):
 
 
 @torch.no_grad()
-def calibrate(model, samples, args, device):
+def calibrate(model, samples, others, args, device):
     """Set the threshold that gives --capacity, and measure which capacities other thresholds give.
 
     The penalty leaves the capacity near its target, on one side or the other from batch to batch, and other
     text uses another capacity than the text that was trained on. So the threshold is set on some training
-    samples, as they are and as plain text: first on a grid, then by bisection. Returns all that was measured,
-    [(threshold, overall capacity)]. No head is needed; where gates read prompts, prompts will do, and more of
-    them are needed: there is one decision a sequence, not one a token.
+    samples and, with as much weight, on the answers of `others` as plain text: first on a grid, then by
+    bisection. Returns all that was measured, [(threshold, overall capacity)]. No head is needed; where gates
+    read prompts, prompts will do, and more of them are needed: there is one decision a sequence, not one a
+    token.
     """
     model.eval()
     some = samples[:CALIBRATION_SAMPLES]
-    answers = [i for s in some for i, answer in zip(s.ids, s.answer) if answer]
+    answers = [i for s in others[:len(some)] for i, answer in zip(s.ids, s.answer) if answer]
     piece = PLAIN_PIECE
     if args.granularity.endswith("sequence") and args.pool == "prompt":
         some = [Sample(s.ids[:s.prompt], s.answer[:s.prompt], s.prompt) for s in samples[:8 * len(some)]]
@@ -403,7 +404,8 @@ def main():
     teacher = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False) \
         if args.train == "all" else model
     train(model, train_set, args, device, teacher)
-    calibration = calibrate(model, train_set, args, device)
+    others, _ = read_samples(DEFAULT_DATA, tok, model.config.max_context)
+    calibration = calibrate(model, train_set, others, args, device)
     result = evaluate(model, test_set, args.tokens, device, teacher)
     save_routers(model, Path(args.out) / "routers.safetensors", calibration, command=args.command,
                  held_out=json.dumps(result))

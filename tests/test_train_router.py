@@ -515,7 +515,7 @@ def test_calibration_tells_which_threshold_gives_a_capacity(granularity, tiny, a
     for gate in routers(model).values():
         gate.router.weight.data.normal_(0, 0.3)
         gate.router.bias.data.zero_()
-    table = sorted(train_router.calibrate(model, samples, args, "cpu"))
+    table = sorted(train_router.calibrate(model, samples, samples, args, "cpu"))
     used = [capacity for _, capacity in table]
     assert used == sorted(used, reverse=True) and used[0] > 0.6 > used[-1]
     best = min(table, key=lambda pair: abs(pair[1] - 0.6))
