@@ -8,8 +8,8 @@ The loss is that of the answers' tokens: the KL divergence from the dense model'
 labels, it asks that the model behave as before), or the cross-entropy (ce, the paper's). To it comes a
 penalty on capacity above a target, which falls to --capacity over the first half of the run. Tuning starts
 from each layer's measured harm (see warm_start). At the end the threshold is moved, from 0.5, until the
-capacity is met on training samples and plain text. Layers below the first router need no autograd graph, and with kl their
-output serves both passes.
+capacity is met on training samples and plain text. Layers below the first router need no autograd graph,
+and with kl their output serves both passes.
 
 --train tells what is compared with it: bias learns one set of layers for all text, all trains the whole model
 with its routers, as Mixture of Depths does, and leaves it in out/model.

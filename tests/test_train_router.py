@@ -94,7 +94,7 @@ def test_a_run_writes_what_it_should(granularity, arguments, call, tmp_path, tin
 def test_capacity_comes_down_to_its_target(arguments, call, tmp_path):
     status, _ = call(main, *arguments, "--steps", 100, "--lr", 0.02)
     held_out = json.loads(meta_of(tmp_path / "out" / "routers.safetensors")["held_out"])
-    assert status == 0 and abs(held_out["capacity"] - 0.7) < 0.05
+    assert status == 0 and abs(held_out["capacity"] - 0.7) < 0.1  # plain text, which has its say, uses more
     assert 0 < held_out["kl"] and held_out["tokens"] > 0
 
 
