@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from weights import InputError, open_checkpoint
 
@@ -168,13 +169,20 @@ class Context:
                        columns=None if self.columns is None else self.columns[rows])
 
 
+def recomputed(f, *args):
+    """f(*args), whose intermediate results are computed again in the backward pass instead of being kept."""
+    if not torch.is_grad_enabled():
+        return f(*args)
+    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, n, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(n)), eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return recomputed(F.rms_norm, x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -241,6 +249,10 @@ def attend(q, k, v, mask=None, causal=False):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
+def swiglu(gate, up):
+    return F.silu(gate) * up
+
+
 class MLP(nn.Module):
     """x -> x + swiglu(norm(x))."""
 
@@ -252,7 +264,7 @@ class MLP(nn.Module):
 
     def forward(self, x, ctx=None):
         gate, up = self.gate_up(self.norm(x)).chunk(2, -1)                    # (..., intermediate) each
-        return x + self.down(F.silu(gate) * up)
+        return x + self.down(recomputed(swiglu, gate, up))
 
 
 class Block(nn.Module):

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from model import attend
+from model import attend, recomputed
 from weights import InputError, open_safetensors, write_file
 
 GRANULARITIES = [f"{part}_{scope}" for part in ("attn", "mlp", "block") for scope in ("sequence", "token")]
@@ -69,7 +69,7 @@ class MindSkip(nn.Module):
         if ctx.decoding and self.scope == "sequence":
             return self.run_open_rows(x, ctx, ctx.cache.decisions[self])
         h = self.read(x, ctx)
-        score = self.score(h, ctx)                                       # (B,) a sequence, or (B, T) a token
+        score = recomputed(self.score, h, ctx)                           # (B,) a sequence, or (B, T) a token
         if self.training or torch.is_grad_enabled():
             gate = straight_through(score, self.threshold)
             self.count(gate, ctx)
