@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import register_flop_formula
 
 from weights import InputError, open_checkpoint
 
@@ -176,6 +177,27 @@ def recomputed(f, *args):
     return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
 
 
+def linear(x, weight, bias=None):
+    """x (..., T, in) @ weight (out, in).T + bias: F.linear, but for single tokens in float32 on a CPU, which
+    it would leave to a kernel on one thread."""
+    if x.shape[-2] == 1 and x.dtype == torch.float32 and ONEDNN and x.device.type == "cpu" \
+            and not torch.is_grad_enabled():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+ONEDNN = torch.backends.mkldnn.is_available()
+if ONEDNN:
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def linear_flops(x, weight, *_, **__):
+        return 2 * math.prod(x) * weight[0]                                   # from the shapes
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, n, eps):
         super().__init__()
@@ -194,10 +216,10 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
-        self.qkv = nn.Linear(config.n_embd, width, bias=config.qkv_bias)
+        self.qkv = Linear(config.n_embd, width, bias=config.qkv_bias)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.o = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
+        self.o = Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x, ctx):
         y = self.heads(self.qkv(self.norm(x)))                                # (B, H + 2K, T, D)
@@ -237,7 +259,7 @@ class Attention(nn.Module):
     def project(self, h, rows):
         """Some rows of `qkv`, as heads."""
         bias = None if self.qkv.bias is None else self.qkv.bias[rows]
-        return self.heads(F.linear(h, self.qkv.weight[rows], bias))
+        return self.heads(linear(h, self.qkv.weight[rows], bias))
 
 
 def attend(q, k, v, mask=None, causal=False):
@@ -245,8 +267,29 @@ def attend(q, k, v, mask=None, causal=False):
     if q.shape[2] == 1:   # one token: the query heads of a key head are as good as its rows, and much faster
         y = F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, q.shape[3]), k, v, attn_mask=mask)
         return y.reshape(q.shape)
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        return recomputed(attend_in_chunks, q, k, v, mask, causal)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+def attend_in_chunks(q, k, v, mask, causal, n=128):
+    """`attend` by plain products, n queries at a time and, where causal, the keys up to the last of them. On
+    CPUs PyTorch's fused kernel takes as long in bfloat16 as in float32; this takes less than half."""
+    q = q.mul(q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1))             # (B, K, H/K, T, D)
+    later = torch.ones(n, n, dtype=torch.bool).triu(1) if causal else None
+    chunks = []
+    for start, some in zip(range(0, q.shape[3], n), q.split(n, 3)):
+        end = start + some.shape[3] if causal else k.shape[2]
+        score = some.flatten(2, 3) @ k[:, :, :end].mT                         # (B, K, H/K n, end)
+        score = score.unflatten(2, some.shape[2:4])
+        if causal:
+            score[..., start:].masked_fill_(later[:end - start, :end - start], -math.inf)
+        elif mask is not None:
+            score.masked_fill_(~mask[..., None, start:start + n, :], -math.inf)
+        y = score.softmax(-1).flatten(2, 3) @ v[:, :, :end]
+        chunks.append(y.unflatten(2, some.shape[2:4]))
+    return torch.cat(chunks, 3).flatten(1, 2)
 
 
 def swiglu(gate, up):
@@ -259,8 +302,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.gate_up = nn.Linear(config.n_embd, 2 * config.intermediate, bias=False)
-        self.down = nn.Linear(config.intermediate, config.n_embd, bias=False)
+        self.gate_up = Linear(config.n_embd, 2 * config.intermediate, bias=False)
+        self.down = Linear(config.intermediate, config.n_embd, bias=False)
 
     def forward(self, x, ctx=None):
         gate, up = self.gate_up(self.norm(x)).chunk(2, -1)                    # (..., intermediate) each
@@ -286,7 +329,7 @@ class Llama(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.angles = None              # cos and sin of every position so far needed, made on first use
@@ -520,7 +563,7 @@ def checkpoint_parts(name, weight, config):
 def draw(logits, temperature, top_k):
     """One token id a row, (B,), from logits (B, V)."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices               # argmax, but that is slow in bfloat16 on CPUs
     logits = logits.float() / temperature
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
