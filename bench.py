@@ -31,14 +31,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import Cache, Config, Llama, pick
+from model import Cache, Config, Llama, draw, pick
 from router import (
     CLOSED,
     GRANULARITIES,
     add_routers,
     capacity,
-    capacity_loss,
     load_routers,
+    overall,
     parse_layers,
     remove_routers,
     routers,
@@ -110,8 +110,8 @@ class Work(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in ("mm", "bmm", "addmm"):
-            a, b = args[-2:]
+        if name in ("mm", "bmm", "addmm", "_linear_pointwise"):
+            a, b = args[:2] if name == "_linear_pointwise" else args[-2:]
             self.flops += 2 * out.numel() * a.shape[-1]
             self.bytes += b.nbytes
         elif "scaled_dot_product" in name and "backward" not in name:
@@ -189,21 +189,21 @@ class Variant:
     def decode(self):
         model, idx = self.model, self.args.text[:self.batch, :self.context]
         cache = Cache(model.config, self.context + STEPS)
-        token = self.first_token(idx, cache).argmax(-1)
+        token = draw(self.first_token(idx, cache))
 
         step = model.stepper(cache, self.batch)
 
         def steps(token):
             for i in range(STEPS):
                 x = step(token, [self.context + i] * self.batch)
-                token = model.head(model.norm(x)).argmax(-1)
+                token = draw(model.head(model.norm(x)))
         seconds = self.time(lambda: steps(token))
         self.cache_bytes = cache.bytes()
         return seconds / STEPS
 
     def train(self):
-        """One step, cross-entropy on every token: of the routers only, or of the whole model with its
-        routers."""
+        """One step on every token: of the routers (--loss), or of the whole model with its routers
+        (cross-entropy)."""
         model, idx = self.model.train(), self.args.text[:self.batch, :self.context]
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
         samples = [Sample(row, [True] * self.context, min(64, self.context)) for row in idx.tolist()]
@@ -211,10 +211,10 @@ class Variant:
 
         def step():
             if self.name == "train_routers":
-                backward(model, batch, "ce", 1 / len(batch.targets), 0.0, 1.0)
+                backward(model, batch, self.args.loss, 1 / len(batch.targets), 1.0)
             else:
                 logits = model.head(model.features(batch.idx, batch.lengths)[batch.scored])
-                (F.cross_entropy(logits.float(), batch.targets) + capacity_loss(model, 0.0)).backward()
+                (F.cross_entropy(logits.float(), batch.targets) + overall(model)).backward()
             optimizer.step()
             optimizer.zero_grad()
         return self.time(step)
@@ -254,7 +254,7 @@ class Transformers(Variant):
 
         def steps(out):
             for _ in range(STEPS):
-                token = out.logits[:, -1].argmax(-1, keepdim=True)
+                token = draw(out.logits[:, -1])[:, None]
                 out = self.args.theirs(token, past_key_values=out.past_key_values, use_cache=True)
         return self.time(lambda: steps(out)) / STEPS
 
@@ -292,25 +292,36 @@ def measure(model, args, phase, batch, context):
             seconds = v.run()
             if round_ > 1:                   # the first counts the work, the second warms up
                 v.times.append(seconds)
-    base = statistics.median(found[0].times)
-    none = {v.granularity: statistics.median(v.times) for v in found if v.name == "none"}
+    dense = found[0].times
+    none = {v.granularity: v.times for v in found if v.name == "none"}
     rows = []
     for i, v in enumerate(found):
-        seconds, (low, _, high) = statistics.median(v.times), statistics.quantiles(v.times, n=4)
         if args.device.type == "cpu" and v.name != "transformers":
             v.peak = peak_in_child(args, phase, batch, context, i)
+        seconds = statistics.median(v.times)
+        speedups = [d / t for d, t in zip(dense, v.times)]               # each within one round
+        low, _, high = statistics.quantiles(speedups if i else v.times, n=4)
         row = dict.fromkeys(FIELDS) | {
             "phase": phase, "variant": v.name, "granularity": v.granularity, "capacity": v.capacity,
-            "batch": batch, "context": context, "ms": 1000 * seconds, "speedup": base / seconds,
+            "batch": batch, "context": context, "ms": 1000 * seconds, "speedup": statistics.median(speedups),
             "tokens_per_s": batch * (1 if phase == "decode" else context) / seconds,
-            "peak_bytes": v.peak, "cache_bytes": v.cache_bytes, "spread": (high - low) / seconds}
+            "peak_bytes": v.peak, "cache_bytes": v.cache_bytes, "interval": None,
+            "spread": (high - low) / (1 if i else seconds)}
         if v.name == "routed":
-            row["limit"] = base / (none[v.granularity] + v.share * (base - none[v.granularity]))
+            least = [n + v.share * (d - n) for d, n in zip(dense, none[v.granularity])]
+            row["limit"] = statistics.median(d / t for d, t in zip(dense, least))
             row["efficiency"] = row["speedup"] / row["limit"]
+            row["interval"] = interval([best / t for best, t in zip(least, v.times)])
         row["of_peak"] = (v.work.bytes / STEPS / seconds / args.bandwidth if phase == "decode"
                           else v.work.flops / seconds / args.flops)
         rows.append(row)
     return rows
+
+
+def interval(values):
+    """The 95 % confidence interval of the median, from the order of the values."""
+    values, k = sorted(values), max(0, int(len(values) / 2 - 0.98 * math.sqrt(len(values))))
+    return values[k], values[-1 - k]
 
 
 # ----------------------------------------------------------------------------------------------------- memory
@@ -402,15 +413,16 @@ def choices(known):
 def show(rows):
     """Print rows as a table; ~ marks a speedup that is smaller than the spread of its measurements."""
     print(f"\n{'phase':>8}{'batch':>6}{'context':>8} {'variant':14}{'granularity':15}{'capacity':>8}"
-          f"{'ms':>10}{'tokens/s':>10}{'spread':>8}{'speedup':>8} {'limit':>7}{'efficiency':>11}"
+          f"{'ms':>10}{'tokens/s':>10}{'spread':>8}{'speedup':>8} {'limit':>7}{'efficiency':>11}{'95 %':>14}"
           f"{'of peak':>8}{'peak MiB':>9}{'cache MiB':>10}")
     for r in rows:
         def f(key, form, r=r, unit=1):
             return "" if r[key] is None else format(r[key] / unit, form)
+        between = "{:.3f}-{:.3f}".format(*r["interval"]) if r["interval"] else ""
         noise = "~" if abs(r["speedup"] - 1) < r["spread"] and r["speedup"] != 1 else " "
         print(f"{r['phase']:>8}{r['batch']:6d}{r['context']:8d} {r['variant']:14}{r['granularity'] or '':15}"
               f"{f('capacity', '.3f'):>8}{r['ms']:10.2f}{r['tokens_per_s']:10.1f}{r['spread']:8.3f}"
-              f"{r['speedup']:8.3f}{noise}{f('limit', '.3f'):>7}{f('efficiency', '.3f'):>11}"
+              f"{r['speedup']:8.3f}{noise}{f('limit', '.3f'):>7}{f('efficiency', '.3f'):>11}{between:>14}"
               f"{f('of_peak', '.2f'):>8}{f('peak_bytes', '.0f', unit=2**20):>9}"
               f"{f('cache_bytes', '.1f', unit=2**20):>10}", flush=True)
 
@@ -494,6 +506,7 @@ def parse_arguments():
     p.add_argument("--routers", help="a router file: its decisions on real text instead of random ones")
     p.add_argument("--random-weights", action="store_true", help=f"for the shapes {', '.join(SHAPES)}")
     p.add_argument("--against", type=choices(("transformers", "masked")), default=[])
+    p.add_argument("--loss", default="ce", choices=("kl", "ce"), help="of a router-tuning step")
     p.add_argument("--rounds", type=numbers(int, 2), default=[7], help="measurements of each variant")
     p.add_argument("--json", help="write the table there, with the machine's name")
     p.add_argument("--plot", help="draw speedup against context to this .png file; needs matplotlib")

@@ -560,7 +560,7 @@ def checkpoint_parts(name, weight, config):
     return [f"model.{layer}.{part}" if layer else part for part in names], weight.split(rows)
 
 
-def draw(logits, temperature, top_k):
+def draw(logits, temperature=0.0, top_k=None):
     """One token id a row, (B,), from logits (B, V)."""
     if temperature == 0:
         return logits.max(-1).indices               # argmax, but that is slow in bfloat16 on CPUs

@@ -22,10 +22,10 @@ holds for all of them. Capacity is the share of sublayers that run: overall coun
 those without a router as 1; routed counts only layers with a router.
 """
 import json
+import math
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
@@ -43,6 +43,17 @@ def straight_through(score, threshold):
     return hard + (score - score.detach())
 
 
+def ramp(score, threshold, width):
+    """A gate between 0 and 1, one half at the threshold: sigmoid((logit(score) - logit(threshold)) / width).
+
+    Tuning starts with it and makes it steeper. It weighs closing a sublayer against opening it, where the
+    straight-through gradient has only the slope at the end where the gate stands: near the dense model a loss
+    that is least there rises as the square of what is closed, so that the slope is nothing at 1 and twice
+    the difference at 0; half-way it is the difference. A Concrete gate (arXiv 1611.00712) without its noise.
+    """
+    return torch.sigmoid((torch.logit(score, 1e-6) - math.log(threshold / (1 - threshold))) / width)
+
+
 class MindSkip(nn.Module):
     """A sublayer x -> x + f(norm(x)), and in its place x -> x + g * f(norm(x)), g in {0, 1}."""
 
@@ -53,6 +64,7 @@ class MindSkip(nn.Module):
         self.router = nn.Linear(n_embd, 1, device=next(sublayer.parameters()).device, dtype=torch.float32)
         nn.init.zeros_(self.router.weight)
         nn.init.ones_(self.router.bias)      # new gates are open: sigmoid(1) = 0.73
+        self.width = 0.0                     # of the ramp that tuning has in the step's place; 0: the step
         self.bypass = False                  # True: the dense model, no gate is asked
         self.opened = self.seen = None       # how many gates were open, of how many, since the last prompt
         self.trace = None                    # a list that collects every decision, for those who want to see
@@ -71,7 +83,8 @@ class MindSkip(nn.Module):
         h = self.read(x, ctx)
         score = recomputed(self.score, h, ctx)                           # (B,) a sequence, or (B, T) a token
         if self.training or torch.is_grad_enabled():
-            gate = straight_through(score, self.threshold)
+            gate = ramp(score, self.threshold, self.width) if self.width else \
+                straight_through(score, self.threshold)
             self.count(gate, ctx)
             gate = gate.to(x.dtype).view(*gate.shape, *[1] * (x.dim() - gate.dim()))
             return torch.lerp(x, self.sublayer(x, ctx), gate)            # x + g * (sublayer(x) - x)
@@ -293,11 +306,6 @@ class Usage:
         keep, n = {i: opened / self.seen for i, opened in self.opened.items()}, self.model.config.n_layer
         return {"capacity": (sum(keep.values()) + n - len(keep)) / n,
                 "routed_capacity": sum(keep.values()) / len(keep) if keep else 1.0, "keep": keep}
-
-
-def capacity_loss(model, target):
-    """relu(overall capacity - target): nothing to pay once the target is met."""
-    return F.relu(overall(model) - target)
 
 
 def shape_of(model):

@@ -5,11 +5,11 @@
     python train_router.py --resume             # go on where Ctrl-C stopped
 
 The loss is that of the answers' tokens: the KL divergence from the dense model's distribution (kl: no
-labels, it asks that the model behave as before), or the cross-entropy (ce, the paper's). To it comes a
-penalty on capacity above a target, which falls to --capacity over the first half of the run. Tuning starts
-from each layer's measured harm (see warm_start). At the end the threshold is moved, from 0.5, until the
-capacity is met on training samples and plain text. Layers below the first router need no autograd graph,
-and with kl their output serves both passes.
+labels, it asks that the model behave as before), or the cross-entropy (ce, the paper's). To it comes a price
+on capacity, moved so that capacity follows a target, which falls to --capacity over the first half of the
+run. Gates are ramps at first, and grow steeper (see router.ramp). At the end the threshold is moved, from
+0.5, until the capacity is met on training samples and plain text. Layers below the first router need no
+autograd graph, and with kl their output serves both passes.
 
 --train tells what is compared with it: bias learns one set of layers for all text, all trains the whole model
 with its routers, as Mixture of Depths does, and leaves it in out/model.
@@ -26,13 +26,11 @@ import torch.nn.functional as F
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
-from harm import HEAD_CHUNK, divergence, first_target, log_probabilities, warm_start
 from model import Llama, checkpoint_parts, pick
 from router import (
     GRANULARITIES,
     Usage,
     add_routers,
-    capacity_loss,
     dense,
     overall,
     parse_layers,
@@ -40,18 +38,40 @@ from router import (
     routers,
     save_routers,
 )
-from samples import PLAIN_PIECE, PLAIN_PROMPT, Batch, Sample, batches, pack, read_samples
+from samples import (
+    PLAIN_PIECE,
+    PLAIN_PROMPT,
+    Batch,
+    Sample,
+    as_plain_text,
+    batches,
+    pack,
+    read_samples,
+)
 from tokenizer import Tokenizer
 from weights import InputError, open_checkpoint, open_safetensors, write_file, write_folder
 
 DEFAULT_DATA = Path(__file__).parent / "data" / "instructions.jsonl"
+HEAD_CHUNK = 128      # tokens whose logits exist at once
+PLAIN_TRAINING = 256  # tokens a piece of the plain text that is mixed in
+RAMP = 0.5, 0.1       # widths of the gates' ramp in logits, first and last
 CALIBRATION_SAMPLES = 24
-CALIBRATION_LOGITS = -1, -0.5, -0.25, 0, 0.25, 0.5, 1       # of the threshold
+CALIBRATION_LOGITS = -0.5, -0.25, -0.12, 0, 0.12, 0.25, 0.5       # of the threshold
 MODEL_LR = 1e-5       # of the model's own weights, with --train all
 HELD_OUT = 64         # samples at the end of --data that are kept for the table
 
 
 # ------------------------------------------------------------------------------------------------------ loss
+
+def log_probabilities(model, x):
+    """Log-probabilities of the next token, float32 (n, V), from the residual stream (n, C)."""
+    return model.head(model.norm(x)).float().log_softmax(-1)
+
+
+def divergence(log_p, log_q):
+    """KL(p || q) of each token in nats, (n,)."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
 
 def two_passes(model, batch, teacher=None):
     """The residual stream where a next token is scored, (N, C): the routed model's, and the dense `teacher`'s
@@ -69,12 +89,12 @@ def two_passes(model, batch, teacher=None):
     return model.run(below, ctx, first)[batch.scored], reference
 
 
-def backward(model, batch, kind, weight, target, penalty, teacher=None):
+def backward(model, batch, kind, weight, price, teacher=None):
     """Add a batch's gradients to what trains; returns the sum of its tokens' losses times `weight`, a tensor.
 
     The logits, vocab_size numbers a token, exist for HEAD_CHUNK tokens at a time: the head's gradient is
     gathered chunk by chunk at its input, then sent through the layers in one go, together with that of
-    `penalty` times the capacity loss.
+    `price` times the overall capacity.
     """
     teacher = teacher or model
     x, reference = two_passes(model, batch, teacher if kind == "kl" else None)
@@ -91,7 +111,7 @@ def backward(model, batch, kind, weight, target, penalty, teacher=None):
         loss = losses.sum() * weight
         loss.backward()
         total = total + loss.detach()
-    torch.autograd.backward([x, penalty * capacity_loss(model, target)], [leaf.grad, None])
+    torch.autograd.backward([x, price * overall(model)], [leaf.grad, None])
     return total
 
 
@@ -118,17 +138,36 @@ def evaluate(model, samples, budget, device, teacher=None):
 # -------------------------------------------------------------------------------------------------- training
 
 def learning_rate(step, steps, peak):
-    """Warm-up over the first 5 % of the steps, then a cosine down to a tenth."""
+    """Warm-up over the first 5 % of the steps, then a cosine down to a fiftieth."""
     warm = max(1, steps // 20)
     if step < warm:
         return peak * (step + 1) / warm
-    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    return peak * (0.51 + 0.49 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def target_capacity(step, args):
-    """Falls over the first half of the run from where the routers start to --capacity."""
-    start = first_target(args)
-    return start + (args.capacity - start) * min(1.0, 2 * (step + 1) / args.steps)
+    """Falls from 1 to --capacity over the first half of the run."""
+    return 1 - (1 - args.capacity) * min(1.0, 2 * (step + 1) / args.steps)
+
+
+class Price:
+    """Lambda, what a unit of capacity costs: raised while more is used than the target, lowered while less,
+    and not below 0. Dual ascent with a damping term: the price follows at once, its level slowly."""
+
+    def __init__(self, first):
+        self.level = self.now = first
+
+    def update(self, excess):
+        self.level = max(0.0, self.level + 0.5 * excess)
+        self.now = max(0.0, self.level + 10 * excess)
+
+
+def ramp_width(step, args):
+    """Of the gates' ramp, in logits: falls over the first four fifths of the run; 0 is the step itself."""
+    if args.estimator == "straight-through":
+        return 0.0
+    first, last = RAMP
+    return first * (last / first) ** min(1.0, 1.25 * step / args.steps)
 
 
 def trained(model):
@@ -152,10 +191,9 @@ def train(model, samples, args, device, teacher=None):
     """Tune the model's routers; metrics.jsonl, the router file and the checkpoint are left in args.out."""
     optimizer = make_optimizer(model, args)
     out, stop = Path(args.out), []
-    start, log = resume(model, optimizer, args) if args.resume else (0, [])
+    price = Price(args.penalty)
+    start, log = resume(model, optimizer, price, args) if args.resume else (0, [])
     write_file(out / "metrics.jsonl", b"".join(log))
-    if start == 0 and args.start == "harm":
-        warm_start(model, samples, args, device)
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))   # the step that is running is finished first
     source = batches(samples, args.tokens, args.seed)
     for _ in range(start * args.accumulate):
@@ -166,9 +204,10 @@ def train(model, samples, args, device, teacher=None):
         group = [Batch.of(next(source), device) for _ in range(args.accumulate)]
         weight = 1 / sum(len(batch.targets) for batch in group)
         target, loss, used = target_capacity(step, args), 0.0, 0.0
+        for gate in routers(model).values():
+            gate.width = ramp_width(step, args)
         for batch in group:
-            loss += backward(model, batch, args.loss, weight, target, args.penalty / args.accumulate,
-                             teacher)
+            loss += backward(model, batch, args.loss, weight, price.now / args.accumulate, teacher)
             used += overall(model).detach() / args.accumulate
         loss, used = float(loss), float(used)
         if not math.isfinite(loss):
@@ -178,18 +217,21 @@ def train(model, samples, args, device, teacher=None):
             part["lr"] = learning_rate(step, args.steps, part["peak"])
         optimizer.step()
         optimizer.zero_grad()
-        line = {"step": step, "loss": loss, "capacity": used, "target": target,
+        line = {"step": step, "loss": loss, "capacity": used, "target": target, "lambda": price.now,
                 "lr": optimizer.param_groups[0]["lr"]}
+        price.update(used - target)
         append(out / "metrics.jsonl", json.dumps(line) + "\n")
         bar.set_postfix(loss=f"{loss:.3f}", capacity=f"{used:.3f}")
         if stop or step + 1 == args.steps or (step + 1) % args.save_every == 0:
-            save(model, optimizer, step + 1, args)
+            save(model, optimizer, price, step + 1, args)
         if stop:
             bar.close()
             print(f"stopped after step {step + 1} of {args.steps}, saved in {out}; --resume goes on",
                   file=sys.stderr)
             sys.exit(130)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for gate in routers(model).values():
+        gate.width = 0.0
 
 
 @torch.no_grad()
@@ -205,14 +247,12 @@ def calibrate(model, samples, others, args, device):
     """
     model.eval()
     some = samples[:CALIBRATION_SAMPLES]
-    answers = [i for s in others[:len(some)] for i, answer in zip(s.ids, s.answer) if answer]
-    piece = PLAIN_PIECE
+    others, piece = others[:len(some)], PLAIN_PIECE
     if args.granularity.endswith("sequence") and args.pool == "prompt":
         some = [Sample(s.ids[:s.prompt], s.answer[:s.prompt], s.prompt) for s in samples[:8 * len(some)]]
         piece = PLAIN_PROMPT
-    plain = [answers[i:i + piece] for i in range(0, len(answers), piece)]
-    plain = [Sample(ids, [True] * len(ids), min(len(ids), PLAIN_PROMPT)) for ids in plain]
-    kinds = [[Batch.of(group, device) for group in pack(kind, 2 * args.tokens)] for kind in (some, plain)]
+    kinds = [[Batch.of(group, device) for group in pack(kind, 2 * args.tokens)]
+             for kind in (some, as_plain_text(others, piece))]
     measured = []
 
     def used(logit):
@@ -248,30 +288,31 @@ def append(path, text):
 
 
 SAME_ON_RESUME = ("model", "dtype", "seed", "data", "granularity", "layers", "capacity", "train", "loss",
-                  "steps", "start", "lr", "penalty", "tokens", "accumulate", "pool", "held_out")
+                  "estimator", "steps", "lr", "penalty", "tokens", "accumulate", "pool", "held_out")
 
 
-def save(model, optimizer, step, args):
-    """The router file, and the checkpoint a run continues from: what trains, AdamW's moments, the step."""
+def save(model, optimizer, price, step, args):
+    """The router file, and the checkpoint a run continues from: what trains, AdamW's moments, lambda, the
+    step."""
     tensors = {}
     for name, p in trained(model).items():
         state = optimizer.state[p]
         tensors |= {name: p.detach(), f"{name}.m": state["exp_avg"], f"{name}.v": state["exp_avg_sq"]}
     arguments = {key: str(getattr(args, key)) for key in SAME_ON_RESUME}
-    meta = {"step": str(step), "arguments": json.dumps(arguments)}
+    meta = {"step": str(step), "arguments": json.dumps(arguments), "price": json.dumps(vars(price))}
     save_routers(model, Path(args.out) / "routers.safetensors", command=args.command)
     write_file(Path(args.out) / "checkpoint.safetensors",
                safetensors_bytes({k: t.cpu().contiguous() for k, t in tensors.items()}, metadata=meta))
 
 
-def resume(model, optimizer, args):
+def resume(model, optimizer, price, args):
     """Load the checkpoint in args.out; returns its step, and the lines of metrics.jsonl up to there."""
     path = Path(args.out) / "checkpoint.safetensors"
     if not path.exists():
         raise InputError(f"--resume: there is no {path}; run without --resume")
     file = open_safetensors(path)
     meta = file.metadata() or {}
-    if "step" not in meta or "arguments" not in meta:
+    if not {"step", "arguments", "price"} <= meta.keys():
         raise InputError(f"{path}: not a checkpoint of train_router.py")
     then, step = json.loads(meta["arguments"]), int(meta["step"])
     for key in SAME_ON_RESUME:
@@ -279,6 +320,7 @@ def resume(model, optimizer, args):
             flag = "--" + key.replace("_", "-")
             raise InputError(f"--resume: {path} was made with {flag} {then.get(key)}, now it is"
                              f" {getattr(args, key)}; give the same, or start afresh without --resume")
+    vars(price).update(json.loads(meta["price"]))
     for name, p in trained(model).items():
         p.data.copy_(file.get_tensor(name))
         optimizer.state[p] = {"step": torch.tensor(float(step)),
@@ -331,14 +373,13 @@ def parse_arguments():
                    help="what trains: the routers; only their biases, which closes the same layers for every"
                    " text; or the whole model with its routers, as Mixture of Depths does")
     p.add_argument("--loss", default="kl", choices=("kl", "ce"))
-    p.add_argument("--steps", type=int, default=160)
+    p.add_argument("--estimator", default="ramp", choices=("ramp", "straight-through"),
+                   help="of the gates' gradient: a ramp that grows steeper, or the paper's")
+    p.add_argument("--steps", type=int, default=200)
     p.add_argument("--out", default="out", help="folder for the routers, metrics.jsonl and the checkpoint")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
-    p.add_argument("--start", default="harm", choices=("harm", "open"),
-                   help="routers that predict each layer's harm, or open ones")
-    p.add_argument("--lr", type=float, help="learning rate (default: 0.004 at token level, 0.001 at"
-                   " sequence level, where there is one decision a prompt to learn from)")
-    p.add_argument("--penalty", type=float, default=5.0, help="lambda, the price of excess capacity")
+    p.add_argument("--lr", type=float, default=0.002, help="learning rate of the routers")
+    p.add_argument("--penalty", type=float, default=2.0, help="lambda, the price of capacity, to begin with")
     p.add_argument("--tokens", type=int, help="tokens a batch (default: 768 on a CPU, 16384 on CUDA)")
     p.add_argument("--accumulate", type=int, default=1, help="batches a step")
     p.add_argument("--pool", default="prompt", choices=("prompt", "all"), help="what a sequence's gate reads")
@@ -348,8 +389,6 @@ def parse_arguments():
     args = p.parse_args()
     if args.train == "all" and args.dtype == "auto":
         args.dtype = "float32"                       # steps of 1e-5 would be lost in bfloat16's rounding
-    if args.lr is None:
-        args.lr = 0.004 if args.granularity.endswith("token") else 0.001
     args.command = " ".join(["python train_router.py", *(a for a in sys.argv[1:] if a != "--resume")])
     return args
 
@@ -403,7 +442,9 @@ def main():
     add_routers(model, args.granularity, args.layers, pool=args.pool)
     teacher = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False) \
         if args.train == "all" else model
-    train(model, train_set, args, device, teacher)
+    # what the dense model says of a text is known without labels: the answers serve once more, as plain text
+    more = as_plain_text(train_set, PLAIN_TRAINING) if args.loss == "kl" else []
+    train(model, train_set + more, args, device, teacher)
     others, _ = read_samples(DEFAULT_DATA, tok, model.config.max_context)
     calibration = calibrate(model, train_set, others, args, device)
     result = evaluate(model, test_set, args.tokens, device, teacher)

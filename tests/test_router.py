@@ -15,10 +15,11 @@ from router import (
     MindSkip,
     add_routers,
     capacity,
-    capacity_loss,
     dense,
     load_routers,
+    overall,
     parse_layers,
+    ramp,
     routers,
     save_routers,
     straight_through,
@@ -57,6 +58,19 @@ def test_straight_through_is_the_step_forward_and_the_score_backward():
     assert score.grad.tolist() == [1, 2, 3, 4]
 
 
+def test_ramp_is_half_open_at_the_threshold_and_ends_as_the_step():
+    score = torch.tensor([0.1, 0.3, 0.4, 0.9], requires_grad=True)
+    gate = ramp(score, 0.3, 0.5)
+    x = torch.tensor([0.1, 0.3, 0.4, 0.9], dtype=torch.float64)
+    odds = (x / (1 - x) / (0.3 / 0.7)) ** 2                               # 1 / width = 2
+    assert (gate - odds / (1 + odds)).abs().max() < 1e-6 and gate[1] == 0.5
+    gate.sum().backward()
+    slope = 2 * odds / (1 + odds) ** 2 / (x * (1 - x))
+    assert (score.grad - slope).abs().max() < 1e-5
+    assert ramp(score, 0.3, 1e-3).round(decimals=5).tolist() == [0, 0.5, 1, 1]
+    assert ramp(torch.tensor([0.0, 1.0]), 0.5, 0.1).isfinite().all()
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_gate_and_its_gradients_against_float64(granularity, tiny):
     """y = x + g f(norm(x)); dL/dw = sum over gates of (dL/dy . f) s (1 - s) pool(norm(x)); in float64."""
@@ -93,7 +107,7 @@ def test_gradients_reach_every_router_and_nothing_else(granularity, tiny):
     model = routed(tiny, granularity).train()
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     assert names == {n for n, _ in model.named_parameters() if ".router." in n} and len(names) == 8
-    (model(tokens(), LENGTHS, PROMPTS).square().mean() + capacity_loss(model, 0.1)).backward()
+    (model(tokens(), LENGTHS, PROMPTS).square().mean() + overall(model)).backward()
     for name, p in model.named_parameters():
         assert (p.grad is not None and bool(p.grad.abs().sum() > 0)) == (name in names), name
 
@@ -283,7 +297,7 @@ def test_capacity_counts_layers_without_a_router_as_open(tiny):
     with torch.no_grad():
         model(tokens())
     assert capacity(model) == 0.5 and capacity(model, routed=True) == 0
-    assert float(capacity_loss(model, 0.4)) == pytest.approx(0.1) and float(capacity_loss(model, 0.6)) == 0
+    assert float(overall(model)) == 0.5
 
 
 def test_routers_stay_float32_in_a_bfloat16_model(tiny):
