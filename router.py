@@ -7,8 +7,8 @@
 
 `add_routers(model, ...)` puts one linear layer, n_embd + 1 numbers, before a sublayer of each chosen layer
 and freezes the rest. In training everything is computed and the gate multiplies it, so that gradients reach w
-and b: through the straight-through estimator, or through a ramp that tuning puts in the step's place and makes
-steeper. In inference what is closed is not computed at all.
+and b: through the straight-through estimator, or through a ramp that tuning puts in the step's place and
+makes steeper. In inference what is closed is not computed at all.
 
     granularity       what one gate decides over          keys and values where it is closed
     attn_sequence     attention, for a whole sequence     not computed, not stored

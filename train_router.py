@@ -57,6 +57,7 @@ PLAIN_TRAINING = 256  # tokens a piece of the plain text that is mixed in
 RAMP = 0.5, 0.1       # widths of the gates' ramp in logits, first and last
 CALIBRATION_SAMPLES = 24
 CALIBRATION_LOGITS = -0.5, -0.25, -0.12, 0, 0.12, 0.25, 0.5       # of the threshold
+BIAS_LR = 0.02        # of the routers' biases at sequence level, and where only they train
 MODEL_LR = 1e-5       # of the model's own weights, with --train all
 HELD_OUT = 64         # samples at the end of --data that are kept for the table
 
@@ -176,15 +177,22 @@ def trained(model):
 
 
 def make_optimizer(model, args):
-    """AdamW on what --train asks for; the routers learn at --lr, the model itself at MODEL_LR."""
+    """AdamW on what --train asks for; the routers learn at --lr, the model itself at MODEL_LR.
+
+    Where there is one decision a sequence, there is little to learn from: which layers close for all is found
+    first, by biases that learn fast.
+    """
     if args.train == "all":
         model.requires_grad_(True)
     for gate in routers(model).values():
         gate.router.weight.requires_grad_(args.train != "bias")
-    ours, theirs = ([p for name, p in trained(model).items() if (".router." in name) == of_routers]
-                    for of_routers in (True, False))
-    groups = [{"params": ours, "peak": args.lr}, {"params": theirs, "peak": MODEL_LR}]
-    return torch.optim.AdamW(groups[:1 + bool(theirs)], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    fast = args.granularity.endswith("sequence") or args.train == "bias"
+    groups = {}
+    for name, p in trained(model).items():
+        ours = BIAS_LR if fast and name.endswith("bias") else args.lr
+        groups.setdefault(ours if ".router." in name else MODEL_LR, []).append(p)
+    groups = [{"params": of, "peak": peak} for peak, of in groups.items()]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 def train(model, samples, args, device, teacher=None):
@@ -218,7 +226,7 @@ def train(model, samples, args, device, teacher=None):
         optimizer.step()
         optimizer.zero_grad()
         line = {"step": step, "loss": loss, "capacity": used, "target": target, "lambda": price.now,
-                "lr": optimizer.param_groups[0]["lr"]}
+                "lr": learning_rate(step, args.steps, args.lr)}
         price.update(used - target)
         append(out / "metrics.jsonl", json.dumps(line) + "\n")
         bar.set_postfix(loss=f"{loss:.3f}", capacity=f"{used:.3f}")
@@ -378,7 +386,8 @@ def parse_arguments():
     p.add_argument("--steps", type=int, default=200)
     p.add_argument("--out", default="out", help="folder for the routers, metrics.jsonl and the checkpoint")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
-    p.add_argument("--lr", type=float, default=0.002, help="learning rate of the routers")
+    p.add_argument("--lr", type=float, help="learning rate of the routers (default: 0.002 at token level,"
+                   " 0.0003 at sequence level)")
     p.add_argument("--penalty", type=float, default=2.0, help="lambda, the price of capacity, to begin with")
     p.add_argument("--tokens", type=int, help="tokens a batch (default: 768 on a CPU, 16384 on CUDA)")
     p.add_argument("--accumulate", type=int, default=1, help="batches a step")
@@ -389,6 +398,8 @@ def parse_arguments():
     args = p.parse_args()
     if args.train == "all" and args.dtype == "auto":
         args.dtype = "float32"                       # steps of 1e-5 would be lost in bfloat16's rounding
+    if args.lr is None:
+        args.lr = 0.002 if args.granularity.endswith("token") else 0.0003
     args.command = " ".join(["python train_router.py", *(a for a in sys.argv[1:] if a != "--resume")])
     return args
 
