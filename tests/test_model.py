@@ -10,7 +10,7 @@ from conftest import FAMILIES, write_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from model import Config, Llama, rope_frequencies
+from model import Config, Linear, Llama, attend, rope_frequencies
 from model import Llama as LlamaModel
 from weights import SMOLLM2_FILE, InputError
 
@@ -222,3 +222,48 @@ def test_loading_in_bfloat16(tiny):
     with torch.no_grad():
         exact = Llama.from_pretrained(tiny)(torch.arange(20)[None])
         assert (model(torch.arange(20)[None]).float() - exact).norm() < 0.05 * exact.norm()
+
+
+# ------------------------------------------------------------------------------------------------- CPU kernels
+
+
+@pytest.mark.parametrize("kind", ["causal", "mask", "queries of their own"])
+@pytest.mark.parametrize("T", [2, 128, 300])
+def test_bfloat16_attention_in_chunks_against_float64(kind, T):
+    """Outputs and gradients, as near to float64 as PyTorch's own kernel on the same bfloat16 numbers."""
+    rng, S = torch.Generator().manual_seed(0), T + 40 if kind == "queries of their own" else T
+    q, k, v, up = (torch.randn(2, heads, n, 64, generator=rng).bfloat16()
+                   for heads, n in ((9, T), (3, S), (3, S), (9, T)))
+    mask = None if kind == "causal" else torch.rand(2, 1, T, S, generator=rng) < 0.6
+    if mask is not None:
+        mask[..., 0] = True
+
+    def run(f, dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        y = f(*leaves)
+        y.backward(up.to(dtype))
+        return [y.detach().double(), *(leaf.grad.double() for leaf in leaves)]
+
+    def fused(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+
+    def ours(q, k, v):
+        return attend(q, k, v, mask, causal=mask is None)
+
+    exact, theirs, mine = run(fused, torch.float64), run(fused, torch.bfloat16), run(ours, torch.bfloat16)
+    for right, a, b in zip(exact, theirs, mine):
+        assert (b - right).square().mean() < 6 * (a - right).square().mean() + 1e-9
+        assert (b - right).norm() < 0.01 * right.norm()
+
+
+def test_single_tokens_in_float32_have_the_product_and_its_operations():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer = Linear(96, 50)
+    for shape in (1, 96), (4, 1, 96), (4, 7, 96):
+        x = torch.randn(shape)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            y = layer(x)
+        assert (y - (x.double() @ layer.weight.double().T + layer.bias.double())).abs().max() < 1e-5
+        assert counter.get_total_flops() == 2 * x.numel() * 50
