@@ -35,7 +35,7 @@ from weights import InputError, open_safetensors, write_file
 
 GRANULARITIES = [f"{part}_{scope}" for part in ("attn", "mlp", "block") for scope in ("sequence", "token")]
 CLOSED = 2.0        # a threshold that no score reaches
-QUERY_CHUNK = 128   # gathered queries attend in chunks, each to the keys up to its last position
+QUERY_CHUNK = 64    # gathered queries attend in chunks, each to the keys up to its last position
 
 
 def straight_through(score, threshold):
@@ -167,7 +167,8 @@ class MindSkip(nn.Module):
                     start, end, mask = 0, k.shape[2], ctx.mask[b, 0, chunk]              # (n, S)
                 else:
                     position = chunk + ctx.first[b]
-                    start, end = 0, int(position[-1]) + 1                # keys that some query here may see
+                    # keys that some query here may see, rounded up: every new shape costs a kernel's set-up
+                    start, end = 0, min(k.shape[2], -(-int(position[-1] + 1) // QUERY_CHUNK) * QUERY_CHUNK)
                     if ctx.window:
                         start = max(0, int(position[0]) + 1 - ctx.window)
                     ago = position[:, None] - torch.arange(start, end)   # (n, S')
