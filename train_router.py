@@ -52,7 +52,7 @@ from tokenizer import Tokenizer
 from weights import InputError, open_checkpoint, open_safetensors, write_file, write_folder
 
 DEFAULT_DATA = Path(__file__).parent / "data" / "instructions.jsonl"
-HEAD_CHUNK = 128      # tokens whose logits exist at once
+HEAD_CHUNK = 64       # tokens whose logits exist at once
 PLAIN_TRAINING = 256  # tokens a piece of the plain text that is mixed in
 RAMP = 0.5, 0.1       # widths of the gates' ramp in logits, first and last
 CALIBRATION_SAMPLES = 24

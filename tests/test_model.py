@@ -224,7 +224,7 @@ def test_loading_in_bfloat16(tiny):
         assert (model(torch.arange(20)[None]).float() - exact).norm() < 0.05 * exact.norm()
 
 
-# ------------------------------------------------------------------------------------------------- CPU kernels
+# ------------------------------------------------------------------------------------------------ CPU kernels
 
 
 @pytest.mark.parametrize("kind", ["causal", "mask", "queries of their own"])
