@@ -167,8 +167,7 @@ class MindSkip(nn.Module):
                     start, end, mask = 0, k.shape[2], ctx.mask[b, 0, chunk]              # (n, S)
                 else:
                     position = chunk + ctx.first[b]
-                    # keys that some query here may see, rounded up: every new shape costs a kernel's set-up
-                    start, end = 0, min(k.shape[2], -(-int(position[-1] + 1) // QUERY_CHUNK) * QUERY_CHUNK)
+                    start, end = 0, int(position[-1]) + 1                # keys that some query here may see
                     if ctx.window:
                         start = max(0, int(position[0]) + 1 - ctx.window)
                     ago = position[:, None] - torch.arange(start, end)   # (n, S')
