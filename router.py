@@ -35,7 +35,8 @@ from weights import InputError, open_safetensors, write_file
 
 GRANULARITIES = [f"{part}_{scope}" for part in ("attn", "mlp", "block") for scope in ("sequence", "token")]
 CLOSED = 2.0        # a threshold that no score reaches
-QUERY_CHUNK = 64    # gathered queries attend in chunks, each to the keys up to its last position
+QUERY_CHUNK = 128   # gathered queries attend in chunks, each to the keys up to its last position,
+KEY_CHUNK = 64      # and up to the next multiple of this many, so that shapes recur
 
 
 def straight_through(score, threshold):
@@ -81,40 +82,43 @@ class MindSkip(nn.Module):
             return self.sublayer(x, ctx)
         if ctx.decoding and self.scope == "sequence":
             return self.run_open_rows(x, ctx, ctx.cache.decisions[self])
-        h = self.read(x, ctx)
+        h = self.norm(x)
         score = recomputed(self.score, h, ctx)                           # (B,) a sequence, or (B, T) a token
         if self.training or torch.is_grad_enabled():
             gate = ramp(score, self.threshold, self.width) if self.width else \
                 straight_through(score, self.threshold)
             self.count(gate, ctx)
             gate = gate.to(x.dtype).view(*gate.shape, *[1] * (x.dim() - gate.dim()))
-            return torch.lerp(x, self.sublayer(x, ctx), gate)            # x + g * (sublayer(x) - x)
+            return torch.lerp(x, self.run(x, ctx, h), gate)              # x + g * f(h)
         is_open = score >= self.threshold
         self.count(is_open, ctx)
         if self.scope == "token":
-            return self.run_open_tokens(x, h, ctx, is_open)
+            return self.run_open_tokens(x, ctx, h, is_open)
         rows = is_open.nonzero().squeeze(1)                              # the one wait for the device
         if ctx.cache is not None:
             ctx.cache.decisions[self] = rows                             # the prompt decides for what follows
-        return self.run_open_rows(x, ctx, rows)
+        return self.run_open_rows(x, ctx, rows, h)
 
-    def read(self, x, ctx):
-        """The sublayer's normalized input, (B, T, C), or as much of it as the gate needs."""
-        if self.scope == "sequence" and self.pool == "prompt":
-            x = x[:, :ctx.max_prompt]
+    def norm(self, x):
+        """The sublayer's normalized input."""
         return (self.attn or self.sublayer).norm(x)
+
+    def run(self, x, ctx, h):
+        """sublayer(x, ctx), given h = norm(x)."""
+        if self.part == "block":
+            return self.sublayer.mlp(x + self.attn.change(h, ctx))
+        return x + self.sublayer.change(h, ctx)
 
     def pooled(self, h, ctx):
         """What the router reads, float32: each token's h, (B, T, C), or its mean over the prompt, (B, C)."""
-        h = h.float()
-        if self.scope == "sequence":
-            n = ctx.lengths if self.pool == "all" else ctx.prompt_lengths
-            real = torch.arange(h.shape[1], device=h.device) < n[:, None]
-            h = (h * real[..., None]).sum(1) / n[:, None]
-        return h
+        if self.scope == "token":
+            return h.float()
+        n, longest = (ctx.lengths, h.shape[1]) if self.pool == "all" else (ctx.prompt_lengths, ctx.max_prompt)
+        real = torch.arange(longest, device=h.device) < n[:, None]
+        return (h[:, :longest].float() * real[..., None]).sum(1) / n[:, None]
 
     def score(self, h, ctx):
-        """How much the sublayer is wanted, 0 to 1, float32: (B,) or (B, T); h (B, T, C) from `read`."""
+        """How much the sublayer is wanted, 0 to 1, float32: (B,) or (B, T); h = norm(x), (B, T, C)."""
         return torch.sigmoid(self.router(self.pooled(h, ctx)).squeeze(-1))
 
     def count(self, gate, ctx):
@@ -126,55 +130,65 @@ class MindSkip(nn.Module):
             self.trace.append(gate.detach().bool().cpu())
         self.opened, self.seen = (self.opened + opened, self.seen + seen) if ctx.decoding else (opened, seen)
 
-    def run_open_rows(self, x, ctx, rows):
-        """The sublayer on the open rows of x (B, T, C) only; rows: their indices (n,), n from 0 to B."""
+    def run_open_rows(self, x, ctx, rows, h=None):
+        """The sublayer on the open rows of x (B, T, C) only; rows: their indices (n,), n from 0 to B;
+        h = norm(x), where it is known."""
         if len(rows) == 0:
             return x
+        h = self.norm(x) if h is None else h
         if len(rows) == len(x):
-            return self.sublayer(x, ctx)
-        return x.index_copy(0, rows, self.sublayer(x[rows], ctx.select(rows)))
+            return self.run(x, ctx, h)
+        return x.index_copy(0, rows, self.run(x[rows], ctx.select(rows), h[rows]))
 
-    def run_open_tokens(self, x, h, ctx, is_open):
+    def run_open_tokens(self, x, ctx, h, is_open):
         """The sublayer on the open tokens of x (B, T, C), keys and values of all; h = norm(x)."""
         is_open = is_open.cpu()                                          # (B, T); the one wait for the device
         columns = [row[:n].nonzero().squeeze(1) for row, n in zip(is_open, ctx.sizes)]
         n_open = sum(map(len, columns))
         if n_open == sum(ctx.sizes):
-            return self.sublayer(x, ctx)
+            return self.run(x, ctx, h)
         at = torch.cat([b * x.shape[1] + c for b, c in enumerate(columns)]).to(x.device)
         k, v = self.attn.keys_values(h, ctx) if self.attn else (None, None)
         if n_open == 0:
             return x
-        open_x = x.flatten(0, 1)[at]                                     # (N, C), row after row
+        open_x, open_h = (t.flatten(0, 1).index_select(0, at) for t in (x, h))     # (N, C), row after row
         if self.attn:
-            open_x = open_x + self.attend_from(h, k, v, ctx, columns, at)
-        if self.part != "attn":
-            open_x = (self.sublayer if self.part == "mlp" else self.sublayer.mlp)(open_x)
+            open_x = open_x + self.attend_from(open_h, k, v, ctx, columns, at)
+        else:
+            open_x = open_x + self.sublayer.change(open_h)
+        if self.part == "block":
+            open_x = self.sublayer.mlp(open_x)
         return x.flatten(0, 1).index_copy(0, at, open_x).view_as(x)
 
     def attend_from(self, h, k, v, ctx, columns, at):
-        """Attention's output (N, C) for the open tokens of h (B, T, C), over keys and values (B, K, S, D).
+        """Attention's output (N, C) for open tokens, h (N, C), over keys and values (B, K, S, D).
 
-        Where these are: `columns`, for each row, on the host; `at` (N,), through all rows, on the device.
+        Where they are: `columns`, for each row, on the host; `at` (N,), through all rows, on the device.
         """
-        row, column = at // h.shape[1], at % h.shape[1]
+        T = ctx.cos.shape[-2]
+        row, column = at // T, at % T
         cos, sin = (t[column] if t.dim() == 2 else t[row, 0, column] for t in (ctx.cos, ctx.sin))  # (N, D)
-        q = self.attn.queries(h.flatten(0, 1)[at], cos, sin)[None]       # (1, H, N, D)
+        q = self.attn.queries(h, cos, sin)[None]                         # (1, H, N, D)
         y, done = [], 0
         for b, of_row in enumerate(columns):
             for chunk in of_row.split(QUERY_CHUNK) if len(of_row) else ():
+                n, start, end, mask = len(chunk), 0, k.shape[2], None
                 if ctx.first is None:
-                    start, end, mask = 0, k.shape[2], ctx.mask[b, 0, chunk]              # (n, S)
+                    mask = ctx.mask[b, 0, chunk]                         # (n, S)
                 else:
-                    position = chunk + ctx.first[b]
-                    start, end = 0, int(position[-1]) + 1                # keys that some query here may see
-                    if ctx.window:
-                        start = max(0, int(position[0]) + 1 - ctx.window)
-                    ago = position[:, None] - torch.arange(start, end)   # (n, S')
-                    mask = ((ago >= 0) & (ago < (ctx.window or end))).to(h.device) if len(chunk) > 1 else None
+                    first, last = (int(chunk[i]) + ctx.first[b] for i in (0, -1))
+                    start = max(0, first + 1 - (ctx.window or k.shape[2]))
+                    end = last + 1                                       # keys that some query here may see
+                    if n > 1:
+                        end = min(k.shape[2], -(-end // KEY_CHUNK) * KEY_CHUNK)
+                        position = (column[done:done + n] + ctx.first[b])[:, None]
+                        keys = torch.arange(start if ctx.window else first + 1, end, device=h.device)
+                        mask = keys <= position                          # (n, S'), of the last keys
+                        if ctx.window:
+                            mask &= keys > position - ctx.window
                 seen = slice(b, b + 1), slice(None), slice(start, end)
-                y.append(attend(q[:, :, done:done + len(chunk)], k[seen], v[seen], mask))
-                done += len(chunk)
+                y.append(attend(q[:, :, done:done + n], k[seen], v[seen], mask))
+                done += n
         return self.attn.output(torch.cat(y, 2)[0])
 
 

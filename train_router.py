@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
-from model import Llama, checkpoint_parts, pick
+from model import Llama, checkpoint_parts, keep_freed_memory, pick
 from router import (
     GRANULARITIES,
     Usage,
@@ -363,6 +363,7 @@ def common_arguments(parser):
 
 def run_script(name, main):
     """main(), with bad input told in one sentence and exit status 1, and Ctrl-C without a traceback."""
+    keep_freed_memory()
     try:
         main()
     except InputError as e:
