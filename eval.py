@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from harm import log_probabilities, measure
 from model import Cache, Llama, pick
-from router import CLOSED, Usage, add_routers, dense, load_routers, remove_routers, routers
+from router import CLOSED, Usage, add_routers, load_routers, remove_routers, routers
 from samples import QUESTIONS, TASKS, Batch, batches, pack, read_samples, read_task
 from tokenizer import Tokenizer
 from train_router import (
@@ -33,9 +34,7 @@ from train_router import (
     HEAD_CHUNK,
     HELD_OUT,
     common_arguments,
-    divergence,
     evaluate,
-    log_probabilities,
     run_script,
 )
 from weights import InputError, write_file
@@ -228,32 +227,12 @@ def error(values):
 
 # --------------------------------------------------------------------------------------------------- variants
 
-@torch.no_grad()
-def measure_harm(model, groups, device):
-    """{layer: KL(dense || without its attention), nats, summed over the answers of groups of samples}."""
-    harm = dict.fromkeys(range(model.config.n_layer), 0.0)
-    add_routers(model, "attn_token", threshold=CLOSED)
-    with dense(model):
-        for group in groups:
-            batch = Batch.of(group, device)
-            ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
-            streams = [model.embed(batch.idx)]                                # before each layer, (B, T, C)
-            for layer in model.layers:
-                streams.append(layer(streams[-1], ctx))
-            log_p = log_probabilities(model, streams.pop()[batch.scored])
-            for i, gate in routers(model).items():
-                gate.bypass = False
-                x = model.run(streams[i], ctx, i)[batch.scored]
-                gate.bypass = True
-                harm[i] += float(divergence(log_p, log_probabilities(model, x)).sum())
-    return harm
-
-
 def least_harmful(model, samples, n, args, device):
     """The n layers whose attention the output misses least, closed one at a time on `samples`."""
+    add_routers(model, "attn_token")                                       # all open
     groups = islice(batches(samples, STATIC_TOKENS, args.seed), STATIC_BATCHES)
-    harm = measure_harm(model, groups, device)
-    return sorted(sorted(harm, key=harm.get)[:n])
+    harm = sum(measure(model, Batch.of(group, device))[0].sum(0) for group in groups)       # (n_layer,)
+    return sorted(harm.argsort()[:n].tolist())
 
 
 def replace_scores(model, change, seed):

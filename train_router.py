@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
+from harm import divergence, fit, log_probabilities, measure
 from model import Llama, checkpoint_parts, keep_freed_memory, pick
 from router import (
     GRANULARITIES,
@@ -63,16 +64,6 @@ HELD_OUT = 64         # samples at the end of --data that are kept for the table
 
 
 # ------------------------------------------------------------------------------------------------------ loss
-
-def log_probabilities(model, x):
-    """Log-probabilities of the next token, float32 (n, V), from the residual stream (n, C)."""
-    return model.head(model.norm(x)).float().log_softmax(-1)
-
-
-def divergence(log_p, log_q):
-    """KL(p || q) of each token in nats, (n,)."""
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
-
 
 def two_passes(model, batch, teacher=None):
     """The residual stream where a next token is scored, (N, C): the routed model's, and the dense `teacher`'s
@@ -176,62 +167,121 @@ def trained(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def make_optimizer(model, args):
-    """AdamW on what --train asks for; the routers learn at --lr, the model itself at MODEL_LR.
+class ByGradient:
+    """Tuning by AdamW on the loss and a price of capacity; the routers learn at --lr, the model at MODEL_LR.
 
     Where there is one decision a sequence, there is little to learn from: which layers close for all is found
     first, by biases that learn fast.
     """
-    if args.train == "all":
-        model.requires_grad_(True)
-    for gate in routers(model).values():
-        gate.router.weight.requires_grad_(args.train != "bias")
-    fast = args.granularity.endswith("sequence") or args.train == "bias"
-    groups = {}
-    for name, p in trained(model).items():
-        ours = BIAS_LR if fast and name.endswith("bias") else args.lr
-        groups.setdefault(ours if ".router." in name else MODEL_LR, []).append(p)
-    groups = [{"params": of, "peak": peak} for peak, of in groups.items()]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def __init__(self, model, args, teacher):
+        self.model, self.args, self.teacher, self.price = model, args, teacher, Price(args.penalty)
+        if args.train == "all":
+            model.requires_grad_(True)
+        for gate in routers(model).values():
+            gate.router.weight.requires_grad_(args.train != "bias")
+        fast = args.granularity.endswith("sequence") or args.train == "bias"
+        groups = {}
+        for name, p in trained(model).items():
+            ours = BIAS_LR if fast and name.endswith("bias") else args.lr
+            groups.setdefault(ours if ".router." in name else MODEL_LR, []).append(p)
+        groups = [{"params": of, "peak": peak} for peak, of in groups.items()]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def step(self, group, step):
+        """Learn from a list of batches; returns what the log keeps."""
+        args, weight = self.args, 1 / sum(len(batch.targets) for batch in group)
+        target, loss, used = target_capacity(step, args), 0.0, 0.0
+        for gate in routers(self.model.train()).values():
+            gate.width = ramp_width(step, args)
+        for batch in group:
+            price = self.price.now / args.accumulate
+            loss += backward(self.model, batch, args.loss, weight, price, self.teacher)
+            used += overall(self.model).detach() / args.accumulate
+        loss, used = float(loss), float(used)
+        line = {"step": step, "loss": loss, "capacity": used, "target": target, "lambda": self.price.now,
+                "lr": learning_rate(step, args.steps, args.lr)}
+        if math.isfinite(loss):
+            for part in self.optimizer.param_groups:
+                part["lr"] = learning_rate(step, args.steps, part["peak"])
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.price.update(used - target)
+        return line
+
+    def state(self):
+        """Tensors and a dict to continue from: what trains, AdamW's moments, lambda."""
+        tensors = {}
+        for name, p in trained(self.model).items():
+            state = self.optimizer.state[p]
+            tensors |= {name: p.detach(), f"{name}.m": state["exp_avg"], f"{name}.v": state["exp_avg_sq"]}
+        return tensors, vars(self.price)
+
+    def restore(self, file, numbers, step):
+        vars(self.price).update(numbers)
+        for name, p in trained(self.model).items():
+            p.data.copy_(file.get_tensor(name))
+            self.optimizer.state[p] = {"step": torch.tensor(float(step)),
+                                       "exp_avg": file.get_tensor(name + ".m").to(p.device),
+                                       "exp_avg_sq": file.get_tensor(name + ".v").to(p.device)}
+
+
+class ByHarm:
+    """Tuning by regression, for gates that read a sequence: each step measures what closing every gate costs
+    the sequences of a batch, the others as they stand, and fits the routers to all that was measured."""
+
+    def __init__(self, model, args, teacher):
+        self.model, self.args = model.eval(), args
+        gates = len(routers(model))
+        self.harm, self.inputs = torch.zeros(0, gates), torch.zeros(0, gates, model.config.n_embd)
+
+    def fit(self, target):
+        fit(self.model, self.harm, self.inputs, target, biases_only=self.args.train == "bias")
+
+    def step(self, group, step):
+        """Measure a list of batches and fit; returns what the log keeps."""
+        target, n = target_capacity(step, self.args), self.model.config.n_layer
+        opened, total = [], 0.0
+        for batch in group:
+            harm, inputs, is_open, kl = measure(self.model, batch)
+            self.harm = torch.cat((self.harm, harm.cpu()))
+            self.inputs = torch.cat((self.inputs, inputs.cpu()))
+            opened.append(is_open.float().mean())
+            total += float(kl.sum())
+        if math.isfinite(total):
+            self.fit(target)
+        share = float(sum(opened)) / len(opened)
+        return {"step": step, "loss": total / sum(len(batch.targets) for batch in group),
+                "capacity": 1 - (1 - share) * harm.shape[1] / n, "target": target}
+
+    def state(self):
+        return {"harm": self.harm, "inputs": self.inputs}, {}
+
+    def restore(self, file, numbers, step):
+        self.harm, self.inputs = file.get_tensor("harm"), file.get_tensor("inputs")
+        self.fit(target_capacity(step - 1, self.args))
 
 
 def train(model, samples, args, device, teacher=None):
     """Tune the model's routers; metrics.jsonl, the router file and the checkpoint are left in args.out."""
-    optimizer = make_optimizer(model, args)
+    method = (ByHarm if args.estimator == "harm" else ByGradient)(model, args, teacher)
     out, stop = Path(args.out), []
-    price = Price(args.penalty)
-    start, log = resume(model, optimizer, price, args) if args.resume else (0, [])
+    start, log = resume(method, args) if args.resume else (0, [])
     write_file(out / "metrics.jsonl", b"".join(log))
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))   # the step that is running is finished first
     source = batches(samples, args.tokens, args.seed)
     for _ in range(start * args.accumulate):
         next(source)
-    model.train()
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step")
     for step in bar:
-        group = [Batch.of(next(source), device) for _ in range(args.accumulate)]
-        weight = 1 / sum(len(batch.targets) for batch in group)
-        target, loss, used = target_capacity(step, args), 0.0, 0.0
-        for gate in routers(model).values():
-            gate.width = ramp_width(step, args)
-        for batch in group:
-            loss += backward(model, batch, args.loss, weight, price.now / args.accumulate, teacher)
-            used += overall(model).detach() / args.accumulate
-        loss, used = float(loss), float(used)
-        if not math.isfinite(loss):
-            raise InputError(f"step {step}: the loss is {loss}; the last checkpoint in {out} is kept; lower"
-                             " --lr or use --dtype float32")
-        for part in optimizer.param_groups:
-            part["lr"] = learning_rate(step, args.steps, part["peak"])
-        optimizer.step()
-        optimizer.zero_grad()
-        line = {"step": step, "loss": loss, "capacity": used, "target": target, "lambda": price.now,
-                "lr": learning_rate(step, args.steps, args.lr)}
-        price.update(used - target)
+        line = method.step([Batch.of(next(source), device) for _ in range(args.accumulate)], step)
+        if not math.isfinite(line["loss"]):
+            raise InputError(f"step {step}: the loss is {line['loss']}; the last checkpoint in {out} is kept;"
+                             " lower --lr or use --dtype float32")
         append(out / "metrics.jsonl", json.dumps(line) + "\n")
-        bar.set_postfix(loss=f"{loss:.3f}", capacity=f"{used:.3f}")
+        bar.set_postfix(loss=f"{line['loss']:.3f}", capacity=f"{line['capacity']:.3f}")
         if stop or step + 1 == args.steps or (step + 1) % args.save_every == 0:
-            save(model, optimizer, price, step + 1, args)
+            save(model, method, step + 1, args)
         if stop:
             bar.close()
             print(f"stopped after step {step + 1} of {args.steps}, saved in {out}; --resume goes on",
@@ -240,6 +290,18 @@ def train(model, samples, args, device, teacher=None):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for gate in routers(model).values():
         gate.width = 0.0
+
+
+def other_text(samples, others, args):
+    """Text of another kind to mix in, with kl, since what the dense model says of a text is known without
+    labels: the answers of `others` without the chat's form, twice. Where a piece gets one decision, it is as
+    long as the mean answer, so that as much is at stake."""
+    if args.loss != "kl":
+        return []
+    piece = PLAIN_TRAINING
+    if args.estimator == "harm":
+        piece = max(8, sum(sum(s.answer) for s in samples) // len(samples))
+    return 2 * as_plain_text(others[CALIBRATION_SAMPLES:], piece)
 
 
 @torch.no_grad()
@@ -299,28 +361,24 @@ SAME_ON_RESUME = ("model", "dtype", "seed", "data", "granularity", "layers", "ca
                   "estimator", "steps", "lr", "penalty", "tokens", "accumulate", "pool", "held_out")
 
 
-def save(model, optimizer, price, step, args):
-    """The router file, and the checkpoint a run continues from: what trains, AdamW's moments, lambda, the
-    step."""
-    tensors = {}
-    for name, p in trained(model).items():
-        state = optimizer.state[p]
-        tensors |= {name: p.detach(), f"{name}.m": state["exp_avg"], f"{name}.v": state["exp_avg_sq"]}
+def save(model, method, step, args):
+    """The router file, and the checkpoint a run continues from."""
+    tensors, numbers = method.state()
     arguments = {key: str(getattr(args, key)) for key in SAME_ON_RESUME}
-    meta = {"step": str(step), "arguments": json.dumps(arguments), "price": json.dumps(vars(price))}
+    meta = {"step": str(step), "arguments": json.dumps(arguments), "numbers": json.dumps(numbers)}
     save_routers(model, Path(args.out) / "routers.safetensors", command=args.command)
     write_file(Path(args.out) / "checkpoint.safetensors",
                safetensors_bytes({k: t.cpu().contiguous() for k, t in tensors.items()}, metadata=meta))
 
 
-def resume(model, optimizer, price, args):
+def resume(method, args):
     """Load the checkpoint in args.out; returns its step, and the lines of metrics.jsonl up to there."""
     path = Path(args.out) / "checkpoint.safetensors"
     if not path.exists():
         raise InputError(f"--resume: there is no {path}; run without --resume")
     file = open_safetensors(path)
     meta = file.metadata() or {}
-    if not {"step", "arguments", "price"} <= meta.keys():
+    if not {"step", "arguments", "numbers"} <= meta.keys():
         raise InputError(f"{path}: not a checkpoint of train_router.py")
     then, step = json.loads(meta["arguments"]), int(meta["step"])
     for key in SAME_ON_RESUME:
@@ -328,12 +386,7 @@ def resume(model, optimizer, price, args):
             flag = "--" + key.replace("_", "-")
             raise InputError(f"--resume: {path} was made with {flag} {then.get(key)}, now it is"
                              f" {getattr(args, key)}; give the same, or start afresh without --resume")
-    vars(price).update(json.loads(meta["price"]))
-    for name, p in trained(model).items():
-        p.data.copy_(file.get_tensor(name))
-        optimizer.state[p] = {"step": torch.tensor(float(step)),
-                              "exp_avg": file.get_tensor(name + ".m").to(p.device),
-                              "exp_avg_sq": file.get_tensor(name + ".v").to(p.device)}
+    method.restore(file, json.loads(meta["numbers"]), step)
     metrics = Path(args.out) / "metrics.jsonl"
     return step, metrics.read_bytes().splitlines(keepends=True)[:step] if metrics.exists() else []
 
@@ -382,9 +435,10 @@ def parse_arguments():
                    help="what trains: the routers; only their biases, which closes the same layers for every"
                    " text; or the whole model with its routers, as Mixture of Depths does")
     p.add_argument("--loss", default="kl", choices=("kl", "ce"))
-    p.add_argument("--estimator", default="ramp", choices=("ramp", "straight-through"),
-                   help="of the gates' gradient: a ramp that grows steeper, or the paper's")
-    p.add_argument("--steps", type=int, default=200)
+    p.add_argument("--estimator", choices=("ramp", "straight-through", "harm"),
+                   help="of the gates' gradient: a ramp that grows steeper, or the paper's; or none, but a"
+                   " regression on measured harm (default: harm at sequence level with kl, else ramp)")
+    p.add_argument("--steps", type=int, help="(default: 200, or 48 of measuring harm)")
     p.add_argument("--out", default="out", help="folder for the routers, metrics.jsonl and the checkpoint")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--lr", type=float, help="learning rate of the routers (default: 0.002 at token level,"
@@ -399,8 +453,15 @@ def parse_arguments():
     args = p.parse_args()
     if args.train == "all" and args.dtype == "auto":
         args.dtype = "float32"                       # steps of 1e-5 would be lost in bfloat16's rounding
+    sequence = args.granularity.endswith("sequence")
+    if args.estimator is None:
+        args.estimator = "harm" if sequence and args.loss == "kl" and args.train != "all" else "ramp"
+    if args.estimator == "harm" and (not sequence or args.loss != "kl" or args.train == "all"):
+        raise InputError("--estimator harm: only for gates at sequence level, --loss kl and a frozen model")
+    if args.steps is None:
+        args.steps = 48 if args.estimator == "harm" else 200
     if args.lr is None:
-        args.lr = 0.002 if args.granularity.endswith("token") else 0.0003
+        args.lr = 0.0003 if sequence else 0.002
     args.command = " ".join(["python train_router.py", *(a for a in sys.argv[1:] if a != "--resume")])
     return args
 
@@ -454,10 +515,8 @@ def main():
     add_routers(model, args.granularity, args.layers, pool=args.pool)
     teacher = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False) \
         if args.train == "all" else model
-    # what the dense model says of a text is known without labels: the answers serve once more, as plain text
-    more = as_plain_text(train_set, PLAIN_TRAINING) if args.loss == "kl" else []
-    train(model, train_set + more, args, device, teacher)
-    others, _ = read_samples(DEFAULT_DATA, tok, model.config.max_context)
+    others = read_samples(DEFAULT_DATA, tok, model.config.max_context)[0][:-HELD_OUT]
+    train(model, train_set + other_text(train_set, others, args), args, device, teacher)
     calibration = calibrate(model, train_set, others, args, device)
     result = evaluate(model, test_set, args.tokens, device, teacher)
     save_routers(model, Path(args.out) / "routers.safetensors", calibration, command=args.command,

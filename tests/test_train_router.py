@@ -81,7 +81,8 @@ def test_a_run_writes_what_it_should(granularity, arguments, call, tmp_path, tin
     assert [line["step"] for line in lines] == list(range(12))
     assert all(math.isfinite(line["loss"]) and 0 <= line["capacity"] <= 1 for line in lines)
     assert lines[-1]["target"] == pytest.approx(0.7)
-    assert lines[0]["target"] > 0.9 and all(line["lambda"] >= 0 for line in lines)
+    assert lines[0]["target"] > 0.9 and all(line.get("lambda", 0) >= 0 for line in lines)
+    assert ("lambda" in lines[0]) == (granularity != "attn_sequence")  # that one measures harm
     model = Llama.from_pretrained(tiny)
     meta = load_routers(model, tmp_path / "out" / "routers.safetensors")
     assert meta["granularity"] == granularity and len(routers(model)) == 4
@@ -133,11 +134,20 @@ def meta_of(path):
     return safe_open(str(path), "pt").metadata()
 
 
-@pytest.mark.parametrize("stop_at, train", [(5, "routers"), (9, "routers"), (5, "bias"), (9, "all")])
+@pytest.mark.parametrize(
+    "stop_at, more",
+    [
+        (5, []),
+        (9, []),
+        (5, ["--train", "bias"]),
+        (9, ["--train", "all"]),
+        (5, ["--granularity", "attn_sequence"]),
+    ],
+)
 def test_resume_gives_the_numbers_of_an_uninterrupted_run(
-    stop_at, train, arguments, call, tmp_path, monkeypatch
+    stop_at, more, arguments, call, tmp_path, monkeypatch
 ):
-    arguments += ["--train", train]
+    arguments += more
     assert call(main, *arguments)[0] == 0
     whole = (tmp_path / "out" / "metrics.jsonl").read_bytes()
     tuned = (tmp_path / "out" / "routers.safetensors").read_bytes()
@@ -433,6 +443,7 @@ def test_data_that_is_refused(text, named, tok, tmp_path):
         (["--layers", "2-4"], "layers 0 to 3"),
         (["--layers", "last:9"], "layers 0 to 3"),
         (["--steps", 0], "--steps"),
+        (["--estimator", "harm"], "only for gates at sequence level"),
         (["--lr", -1], "--lr"),
         (["--tokens", 0], "--tokens"),
         (["--out", "/dev/null/out"], "cannot be written"),
@@ -500,4 +511,4 @@ def test_a_tuned_file_serves_other_capacities(arguments, tiny, tmp_path, call):
     for asked in 0.6, 0.75, 0.9:
         load_routers(model, tmp_path / "out" / "routers.safetensors", asked)
         found.append(evaluate(model, samples, 400, "cpu")["capacity"])
-    assert found == sorted(found) and max(abs(f - a) for f, a in zip(found, (0.6, 0.75, 0.9))) < 0.12
+    assert found == sorted(found) and max(abs(f - a) for f, a in zip(found, (0.6, 0.75, 0.9))) < 0.15

@@ -1,0 +1,95 @@
+"""Harm against removing and forcing by hand, the regression against its closed form."""
+
+import pytest
+import torch
+
+from harm import RIDGE, fit, measure
+from model import Llama
+from router import add_routers, capacity, dense, routers
+from samples import Batch, read_samples
+from tokenizer import Tokenizer
+from train_router import DEFAULT_DATA
+
+
+@pytest.fixture
+def groups(tiny):
+    samples, _ = read_samples(DEFAULT_DATA, Tokenizer.from_pretrained(tiny), 512)
+    return [Batch.of(samples[:3], "cpu"), Batch.of(samples[3:5], "cpu")]
+
+
+def answers_kl(p, q, batch):
+    """KL(p || q) of models' logits in float64, summed over each row's answer."""
+    p, q = (logits.double().log_softmax(-1) for logits in (p, q))
+    return ((p.exp() * (p - q)).sum(-1) * batch.scored).sum(1)
+
+
+def test_harm_of_open_gates_is_that_of_removing_the_attention(tiny, groups):
+    model = add_routers(Llama.from_pretrained(tiny), "attn_token")
+    for batch in groups:
+        harm, _, is_open, now = measure(model, batch)
+        assert is_open.all() and now.abs().max() < 1e-4
+        for layer in range(4):
+            without = Llama.from_pretrained(tiny)
+            without.layers[layer].attn.o.weight.data.zero_()
+            with torch.no_grad(), dense(model):
+                kl = answers_kl(model(batch.idx, batch.lengths), without(batch.idx, batch.lengths), batch)
+            assert harm[:, layer].tolist() == pytest.approx(kl.tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize("part", ["attn", "mlp", "block"])
+def test_harm_among_mixed_decisions(part, tiny, groups):
+    """Each gate closed and opened by hand, for all sequences at once, the others as they decide."""
+    model, batch = add_routers(Llama.from_pretrained(tiny), f"{part}_sequence"), groups[0]
+    gates = routers(model)
+    for i, gate in gates.items():
+        gate.router.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(i))
+        gate.router.bias.data.zero_()
+
+    def run():
+        with torch.no_grad():
+            return model(batch.idx, batch.lengths, batch.prompt_lengths)
+
+    with dense(model):
+        reference = run()
+    harm, inputs, is_open, now = measure(model, batch)
+    assert now.tolist() == pytest.approx(answers_kl(reference, run(), batch).tolist(), rel=1e-3)
+    assert float(is_open.float().mean()) == pytest.approx(capacity(model)) and 0 < capacity(model) < 1
+    for n, gate in enumerate(gates.values()):
+        logits = gate.router(inputs[:, n])[:, 0]
+        assert torch.equal(logits >= 0, is_open[:, n])
+        kl = []
+        for forced in 30.0, -30.0:
+            hook = gate.router.register_forward_hook(lambda *_, v=forced: torch.full((3, 1), v))
+            kl.append(answers_kl(reference, run(), batch))
+            hook.remove()
+        assert (harm[:, n] - (kl[1] - kl[0])).abs().max() < 1e-3 * max(1, float(kl[1].max()))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.25])
+def test_fit_is_ridge_regression_with_the_capacity_asked_for(share, tiny):
+    model, rng = add_routers(Llama.from_pretrained(tiny), "attn_sequence"), torch.Generator().manual_seed(0)
+    x = torch.randn(70, 4, 48, generator=rng) * 0.05 + 0.3
+    truth = 3 + torch.randn(48, generator=rng)
+    harm = (x @ truth + torch.randn(70, 4, generator=rng) * 0.1 - torch.arange(4)).clamp(min=0) ** 2
+    fit(model, harm, x, share)
+    logits, predicted = [], []
+    for n, gate in enumerate(routers(model).values()):
+        a, y = x[:, n].double(), harm[:, n].double().sqrt()
+        centred = a - a.mean(0)
+        ridge = RIDGE * centred.square().sum(1).mean() * torch.eye(48)
+        w = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (y - y.mean()))
+        predicted.append(centred @ w + y.mean())
+        logits.append(gate.router(x[:, n])[:, 0].detach().double())
+    predicted, logits = torch.stack(predicted), torch.stack(logits)
+    assert float((logits >= 0).double().mean()) == pytest.approx(share, abs=0.005)
+    unit = (predicted.max() - predicted.min()) / (logits.max() - logits.min())
+    assert ((predicted - predicted.mean()) - (logits - logits.mean()) * unit).abs().max() < 1e-4
+
+
+def test_biases_alone_are_the_same_for_every_sequence(tiny):
+    model, rng = add_routers(Llama.from_pretrained(tiny), "attn_sequence"), torch.Generator().manual_seed(0)
+    harm = torch.rand(20, 4, generator=rng) + torch.tensor([3.0, 0.0, 2.0, 1.0])
+    fit(model, harm, torch.randn(20, 4, 48, generator=rng), 0.5, biases_only=True)
+    gates = list(routers(model).values())
+    assert [float(gate.router.bias.detach()) > 0 for gate in gates] == [True, False, True, False]
+    assert not any(gate.router.weight.any() for gate in gates)
