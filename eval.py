@@ -235,28 +235,44 @@ def least_harmful(model, samples, n, args, device):
     return sorted(harm.argsort()[:n].tolist())
 
 
-def replace_scores(model, change, seed):
-    """Let each gate's scores, of a batch's real tokens or its sequences, be change(those scores, rng)."""
-    def replace(gate, score, rng):
+def replace_scores(model, change):
+    """Let each gate's scores, of a batch's real tokens or its sequences, be change(layer, those scores)."""
+    def replace(layer, gate, score):
         def changed(h, ctx):
             s = score(h, ctx)
             real = torch.arange(h.shape[1], device=h.device) < ctx.lengths[:, None] if s.dim() == 2 else ...
-            s[real] = change(s[real], rng)
+            s[real] = change(layer, s[real])
             return s
         gate.score = changed
-    rng = torch.Generator().manual_seed(seed)
-    for gate in routers(model).values():
-        replace(gate, gate.score, rng)
+    for layer, gate in routers(model).items():
+        replace(layer, gate, gate.score)
 
 
-def shuffle(scores, rng):
-    """Each layer's decisions go to other tokens: as many are open, others."""
-    return scores[torch.randperm(scores.numel(), generator=rng).to(scores.device)]
+class Shuffle:
+    """The routed model's scores on a whole text or task, kept layer by layer, then dealt to other tokens or
+    sequences: in every layer as many are open, others."""
+
+    def __init__(self, seed):
+        self.rng, self.kept = torch.Generator().manual_seed(seed), {}
+
+    def keep(self, layer, scores):
+        self.kept.setdefault(layer, []).append(scores.clone())
+        return scores
+
+    def mix(self):
+        for layer, scores in self.kept.items():
+            scores = torch.cat(scores)
+            self.kept[layer] = scores[torch.randperm(len(scores), generator=self.rng).to(scores.device)]
+
+    def deal(self, layer, scores):
+        dealt, self.kept[layer] = self.kept[layer].tensor_split([len(scores)])
+        return dealt
 
 
-def draw(share):
+def draw(share, seed):
     """Gates open at random, as often in every layer."""
-    return lambda scores, rng: (torch.rand(scores.shape, generator=rng) < share).to(scores)
+    rng = torch.Generator().manual_seed(seed)
+    return lambda layer, scores: (torch.rand(scores.shape, generator=rng) < share).to(scores)
 
 
 def routed_share(meta, capacity, n_layer, path):
@@ -276,10 +292,12 @@ def variants(model, tok, args, device):
         meta = load_routers(model, args.routers, args.capacity)      # a bad file is told before the work
         found["routed"] = lambda: load_routers(model, args.routers, args.capacity)
     if args.shuffled:
-        found["shuffled"] = lambda: (found["routed"](), replace_scores(model, shuffle, args.seed))
+        shuffle, routed = Shuffle(args.seed), found["routed"]
+        found["routed"] = lambda: (routed(), shuffle.kept.clear(), replace_scores(model, shuffle.keep))
+        found["shuffled"] = lambda: (routed(), shuffle.mix(), replace_scores(model, shuffle.deal))
     if args.random:
         share = routed_share(meta, args.capacity, model.config.n_layer, args.routers)
-        found["random"] = lambda: (found["routed"](), replace_scores(model, draw(share), args.seed))
+        found["random"] = lambda: (found["routed"](), replace_scores(model, draw(share, args.seed)))
     if args.static:
         if args.static > model.config.n_layer:
             raise InputError(f"--static {args.static}: this model has {model.config.n_layer} layers")

@@ -7,9 +7,10 @@
 The loss is that of the answers' tokens: the KL divergence from the dense model's distribution (kl: no
 labels, it asks that the model behave as before), or the cross-entropy (ce, the paper's). To it comes a price
 on capacity, moved so that capacity follows a target, which falls to --capacity over the first half of the
-run. Gates are ramps at first, and grow steeper (see router.ramp). At the end the threshold is moved, from
-0.5, until the capacity is met on training samples and plain text. Layers below the first router need no
-autograd graph, and with kl their output serves both passes.
+run. Gates are ramps at first, and grow steeper (see router.ramp); at sequence level with kl no gradient is
+taken: routers are fitted to measured harm (see harm.py). At the end the threshold is moved, from 0.5, until
+the capacity is met on training samples and plain text. Layers below the first router need no autograd graph,
+and with kl their output serves both passes.
 
 --train tells what is compared with it: bias learns one set of layers for all text, all trains the whole model
 with its routers, as Mixture of Depths does, and leaves it in out/model.
@@ -444,7 +445,8 @@ def parse_arguments():
     p.add_argument("--lr", type=float, help="learning rate of the routers (default: 0.002 at token level,"
                    " 0.0003 at sequence level)")
     p.add_argument("--penalty", type=float, default=2.0, help="lambda, the price of capacity, to begin with")
-    p.add_argument("--tokens", type=int, help="tokens a batch (default: 768 on a CPU, 16384 on CUDA)")
+    p.add_argument("--tokens", type=int, help="tokens a batch (default: 768 on a CPU, 16384 on CUDA,"
+                   " 2048 there where harm is measured)")
     p.add_argument("--accumulate", type=int, default=1, help="batches a step")
     p.add_argument("--pool", default="prompt", choices=("prompt", "all"), help="what a sequence's gate reads")
     p.add_argument("--held-out", type=int, default=HELD_OUT,
@@ -498,7 +500,8 @@ def report(result, args):
 def main():
     args = parse_arguments()
     device, dtype = pick(args.device, args.dtype)
-    args.tokens = args.tokens if args.tokens is not None else 768 if device.type == "cpu" else 16384
+    if args.tokens is None:
+        args.tokens = 768 if device.type == "cpu" else 2048 if args.estimator == "harm" else 16384
     tok = Tokenizer.from_pretrained(args.model)
     model = Llama.from_pretrained(args.model, device, dtype)
     check(args, model.config.n_layer)

@@ -10,7 +10,7 @@ from conftest import is_one_sentence, train_tokenizer, write_tiny
 
 import eval as evaluation
 from model import Llama
-from router import GRANULARITIES, Usage, add_routers, routers, save_routers
+from router import GRANULARITIES, Usage, add_routers, routers, save_routers, trace
 from samples import QUESTIONS, TASKS, read_task
 from tokenizer import Tokenizer
 
@@ -200,6 +200,30 @@ def test_what_changed():
     p, r = (torch.tensor(lls).double().softmax(1) for lls in (dense.lls, other.lls))
     assert found["kl"] == pytest.approx(float((p * (p / r).log()).sum(1).mean()))
     assert evaluation.Scores(q, dense.lls, norm=True).acc_norm == pytest.approx(0)     # -2 / 3 beats -1
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence"])
+def test_shuffled_decisions_go_elsewhere_at_every_layers_rate(granularity, tiny, tmp_path):
+    """Across the whole text, not within a batch, whose lengths are alike, and so may be its gates."""
+    tok, model = Tokenizer.from_pretrained(tiny), Llama.from_pretrained(tiny)
+    with_gates(model, granularity)
+    save_routers(model, tmp_path / "r.safetensors")
+    samples, _ = evaluation.read_samples(evaluation.DEFAULT_DATA, tok, 512)
+    args = types.SimpleNamespace(routers=tmp_path / "r.safetensors", capacity=None, shuffled=True,
+                                 random=False, static=0, seed=0)
+    found, said = evaluation.variants(model, tok, args, "cpu"), {}
+    for name in "routed", "shuffled", "routed", "shuffled":
+        found[name]()
+        with trace(model) as decisions:
+            said[name] = evaluation.evaluate(model, samples[:20], 100, "cpu"), decisions
+    routed, shuffled = said["routed"], said["shuffled"]
+    assert shuffled[0]["keep"] == routed[0]["keep"] and shuffled[0]["kl"] != routed[0]["kl"]
+    moved = 0
+    for layer, batches in routed[1].items():
+        opened = [[int(batch.sum()) for batch in one] for one in (batches, shuffled[1][layer])]
+        assert sum(opened[0]) == sum(opened[1])
+        moved += opened[0] != opened[1]
+    assert moved
 
 
 def test_static_drops_what_is_missed_least(tiny):
