@@ -518,7 +518,10 @@ def main():
     add_routers(model, args.granularity, args.layers, pool=args.pool)
     teacher = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False) \
         if args.train == "all" else model
-    others = read_samples(DEFAULT_DATA, tok, model.config.max_context)[0][:-HELD_OUT]
+    others = train_set                               # never what is held out
+    if Path(args.data).resolve() != DEFAULT_DATA.resolve():
+        others, _ = read_samples(DEFAULT_DATA, tok, model.config.max_context)
+        others = others[:-HELD_OUT]
     train(model, train_set + other_text(train_set, others, args), args, device, teacher)
     calibration = calibrate(model, train_set, others, args, device)
     result = evaluate(model, test_set, args.tokens, device, teacher)

@@ -90,6 +90,20 @@ def test_a_run_writes_what_it_should(granularity, arguments, call, tmp_path, tin
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
+def test_what_is_held_out_is_not_mixed_in_as_plain_text(tiny, tok, call, tmp_path, monkeypatch):
+    held_out, _ = read_samples(train_router.DEFAULT_DATA, tok, 512)
+    held_out = [[i for i, answer in zip(s.ids, s.answer) if answer] for s in held_out[-66:]]
+
+    def train(model, samples, *rest):
+        seen = [i for s in samples for i in s.ids]
+        text = " ".join(map(str, seen))
+        found = [ids for ids in held_out if len(ids) > 20 and " ".join(map(str, ids)) in text]
+        assert not found and sum(s.prompt == 64 for s in samples) > 20   # pieces of plain text are there
+
+    monkeypatch.setattr(train_router, "train", train)
+    assert call(main, "--model", tiny, "--held-out", 66, "--out", tmp_path / "out", "--device", "cpu")[0] == 0
+
+
 def test_capacity_comes_down_to_its_target(arguments, call, tmp_path):
     status, _ = call(main, *arguments, "--steps", 100, "--lr", 0.02)
     held_out = json.loads(meta_of(tmp_path / "out" / "routers.safetensors")["held_out"])
