@@ -18,6 +18,7 @@ import math
 import time
 from collections import namedtuple
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -256,7 +257,7 @@ class Shuffle:
         self.rng, self.kept = torch.Generator().manual_seed(seed), {}
 
     def keep(self, layer, scores):
-        self.kept.setdefault(layer, []).append(scores.clone())
+        self.kept.setdefault(layer, []).append(scores)
         return scores
 
     def mix(self):
@@ -290,14 +291,15 @@ def variants(model, tok, args, device):
     found = {"dense": lambda: remove_routers(model)}
     if args.routers:
         meta = load_routers(model, args.routers, args.capacity)      # a bad file is told before the work
-        found["routed"] = lambda: load_routers(model, args.routers, args.capacity)
+        load = partial(load_routers, model, args.routers, args.capacity)
+        found["routed"] = load
     if args.shuffled:
-        shuffle, routed = Shuffle(args.seed), found["routed"]
-        found["routed"] = lambda: (routed(), shuffle.kept.clear(), replace_scores(model, shuffle.keep))
-        found["shuffled"] = lambda: (routed(), shuffle.mix(), replace_scores(model, shuffle.deal))
+        shuffle = Shuffle(args.seed)
+        found["routed"] = lambda: (load(), shuffle.kept.clear(), replace_scores(model, shuffle.keep))
+        found["shuffled"] = lambda: (load(), shuffle.mix(), replace_scores(model, shuffle.deal))
     if args.random:
         share = routed_share(meta, args.capacity, model.config.n_layer, args.routers)
-        found["random"] = lambda: (found["routed"](), replace_scores(model, draw(share, args.seed)))
+        found["random"] = lambda: (load(), replace_scores(model, draw(share, args.seed)))
     if args.static:
         if args.static > model.config.n_layer:
             raise InputError(f"--static {args.static}: this model has {model.config.n_layer} layers")

@@ -11,9 +11,7 @@ Notable:
 
 Shapes: B rows, T columns (tokens), S keys, C n_embd, H n_head, K n_kv_head, D head_dim, V vocabulary.
 """
-import ctypes
 import math
-import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -592,15 +590,6 @@ def checked(values, name, B, most, device):
     if values.shape != (B,) or bool((values < 1).any()) or bool((values > most).any()):
         raise InputError(f"{name} should be {B} numbers, from 1 to {most}, one a row, not {values.tolist()}")
     return values
-
-
-def keep_freed_memory():
-    """Have glibc keep what is freed for what is allocated next. By default every layer's large tensors go
-    back to the system and return as pages to be zeroed: a sixth of a prefill's time on a CPU, a tenth of
-    tuning's."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**30)                                               # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)                                           # M_TRIM_THRESHOLD
 
 
 def pick(device="auto", dtype="auto"):

@@ -152,10 +152,8 @@ class MindSkip(nn.Module):
         if n_open == 0:
             return x
         open_x, open_h = (t.flatten(0, 1).index_select(0, at) for t in (x, h))     # (N, C), row after row
-        if self.attn:
-            open_x = open_x + self.attend_from(open_h, k, v, ctx, columns, at)
-        else:
-            open_x = open_x + self.sublayer.change(open_h)
+        open_x = open_x + (self.attend_from(open_h, k, v, ctx, columns, at) if self.attn else
+                           self.sublayer.change(open_h))
         if self.part == "block":
             open_x = self.sublayer.mlp(open_x)
         return x.flatten(0, 1).index_copy(0, at, open_x).view_as(x)

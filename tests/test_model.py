@@ -237,6 +237,7 @@ def test_bfloat16_attention_in_chunks_against_float64(kind, T):
     whole = mask = None if kind == "causal" else torch.rand(2, 1, T, S, generator=rng) < 0.6
     if kind == "mask of the last keys":
         mask = whole[0, 0, :, S // 2:]
+        mask[-1] = True
         whole = torch.cat((torch.ones(T, S // 2, dtype=torch.bool), mask), 1)
     elif mask is not None:
         mask[..., 0] = True
@@ -258,7 +259,7 @@ def test_bfloat16_attention_in_chunks_against_float64(kind, T):
     assert (run(ours, torch.float64)[0] - exact[0]).abs().max() < 1e-12
     for right, a, b in zip(exact, theirs, mine):
         assert (b - right).square().mean() < 6 * (a - right).square().mean() + 1e-9
-        assert (b - right).norm() <= 0.01 * right.norm()
+        assert (b - right).norm() < 0.01 * right.norm()
 
 
 def test_single_tokens_in_float32_have_the_product_and_its_operations():

@@ -81,8 +81,11 @@ def test_a_run_writes_what_it_should(granularity, arguments, call, tmp_path, tin
     assert [line["step"] for line in lines] == list(range(12))
     assert all(math.isfinite(line["loss"]) and 0 <= line["capacity"] <= 1 for line in lines)
     assert lines[-1]["target"] == pytest.approx(0.7)
-    assert lines[0]["target"] > 0.9 and all(line.get("lambda", 0) >= 0 for line in lines)
-    assert ("lambda" in lines[0]) == (granularity != "attn_sequence")  # that one measures harm
+    assert lines[0]["target"] > 0.9
+    if granularity == "attn_sequence":  # measures harm, at no price
+        assert not any("lambda" in line for line in lines)
+    else:
+        assert all(line["lambda"] >= 0 for line in lines)
     model = Llama.from_pretrained(tiny)
     meta = load_routers(model, tmp_path / "out" / "routers.safetensors")
     assert meta["granularity"] == granularity and len(routers(model)) == 4
@@ -519,10 +522,10 @@ def test_calibration_tells_which_threshold_gives_a_capacity(granularity, tiny, a
 
 
 def test_a_tuned_file_serves_other_capacities(arguments, tiny, tmp_path, call):
-    call(main, *arguments)
+    call(main, *arguments, "--steps", 40)
     samples, _ = read_samples(arguments[3], Tokenizer.from_pretrained(tiny), 512)
     model, found = Llama.from_pretrained(tiny), []
     for asked in 0.6, 0.75, 0.9:
         load_routers(model, tmp_path / "out" / "routers.safetensors", asked)
         found.append(evaluate(model, samples, 400, "cpu")["capacity"])
-    assert found == sorted(found) and max(abs(f - a) for f, a in zip(found, (0.6, 0.75, 0.9))) < 0.15
+    assert found == sorted(found) and max(abs(f - a) for f, a in zip(found, (0.6, 0.75, 0.9))) < 0.12
