@@ -55,7 +55,7 @@ from tokenizer import Tokenizer
 from weights import InputError, open_checkpoint, open_safetensors, write_file, write_folder
 
 DEFAULT_DATA = Path(__file__).parent / "data" / "instructions.jsonl"
-HEAD_CHUNK = 64       # tokens whose logits exist at once
+HEAD_CHUNK = 128      # tokens whose logits exist at once
 PLAIN_TRAINING = 256  # tokens a piece of the plain text that is mixed in
 RAMP = 0.5, 0.1       # widths of the gates' ramp in logits, first and last
 CALIBRATION_SAMPLES = 24
@@ -83,6 +83,22 @@ def two_passes(model, batch, teacher=None):
     return model.run(below, ctx, first)[batch.scored], reference
 
 
+@torch.no_grad()
+def token_losses(logits, targets, log_p=None):
+    """Each token's cross-entropy (n,) with its target or, given the teacher's log_p (n, V), KL(p || q); and
+    the gradient of their sum at the logits (n, V), float32: q - p, where p is the target or the teacher's.
+    Overwrites log_p."""
+    log_q = logits.float().log_softmax(-1)
+    if log_p is None:
+        losses = F.nll_loss(log_q, targets, reduction="none")
+        gradient = log_q.exp_()
+        gradient[torch.arange(len(targets)), targets] -= 1
+        return losses, gradient
+    p = log_p.exp()
+    losses = torch.linalg.vecdot(p, log_p.sub_(log_q))
+    return losses, log_q.exp_().sub_(p)
+
+
 def backward(model, batch, kind, weight, price, teacher=None):
     """Add a batch's gradients to what trains; returns the sum of its tokens' losses times `weight`, a tensor.
 
@@ -95,16 +111,12 @@ def backward(model, batch, kind, weight, price, teacher=None):
     leaf, total = x.detach().requires_grad_(), 0.0
     for i in range(0, len(leaf), HEAD_CHUNK):
         part = slice(i, i + HEAD_CHUNK)
-        log_q = log_probabilities(model, leaf[part])
-        if kind == "ce":
-            losses = F.nll_loss(log_q, batch.targets[part], reduction="none")
-        else:
-            with torch.no_grad():
-                log_p = log_probabilities(teacher, reference[part])
-            losses = divergence(log_p, log_q)
-        loss = losses.sum() * weight
-        loss.backward()
-        total = total + loss.detach()
+        logits = model.head(model.norm(leaf[part]))                           # (n, V)
+        losses, gradient = token_losses(logits, batch.targets[part], None if kind == "ce" else
+                                        log_probabilities(teacher, reference[part]))
+        total = total + losses.sum() * weight
+        logits.backward(gradient.mul_(weight).to(logits.dtype))
+        del logits, gradient
     torch.autograd.backward([x, price * overall(model)], [leaf.grad, None])
     return total
 
