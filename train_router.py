@@ -89,14 +89,11 @@ def token_losses(logits, targets, log_p=None):
     the gradient of their sum at the logits (n, V), float32: q - p, where p is the target or the teacher's.
     Overwrites log_p."""
     log_q = logits.float().log_softmax(-1)
-    if log_p is None:
-        losses = F.nll_loss(log_q, targets, reduction="none")
-        gradient = log_q.exp_()
-        gradient[torch.arange(len(targets)), targets] -= 1
-        return losses, gradient
-    p = log_p.exp()
-    losses = torch.linalg.vecdot(p, log_p.sub_(log_q))
-    return losses, log_q.exp_().sub_(p)
+    if log_p is not None:
+        losses = divergence(log_p, log_q)
+        return losses, log_q.exp_().sub_(log_p.exp_())
+    losses = F.nll_loss(log_q, targets, reduction="none")
+    return losses, log_q.exp_().scatter_add_(1, targets[:, None], -torch.ones_like(losses)[:, None])
 
 
 def backward(model, batch, kind, weight, price, teacher=None):
@@ -112,11 +109,11 @@ def backward(model, batch, kind, weight, price, teacher=None):
     for i in range(0, len(leaf), HEAD_CHUNK):
         part = slice(i, i + HEAD_CHUNK)
         logits = model.head(model.norm(leaf[part]))                           # (n, V)
-        losses, gradient = token_losses(logits, batch.targets[part], None if kind == "ce" else
+        losses, gradient = token_losses(logits, batch.targets[part], None if reference is None else
                                         log_probabilities(teacher, reference[part]))
         total = total + losses.sum() * weight
         logits.backward(gradient.mul_(weight).to(logits.dtype))
-        del logits, gradient
+        del logits, gradient                                                  # before the next of their size
     torch.autograd.backward([x, price * overall(model)], [leaf.grad, None])
     return total
 
