@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from harm import log_probabilities, measure
-from model import Cache, Llama, pick
+from model import Cache, Llama, additive, pick
 from router import CLOSED, Usage, add_routers, load_routers, remove_routers, routers
 from samples import QUESTIONS, TASKS, Batch, batches, pack, read_samples, read_task
 from tokenizer import Tokenizer
@@ -123,7 +123,8 @@ def tree(model, rows, beginning):
             ago = position[:, :, None] - torch.cat((before, position), 1)[:, None]
             sees = sees & (ago < model.config.sliding_window)
         cos, sin = (t[:, None] for t in model.angles_of(position, int(position.max()) + 1))  # (B, 1, T, D)
-        ctx = replace(ctx, cos=cos, sin=sin, mask=sees[:, None], first=None, cache=beginning)
+        mask = additive(sees[:, None], model.embed.weight)
+        ctx = replace(ctx, cos=cos, sin=sin, mask=mask, first=None, cache=beginning)
     return idx, ctx
 
 

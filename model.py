@@ -153,7 +153,7 @@ class Context:
     sizes: list[int] | None = None               # lengths once more, where the host can read them
     first: list[int] | None = None               # the position of each row's first token in this pass; None:
                                                  # columns are not positions, and the mask alone tells
-    mask: torch.Tensor | None = None             # (B or 1, 1, T, S) bool, True: may attend; None: causal
+    mask: torch.Tensor | None = None             # (B or 1, 1, T, S) added to attention's scores; None: causal
     window: int | None = None                    # a token sees so many, itself included; None: all before it
     cache: Cache | None = None
     decoding: bool = False                       # a step that continues the cache, not a prompt
@@ -268,16 +268,21 @@ class Attention(nn.Module):
         return self.heads(linear(h, self.qkv.weight[rows], bias))
 
 
+def additive(sees, like):
+    """What is added to attention's scores, in like's dtype: 0 where a query sees a key (bool), else -inf."""
+    return torch.where(sees, like.new_zeros(()), -math.inf)
+
+
 def attend(q, k, v, mask=None, causal=False):
-    """Softmax attention of q (B, H, T, D) over k, v (B, K, S, D), K dividing H. A mask may be of the last
-    keys only: all see those before."""
+    """Softmax attention of q (B, H, T, D) over k, v (B, K, S, D), K dividing H. The mask is added to the
+    scores (see `additive`); it may be of the last keys only: all see those before."""
     if q.shape[2] == 1:   # one token: the query heads of a key head are as good as its rows, and much faster
         y = F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, q.shape[3]), k, v, attn_mask=mask)
         return y.reshape(q.shape)
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         return recomputed(attend_in_chunks, q, k, v, mask, causal)
     if mask is not None and mask.shape[-1] < k.shape[2]:
-        mask = F.pad(mask, (k.shape[2] - mask.shape[-1], 0), value=True)
+        mask = F.pad(mask, (k.shape[2] - mask.shape[-1], 0))
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
@@ -286,19 +291,19 @@ def attend_in_chunks(q, k, v, mask, causal, n=128):
     """`attend` by plain products, n queries at a time and, where causal, the keys up to the last of them. On
     CPUs PyTorch's fused kernel takes as long in bfloat16 as in float32; this takes less than half."""
     q = q.mul(q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1))             # (B, K, H/K, T, D)
-    if causal:
-        bias = q.new_full((n, n), -math.inf).triu(1)
-    elif mask is not None:
-        bias = q.new_zeros(mask.shape).masked_fill_(~mask, -math.inf).unsqueeze(-3)
+    triangle = additive(torch.ones(n, n, dtype=torch.bool).tril(), q) if causal else None
     chunks = []
     for start, some in zip(range(0, q.shape[3], n), q.split(n, 3)):
-        end = start + some.shape[3] if causal else k.shape[2]
+        size = some.shape[3]
+        end, bias = k.shape[2], None
+        if causal:
+            end, bias = start + size, triangle[:size, :size]
+        elif mask is not None:
+            bias = mask[..., start:start + n, :].unsqueeze(-3)
         score = some.flatten(2, 3) @ k[:, :, :end].mT                         # (B, K, H/K n, end)
         score = score.unflatten(2, some.shape[2:4])
-        if causal:
-            score[..., start:] += bias[:end - start, :end - start]
-        elif mask is not None:
-            score[..., -mask.shape[-1]:] += bias[..., start:start + n, :]
+        if bias is not None:
+            score[..., end - bias.shape[-1]:] += bias
         y = score.softmax(-1).flatten(2, 3) @ v[:, :, :end]
         chunks.append(y.unflatten(2, some.shape[2:4]))
     return torch.cat(chunks, 3).flatten(1, 2)
@@ -388,7 +393,7 @@ class Llama(nn.Module):
         if window and T > window:
             t = torch.arange(T, device=idx.device)
             ago = t[:, None] - t
-            mask = ((ago >= 0) & (ago < window))[None, None]
+            mask = additive((ago >= 0) & (ago < window), self.embed.weight)[None, None]
         return Context(cos, sin, lengths, prompt_lengths, int(prompt_lengths.max()), sizes, [0] * B,
                        mask, window, cache)
 
@@ -405,7 +410,8 @@ class Llama(nn.Module):
         """The same where rows are at positions columns (B,) below `end`, which the host need not know."""
         window, ones, at = self.config.sliding_window, torch.ones_like(columns), columns[:, None, None, None]
         keys = torch.arange(end, device=columns.device)
-        mask = (keys <= at) if not window else (keys <= at) & (keys > at - window)          # (B, 1, 1, end)
+        sees = (keys <= at) if not window else (keys <= at) & (keys > at - window)
+        mask = additive(sees, self.embed.weight)                                            # (B, 1, 1, end)
         cos, sin = (t[:, None, None] for t in self.angles_of(columns, end))                 # (B, 1, 1, D)
         return Context(cos, sin, ones, ones, 1, [1] * len(columns), first, mask, window, cache, True, end,
                        columns)

@@ -30,13 +30,13 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from model import attend, recomputed
+from model import additive, attend, recomputed
 from weights import InputError, open_safetensors, write_file
 
 GRANULARITIES = [f"{part}_{scope}" for part in ("attn", "mlp", "block") for scope in ("sequence", "token")]
 CLOSED = 2.0        # a threshold that no score reaches
 QUERY_CHUNK = 128   # gathered queries attend in chunks, each to the keys up to its last position,
-KEY_CHUNK = 64      # and up to the next multiple of this many, so that shapes recur
+KEY_CHUNK = 32      # and up to the next multiple of this many, so that shapes recur
 
 
 def straight_through(score, threshold):
@@ -167,7 +167,7 @@ class MindSkip(nn.Module):
         row, column = at // T, at % T
         cos, sin = (t[column] if t.dim() == 2 else t[row, 0, column] for t in (ctx.cos, ctx.sin))  # (N, D)
         q = self.attn.queries(h, cos, sin)[None]                         # (1, H, N, D)
-        y, done = [], 0
+        y, done = torch.empty_like(q), 0
         for b, of_row in enumerate(columns):
             for chunk in of_row.split(QUERY_CHUNK) if len(of_row) else ():
                 n, start, end, mask = len(chunk), 0, k.shape[2], None
@@ -181,13 +181,14 @@ class MindSkip(nn.Module):
                         end = min(k.shape[2], -(-end // KEY_CHUNK) * KEY_CHUNK)
                         position = (column[done:done + n] + ctx.first[b])[:, None]
                         keys = torch.arange(start if ctx.window else first + 1, end, device=h.device)
-                        mask = keys <= position                          # (n, S'), of the last keys
+                        sees = keys <= position                          # (n, S'), of the last keys
                         if ctx.window:
-                            mask &= keys > position - ctx.window
+                            sees &= keys > position - ctx.window
+                        mask = additive(sees, q)
                 seen = slice(b, b + 1), slice(None), slice(start, end)
-                y.append(attend(q[:, :, done:done + n], k[seen], v[seen], mask))
+                y[:, :, done:done + n] = attend(q[:, :, done:done + n], k[seen], v[seen], mask)
                 done += n
-        return self.attn.output(torch.cat(y, 2)[0])
+        return self.attn.output(y[0])
 
 
 def routers(model):

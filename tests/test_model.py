@@ -10,7 +10,7 @@ from conftest import FAMILIES, write_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from model import Config, Linear, Llama, attend, rope_frequencies
+from model import Config, Linear, Llama, additive, attend, rope_frequencies
 from model import Llama as LlamaModel
 from weights import SMOLLM2_FILE, InputError
 
@@ -253,7 +253,7 @@ def test_bfloat16_attention_in_chunks_against_float64(kind, T):
             q, k, v, attn_mask=whole, is_causal=whole is None, enable_gqa=True)
 
     def ours(q, k, v):
-        return attend(q, k, v, mask, causal=mask is None)
+        return attend(q, k, v, None if mask is None else additive(mask, q), causal=mask is None)
 
     exact, theirs, mine = run(fused, torch.float64), run(fused, torch.bfloat16), run(ours, torch.bfloat16)
     assert (run(ours, torch.float64)[0] - exact[0]).abs().max() < 1e-12
