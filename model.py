@@ -181,10 +181,10 @@ def linear(x, weight, bias=None):
     """x (..., T, in) @ weight (out, in).T + bias: F.linear, but by oneDNN where that is faster in float32 on
     a CPU: for single tokens, whose product would run on one thread, and where products are long and wide
     (MKL uses no AVX-512 on AMD's). Not for others, since its sums round to twice the error."""
-    T, wide = x.shape[-2], len(weight) > 4 * x.shape[-1]
-    if x.dtype == torch.float32 and ONEDNN and x.device.type == "cpu" and (T == 1 or T >= 256 and wide) \
-            and not torch.is_grad_enabled():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if x.dtype == torch.float32 and ONEDNN and x.device.type == "cpu" and not torch.is_grad_enabled():
+        T, (out, n) = x.shape[-2], weight.shape
+        if T == 1 or T >= 256 and out > 4 * n:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
