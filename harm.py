@@ -7,6 +7,8 @@ once for a whole sequence, a batch holds only a handful of decisions, and a grad
 noise. There the harm is measured, a run of the layers above for each gate, and its square root is predicted
 by ridge regression.
 """
+import math
+
 import torch
 
 from router import dense, routers
@@ -90,3 +92,35 @@ def fit(model, harm, inputs, capacity, biases_only=False):
     for gate, w, mean in zip(gates, weights, means):
         gate.router.weight.data.copy_(w[None] / unit)
         gate.router.bias.data.fill_((mean - price) / unit)
+
+
+class ByHarm:
+    """Tuning by regression, for gates that read a sequence: each step measures what closing every gate costs
+    the sequences of a batch, the others as they stand, and fits the routers to all that was measured."""
+
+    def __init__(self, model, biases_only):
+        self.model, self.biases_only, gates = model.eval(), biases_only, len(routers(model))
+        self.harm, self.inputs = torch.zeros(0, gates), torch.zeros(0, gates, model.config.n_embd)
+
+    def step(self, group, step, target):
+        """Measure a list of batches and fit, for a capacity of `target`; returns what the log keeps."""
+        opened, total, self.target = [], 0.0, target
+        for batch in group:
+            harm, inputs, is_open, kl = measure(self.model, batch)
+            self.harm = torch.cat((self.harm, harm.cpu()))
+            self.inputs = torch.cat((self.inputs, inputs.cpu()))
+            opened.append(is_open.float().mean())
+            total += float(kl.sum())
+        if math.isfinite(total):
+            fit(self.model, self.harm, self.inputs, target, self.biases_only)
+        share = float(sum(opened)) / len(opened)
+        return {"step": step, "loss": total / sum(len(batch.targets) for batch in group),
+                "capacity": 1 - (1 - share) * harm.shape[1] / self.model.config.n_layer, "target": target}
+
+    def state(self):
+        """Tensors and a dict to continue from."""
+        return {"harm": self.harm, "inputs": self.inputs}, {"target": self.target}
+
+    def restore(self, file, numbers, _):
+        self.harm, self.inputs = file.get_tensor("harm"), file.get_tensor("inputs")
+        fit(self.model, self.harm, self.inputs, numbers["target"], self.biases_only)

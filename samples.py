@@ -96,12 +96,11 @@ def plain_samples(text, tok, piece):
             for p in pieces if len(p) > PLAIN_PROMPT]
 
 
-def as_plain_text(samples, piece):
-    """The answers of samples strung together, without the chat's form, in pieces of so many tokens; all are
-    learned from, and the first 64 of each piece are its prompt."""
-    ids = [i for s in samples for i, answer in zip(s.ids, s.answer) if answer]
-    pieces = [ids[i:i + piece] for i in range(0, len(ids), piece)]
-    return [Sample(p, [True] * len(p), min(len(p), PLAIN_PROMPT)) for p in pieces]
+def pieces(text, size):
+    """Samples of at most `size` tokens from rows of token ids (n, T); all are learned from, and the first 64
+    of each are its prompt."""
+    return [Sample(p, [True] * len(p), min(len(p), PLAIN_PROMPT))
+            for row in text.tolist() for i in range(0, len(row), size) if len(p := row[i:i + size]) > 1]
 
 
 def batches(samples, budget, seed):

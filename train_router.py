@@ -21,6 +21,7 @@ import json
 import math
 import signal
 import sys
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
-from harm import divergence, fit, log_probabilities, measure
+from harm import ByHarm, divergence, log_probabilities
 from model import Llama, checkpoint_parts, pick
 from router import (
     GRANULARITIES,
@@ -42,13 +43,12 @@ from router import (
     save_routers,
 )
 from samples import (
-    PLAIN_PIECE,
     PLAIN_PROMPT,
     Batch,
     Sample,
-    as_plain_text,
     batches,
     pack,
+    pieces,
     read_samples,
 )
 from tokenizer import Tokenizer
@@ -56,7 +56,7 @@ from weights import InputError, open_checkpoint, open_safetensors, write_file, w
 
 DEFAULT_DATA = Path(__file__).parent / "data" / "instructions.jsonl"
 HEAD_CHUNK = 128      # tokens whose logits exist at once
-PLAIN_TRAINING = 256  # tokens a piece of the plain text that is mixed in
+OWN_TEXTS, OWN_TOKENS = 96, 256       # texts that the model writes, and tokens of each
 RAMP = 0.5, 0.1       # widths of the gates' ramp in logits, first and last
 CALIBRATION_SAMPLES = 24
 CALIBRATION_LOGITS = -0.5, -0.25, -0.12, 0, 0.12, 0.25, 0.5       # of the threshold
@@ -185,8 +185,9 @@ class ByGradient:
     first, by biases that learn fast.
     """
 
-    def __init__(self, model, args, teacher):
-        self.model, self.args, self.teacher, self.price = model, args, teacher, Price(args.penalty)
+    def __init__(self, model, args, teacher, kinds):
+        self.model, self.args, self.teacher = model, args, teacher
+        self.prices = [Price(args.penalty) for _ in range(kinds)]
         if args.train == "all":
             model.requires_grad_(True)
         for gate in routers(model).values():
@@ -199,25 +200,26 @@ class ByGradient:
         groups = [{"params": of, "peak": peak} for peak, of in groups.items()]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
 
-    def step(self, group, step):
+    def step(self, group, step, target):
         """Learn from a list of batches; returns what the log keeps."""
         args, weight = self.args, 1 / sum(len(batch.targets) for batch in group)
-        target, loss, used = target_capacity(step, args), 0.0, 0.0
+        loss, used, paid = 0.0, [], []
         for gate in routers(self.model.train()).values():
             gate.width = ramp_width(step, args)
-        for batch in group:
-            price = self.price.now / args.accumulate
-            loss += backward(self.model, batch, args.loss, weight, price, self.teacher)
-            used += overall(self.model).detach() / args.accumulate
-        loss, used = float(loss), float(used)
-        line = {"step": step, "loss": loss, "capacity": used, "target": target, "lambda": self.price.now,
-                "lr": learning_rate(step, args.steps, args.lr)}
+        for i, batch in enumerate(group):
+            price = self.prices[(step * args.accumulate + i) % len(self.prices)]
+            loss += backward(self.model, batch, args.loss, weight, price.now / args.accumulate, self.teacher)
+            used.append(float(overall(self.model).detach()))
+            paid.append(price.now)
+            price.update(used[-1] - target)
+        loss = float(loss)
+        line = {"step": step, "loss": loss, "capacity": sum(used) / len(used), "target": target,
+                "lambda": sum(paid) / len(paid), "lr": learning_rate(step, args.steps, args.lr)}
         if math.isfinite(loss):
             for part in self.optimizer.param_groups:
                 part["lr"] = learning_rate(step, args.steps, part["peak"])
             self.optimizer.step()
             self.optimizer.zero_grad()
-            self.price.update(used - target)
         return line
 
     def state(self):
@@ -226,10 +228,11 @@ class ByGradient:
         for name, p in trained(self.model).items():
             state = self.optimizer.state[p]
             tensors |= {name: p.detach(), f"{name}.m": state["exp_avg"], f"{name}.v": state["exp_avg_sq"]}
-        return tensors, vars(self.price)
+        return tensors, {"prices": [vars(price) for price in self.prices]}
 
     def restore(self, file, numbers, step):
-        vars(self.price).update(numbers)
+        for price, then in zip(self.prices, numbers["prices"]):
+            vars(price).update(then)
         for name, p in trained(self.model).items():
             p.data.copy_(file.get_tensor(name))
             self.optimizer.state[p] = {"step": torch.tensor(float(step)),
@@ -237,55 +240,22 @@ class ByGradient:
                                        "exp_avg_sq": file.get_tensor(name + ".v").to(p.device)}
 
 
-class ByHarm:
-    """Tuning by regression, for gates that read a sequence: each step measures what closing every gate costs
-    the sequences of a batch, the others as they stand, and fits the routers to all that was measured."""
-
-    def __init__(self, model, args, teacher):
-        self.model, self.args = model.eval(), args
-        gates = len(routers(model))
-        self.harm, self.inputs = torch.zeros(0, gates), torch.zeros(0, gates, model.config.n_embd)
-
-    def fit(self, target):
-        fit(self.model, self.harm, self.inputs, target, biases_only=self.args.train == "bias")
-
-    def step(self, group, step):
-        """Measure a list of batches and fit; returns what the log keeps."""
-        target, n = target_capacity(step, self.args), self.model.config.n_layer
-        opened, total = [], 0.0
-        for batch in group:
-            harm, inputs, is_open, kl = measure(self.model, batch)
-            self.harm = torch.cat((self.harm, harm.cpu()))
-            self.inputs = torch.cat((self.inputs, inputs.cpu()))
-            opened.append(is_open.float().mean())
-            total += float(kl.sum())
-        if math.isfinite(total):
-            self.fit(target)
-        share = float(sum(opened)) / len(opened)
-        return {"step": step, "loss": total / sum(len(batch.targets) for batch in group),
-                "capacity": 1 - (1 - share) * harm.shape[1] / n, "target": target}
-
-    def state(self):
-        return {"harm": self.harm, "inputs": self.inputs}, {}
-
-    def restore(self, file, numbers, step):
-        self.harm, self.inputs = file.get_tensor("harm"), file.get_tensor("inputs")
-        self.fit(target_capacity(step - 1, self.args))
-
-
-def train(model, samples, args, device, teacher=None):
-    """Tune the model's routers; metrics.jsonl, the router file and the checkpoint are left in args.out."""
-    method = (ByHarm if args.estimator == "harm" else ByGradient)(model, args, teacher)
+def train(model, kinds, args, device, teacher=None):
+    """Tune the model's routers on one or two kinds of samples, in turns; metrics.jsonl, the router file and
+    the checkpoint are left in args.out."""
+    method = ByHarm(model, args.train == "bias") if args.estimator == "harm" else \
+        ByGradient(model, args, teacher, len(kinds))
     out, stop = Path(args.out), []
     start, log = resume(method, args) if args.resume else (0, [])
     write_file(out / "metrics.jsonl", b"".join(log))
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))   # the step that is running is finished first
-    source = batches(samples, args.tokens, args.seed)
+    source = chain.from_iterable(zip(*[batches(samples, args.tokens, args.seed) for samples in kinds]))
     for _ in range(start * args.accumulate):
         next(source)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step")
     for step in bar:
-        line = method.step([Batch.of(next(source), device) for _ in range(args.accumulate)], step)
+        group = [Batch.of(next(source), device) for _ in range(args.accumulate)]
+        line = method.step(group, step, target_capacity(step, args))
         if not math.isfinite(line["loss"]):
             raise InputError(f"step {step}: the loss is {line['loss']}; the last checkpoint in {out} is kept;"
                              " lower --lr or use --dtype float32")
@@ -303,37 +273,38 @@ def train(model, samples, args, device, teacher=None):
         gate.width = 0.0
 
 
-def other_text(samples, others, args):
-    """Text of another kind to mix in, with kl, since what the dense model says of a text is known without
-    labels: the answers of `others` without the chat's form, twice. Where a piece gets one decision, it is as
-    long as the mean answer, so that as much is at stake."""
-    if args.loss != "kl":
-        return []
-    piece = PLAIN_TRAINING
-    if args.estimator == "harm":
-        piece = max(8, sum(sum(s.answer) for s in samples) // len(samples))
-    return 2 * as_plain_text(others[CALIBRATION_SAMPLES:], piece)
+def own_text(model, args):
+    """Token ids (96, 256) that the dense model writes after random first tokens, as in LLM-QAT (arXiv
+    2305.17888): text of another kind than the training data, and since what the model says of a text is known
+    without labels, good to learn from and to calibrate on."""
+    rng = torch.Generator().manual_seed(args.seed)
+    tokens = min(OWN_TOKENS, model.config.max_context)
+    first = torch.randint(model.config.vocab_size, (OWN_TEXTS, 1), generator=rng)
+    first = first.to(model.embed.weight.device).split(OWN_TEXTS // 2)
+    with dense(model):
+        text = torch.cat([model.generate(some, tokens - 1, temperature=1.0)
+                          for some in tqdm(first, desc="the model writes", leave=False)])
+    model.cache = None
+    return text
 
 
 @torch.no_grad()
-def calibrate(model, samples, others, args, device):
+def calibrate(model, samples, text, args, device):
     """Set the threshold that gives --capacity, and measure which capacities other thresholds give.
 
     The penalty leaves the capacity near its target, on one side or the other from batch to batch, and other
     text uses another capacity than the text that was trained on. So the threshold is set on some training
-    samples and, with as much weight, on the answers of `others` as plain text: first on a grid, then by
-    bisection. Returns all that was measured, [(threshold, overall capacity)]. No head is needed; where gates
-    read prompts, prompts will do, and more of them are needed: there is one decision a sequence, not one a
-    token.
+    samples and, with as much weight, on `text` that the model wrote: first on a grid, then by bisection.
+    Returns all that was measured, [(threshold, overall capacity)]. No head is needed; where gates read
+    prompts, prompts will do, and more of them are needed: there is one decision a sequence, not one a token.
     """
     model.eval()
-    some = samples[:CALIBRATION_SAMPLES]
-    others, piece = others[:len(some)], PLAIN_PIECE
+    some, size = samples[:CALIBRATION_SAMPLES], OWN_TOKENS
     if args.granularity.endswith("sequence") and args.pool == "prompt":
         some = [Sample(s.ids[:s.prompt], s.answer[:s.prompt], s.prompt) for s in samples[:8 * len(some)]]
-        piece = PLAIN_PROMPT
+        size = PLAIN_PROMPT
     kinds = [[Batch.of(group, device) for group in pack(kind, 2 * args.tokens)]
-             for kind in (some, as_plain_text(others, piece))]
+             for kind in (some, pieces(text, size))]
     measured = []
 
     def used(logit):
@@ -537,12 +508,13 @@ def main():
     add_routers(model, args.granularity, args.layers, pool=args.pool)
     teacher = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False) \
         if args.train == "all" else model
-    others = train_set                               # never what is held out
-    if Path(args.data).resolve() != DEFAULT_DATA.resolve():
-        others, _ = read_samples(DEFAULT_DATA, tok, model.config.max_context)
-        others = others[:-HELD_OUT]
-    train(model, train_set + other_text(train_set, others, args), args, device, teacher)
-    calibration = calibrate(model, train_set, others, args, device)
+    text, kinds, size = own_text(model, args), [train_set], OWN_TOKENS
+    if args.estimator == "harm":                     # with one decision a piece, as much should be at stake
+        size = max(8, sum(sum(s.answer) for s in train_set) // len(train_set))
+    if args.loss == "kl":
+        kinds.append(pieces(text[OWN_TEXTS // 4:], size))
+    train(model, kinds, args, device, teacher)
+    calibration = calibrate(model, train_set, text[:OWN_TEXTS // 4], args, device)
     result = evaluate(model, test_set, args.tokens, device, teacher)
     save_routers(model, Path(args.out) / "routers.safetensors", calibration, command=args.command,
                  held_out=json.dumps(result))

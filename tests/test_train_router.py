@@ -16,7 +16,7 @@ from conftest import is_one_sentence
 import train_router
 from model import Llama
 from router import GRANULARITIES, add_routers, capacity, dense, load_routers, overall, routers
-from samples import Batch, as_plain_text, batches, pack, read_samples
+from samples import Batch, batches, pack, pieces, read_samples
 from tokenizer import Tokenizer
 from train_router import Price, backward, evaluate, main, two_passes
 from weights import InputError
@@ -93,18 +93,22 @@ def test_a_run_writes_what_it_should(granularity, arguments, call, tmp_path, tin
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-def test_what_is_held_out_is_not_mixed_in_as_plain_text(tiny, tok, call, tmp_path, monkeypatch):
-    held_out, _ = read_samples(train_router.DEFAULT_DATA, tok, 512)
-    held_out = [[i for i, answer in zip(s.ids, s.answer) if answer] for s in held_out[-66:]]
-
-    def train(model, samples, *rest):
-        seen = [i for s in samples for i in s.ids]
-        text = " ".join(map(str, seen))
-        found = [ids for ids in held_out if len(ids) > 20 and " ".join(map(str, ids)) in text]
-        assert not found and sum(s.prompt == 64 for s in samples) > 20   # pieces of plain text are there
-
-    monkeypatch.setattr(train_router, "train", train)
-    assert call(main, "--model", tiny, "--held-out", 66, "--out", tmp_path / "out", "--device", "cpu")[0] == 0
+@pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence"])
+def test_the_model_writes_text_to_learn_from(granularity, arguments, call, monkeypatch):
+    """The dense model's own, the same for the same seed, and none of what is calibrated on."""
+    seen = []
+    monkeypatch.setattr(train_router, "train", lambda model, kinds, *rest: seen.append(kinds))
+    monkeypatch.setattr(train_router, "calibrate", lambda model, _, text, *rest: seen.append(text) or [])
+    for _ in range(2):
+        assert call(main, *arguments, "--granularity", granularity)[0] == 0
+    (data, own), held, again, _ = seen
+    assert again == [data, own] and held.shape == (24, 256) and len(data) > 20
+    assert sum(len(s.ids) for s in own) == 72 * 256 and all(all(s.answer) for s in own)
+    answer = sum(sum(s.answer) for s in data) // len(data)
+    assert max(len(s.ids) for s in own) == (256 if granularity == "attn_token" else answer)
+    texts = [tuple(row.tolist()) for row in held] + [tuple(s.ids) for s in own]
+    assert len(set(texts)) == len(texts)
+    assert call(main, *arguments, "--granularity", granularity, "--loss", "ce")[0] == 0 and len(seen[-2]) == 1
 
 
 def test_capacity_comes_down_to_its_target(arguments, call, tmp_path):
@@ -399,14 +403,12 @@ def test_formats(tok, tmp_path):
     assert plain[0].answer == [False] * 64 + [True] * 192 and plain[0].prompt == 64
 
 
-def test_answers_as_plain_text(tiny, tok, tmp_path):
-    samples, _ = read_samples(write_data(tmp_path / "d.jsonl"), tok, 512)
-    pieces = as_plain_text(samples, 100)
-    assert all(len(p.ids) == 100 for p in pieces[:-1])
-    assert all(p.prompt == min(64, len(p.ids)) for p in pieces)
-    answers = [f"It is {i}, and {i * i} is its square." * (1 + i % 4) + "<|im_end|>" for i in range(40)]
-    answers = "".join(answers)
-    assert tok.decode([i for p in pieces for i in p.ids]) == answers and all(all(p.answer) for p in pieces)
+def test_pieces_of_text():
+    text = torch.arange(3 * 250).view(3, 250)
+    found = pieces(text, 100)
+    assert [len(p.ids) for p in found] == 3 * [100, 100, 50] and [p.prompt for p in found] == 3 * [64, 64, 50]
+    assert [i for p in found for i in p.ids] == list(range(750)) and all(all(p.answer) for p in found)
+    assert [len(p.ids) for p in pieces(text, 249)] == 3 * [249]       # one token predicts nothing
 
 
 def test_long_samples_are_cut_and_counted(tok, tmp_path):
@@ -513,7 +515,8 @@ def test_calibration_tells_which_threshold_gives_a_capacity(granularity, tiny, a
     for gate in routers(model).values():
         gate.router.weight.data.normal_(0, 0.3)
         gate.router.bias.data.zero_()
-    table = sorted(train_router.calibrate(model, samples, samples, args, "cpu"))
+    text = torch.randint(0, 320, (24, 256), generator=torch.Generator().manual_seed(1))
+    table = sorted(train_router.calibrate(model, samples, text, args, "cpu"))
     used = [capacity for _, capacity in table]
     assert used == sorted(used, reverse=True) and used[0] > 0.6 > used[-1]
     best = min(table, key=lambda pair: abs(pair[1] - 0.6))
