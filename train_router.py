@@ -5,12 +5,13 @@
     python train_router.py --resume             # go on where Ctrl-C stopped
 
 The loss is that of the answers' tokens: the KL divergence from the dense model's distribution (kl: no
-labels, it asks that the model behave as before), or the cross-entropy (ce, the paper's). To it comes a price
-on capacity, moved so that capacity follows a target, which falls to --capacity over the first half of the
-run. Gates are ramps at first, and grow steeper (see router.ramp); at sequence level with kl no gradient is
-taken: routers are fitted to measured harm (see harm.py). At the end the threshold is moved, from 0.5, until
-the capacity is met on training samples and plain text. Layers below the first router need no autograd graph,
-and with kl their output serves both passes.
+labels, it asks that the model behave as before), or the cross-entropy (ce, the paper's). To it comes a
+price on capacity, moved so that capacity follows a target, which falls to --capacity over the first half of
+the run. Gates are ramps at first, and grow steeper (see router.ramp); at sequence level with kl no gradient
+is taken: routers are fitted to measured harm (see harm.py). With kl every second batch is text that the
+model itself wrote, so that other text than the data is treated alike. At the end the threshold is moved,
+from 0.5, until the capacity is met on training samples and on such text. Layers below the first router need
+no autograd graph, and with kl their output serves both passes.
 
 --train tells what is compared with it: bias learns one set of layers for all text, all trains the whole model
 with its routers, as Mixture of Depths does, and leaves it in out/model.
@@ -277,15 +278,13 @@ def own_text(model, args):
     """Token ids (96, 256) that the dense model writes after random first tokens, as in LLM-QAT (arXiv
     2305.17888): text of another kind than the training data, and since what the model says of a text is known
     without labels, good to learn from and to calibrate on."""
-    rng = torch.Generator().manual_seed(args.seed)
+    torch.manual_seed(args.seed)
     tokens = min(OWN_TOKENS, model.config.max_context)
-    first = torch.randint(model.config.vocab_size, (OWN_TEXTS, 1), generator=rng)
-    first = first.to(model.embed.weight.device).split(OWN_TEXTS // 2)
-    with dense(model):
-        text = torch.cat([model.generate(some, tokens - 1, temperature=1.0)
-                          for some in tqdm(first, desc="the model writes", leave=False)])
+    first = torch.randint(model.config.vocab_size, (OWN_TEXTS, 1), device=model.embed.weight.device)
+    text = [model.generate(some, tokens - 1, temperature=1.0)
+            for some in tqdm(first.split(OWN_TEXTS // 2), desc="the model writes", leave=False)]
     model.cache = None
-    return text
+    return torch.cat(text)
 
 
 @torch.no_grad()
@@ -504,11 +503,11 @@ def main():
                          " out")
     held_out = min(args.held_out, max(1, len(samples) // 5))
     train_set, test_set = samples[:-held_out], samples[-held_out:]
-    torch.manual_seed(args.seed)
+    text = own_text(model, args)
     add_routers(model, args.granularity, args.layers, pool=args.pool)
     teacher = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False) \
         if args.train == "all" else model
-    text, kinds, size = own_text(model, args), [train_set], OWN_TOKENS
+    kinds, size = [train_set], OWN_TOKENS
     if args.estimator == "harm":                     # with one decision a piece, as much should be at stake
         size = max(8, sum(sum(s.answer) for s in train_set) // len(train_set))
     if args.loss == "kl":
