@@ -294,12 +294,11 @@ def attend_in_chunks(q, k, v, mask, causal, n=128):
     triangle = additive(torch.ones(n, n, dtype=torch.bool).tril(), q) if causal else None
     chunks = []
     for start, some in zip(range(0, q.shape[3], n), q.split(n, 3)):
-        size = some.shape[3]
-        end, bias = k.shape[2], None
+        end, bias, size = k.shape[2], None, some.shape[3]
         if causal:
             end, bias = start + size, triangle[:size, :size]
         elif mask is not None:
-            bias = mask[..., start:start + n, :].unsqueeze(-3)
+            bias = mask[..., start:start + size, :].unsqueeze(-3)
         score = some.flatten(2, 3) @ k[:, :, :end].mT                         # (B, K, H/K n, end)
         score = score.unflatten(2, some.shape[2:4])
         if bias is not None:

@@ -275,14 +275,15 @@ def train(model, kinds, args, device, teacher=None):
 
 
 def own_text(model, args):
-    """Token ids (96, 256) that the dense model writes after random first tokens, as in LLM-QAT (arXiv
-    2305.17888): text of another kind than the training data, and since what the model says of a text is known
-    without labels, good to learn from and to calibrate on."""
+    """Token ids (n, 256) that the dense model writes after random first tokens, as in LLM-QAT (arXiv
+    2305.17888): text of another kind than the training data, to calibrate on and, with kl, to learn from,
+    since what the model says of a text is known without labels."""
     torch.manual_seed(args.seed)
     tokens = min(OWN_TOKENS, model.config.max_context)
-    first = torch.randint(model.config.vocab_size, (OWN_TEXTS, 1), device=model.embed.weight.device)
+    n = OWN_TEXTS if args.loss == "kl" else CALIBRATION_SAMPLES
+    first = torch.randint(model.config.vocab_size, (n, 1), device=model.embed.weight.device)
     text = [model.generate(some, tokens - 1, temperature=1.0)
-            for some in tqdm(first.split(OWN_TEXTS // 2), desc="the model writes", leave=False)]
+            for some in tqdm(first.split(48), desc="the model writes", leave=False)]
     model.cache = None
     return torch.cat(text)
 
@@ -511,9 +512,9 @@ def main():
     if args.estimator == "harm":                     # with one decision a piece, as much should be at stake
         size = max(8, sum(sum(s.answer) for s in train_set) // len(train_set))
     if args.loss == "kl":
-        kinds.append(pieces(text[OWN_TEXTS // 4:], size))
+        kinds.append(pieces(text[CALIBRATION_SAMPLES:], size))
     train(model, kinds, args, device, teacher)
-    calibration = calibrate(model, train_set, text[:OWN_TEXTS // 4], args, device)
+    calibration = calibrate(model, train_set, text[:CALIBRATION_SAMPLES], args, device)
     result = evaluate(model, test_set, args.tokens, device, teacher)
     save_routers(model, Path(args.out) / "routers.safetensors", calibration, command=args.command,
                  held_out=json.dumps(result))
