@@ -204,17 +204,19 @@ class ByGradient:
     def step(self, group, step, target):
         """Learn from a list of batches; returns what the log keeps."""
         args, weight = self.args, 1 / sum(len(batch.targets) for batch in group)
-        loss, used, paid = 0.0, [], []
+        loss, used, paid = 0.0, {}, []                       # used: {price: the capacities of its batches}
         for gate in routers(self.model.train()).values():
             gate.width = ramp_width(step, args)
         for i, batch in enumerate(group):
             price = self.prices[(step * args.accumulate + i) % len(self.prices)]
             loss += backward(self.model, batch, args.loss, weight, price.now / args.accumulate, self.teacher)
-            used.append(float(overall(self.model).detach()))
+            used.setdefault(price, []).append(float(overall(self.model).detach()))
             paid.append(price.now)
-            price.update(used[-1] - target)
+        for price, some in used.items():
+            price.update(sum(some) / len(some) - target)
         loss = float(loss)
-        line = {"step": step, "loss": loss, "capacity": sum(used) / len(used), "target": target,
+        line = {"step": step, "loss": loss, "target": target,
+                "capacity": sum(map(sum, used.values())) / len(group),
                 "lambda": sum(paid) / len(paid), "lr": learning_rate(step, args.steps, args.lr)}
         if math.isfinite(loss):
             for part in self.optimizer.param_groups:
@@ -279,13 +281,13 @@ def own_text(model, args):
     2305.17888): text of another kind than the training data, to calibrate on and, with kl, to learn from,
     since what the model says of a text is known without labels."""
     torch.manual_seed(args.seed)
-    tokens = min(OWN_TOKENS, model.config.max_context)
+    new = min(OWN_TOKENS, model.config.max_context) - 1
     n = OWN_TEXTS if args.loss == "kl" else CALIBRATION_SAMPLES
     first = torch.randint(model.config.vocab_size, (n, 1), device=model.embed.weight.device)
-    text = [model.generate(some, tokens - 1, temperature=1.0)
-            for some in tqdm(first.split(48), desc="the model writes", leave=False)]
+    with tqdm(total=new, desc="the model writes", unit="token", leave=False) as bar:
+        text = model.generate(first, new, temperature=1.0, on_token=lambda _: bar.update())
     model.cache = None
-    return torch.cat(text)
+    return text
 
 
 @torch.no_grad()
@@ -429,14 +431,14 @@ def parse_arguments():
     p.add_argument("--estimator", choices=("ramp", "straight-through", "harm"),
                    help="of the gates' gradient: a ramp that grows steeper, or the paper's; or none, but a"
                    " regression on measured harm (default: harm at sequence level with kl, else ramp)")
-    p.add_argument("--steps", type=int, help="(default: 200, or 48 of measuring harm)")
+    p.add_argument("--steps", type=int, help="(default: 160, or 48 of measuring harm)")
     p.add_argument("--out", default="out", help="folder for the routers, metrics.jsonl and the checkpoint")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--lr", type=float, help="learning rate of the routers (default: 0.002 at token level,"
                    " 0.0003 at sequence level)")
     p.add_argument("--penalty", type=float, default=2.0, help="lambda, the price of capacity, to begin with")
-    p.add_argument("--tokens", type=int, help="tokens a batch (default: 768 on a CPU, 16384 on CUDA,"
-                   " 2048 there where harm is measured)")
+    p.add_argument("--tokens", type=int, help="tokens a batch (default: 512 on a CPU, 16384 on CUDA; 768 and"
+                   " 2048 where harm is measured)")
     p.add_argument("--accumulate", type=int, default=1, help="batches a step")
     p.add_argument("--pool", default="prompt", choices=("prompt", "all"), help="what a sequence's gate reads")
     p.add_argument("--held-out", type=int, default=HELD_OUT,
@@ -451,7 +453,7 @@ def parse_arguments():
     if args.estimator == "harm" and (not sequence or args.loss != "kl" or args.train == "all"):
         raise InputError("--estimator harm: only for gates at sequence level, --loss kl and a frozen model")
     if args.steps is None:
-        args.steps = 48 if args.estimator == "harm" else 200
+        args.steps = 48 if args.estimator == "harm" else 160
     if args.lr is None:
         args.lr = 0.0003 if sequence else 0.002
     args.command = " ".join(["python train_router.py", *(a for a in sys.argv[1:] if a != "--resume")])
@@ -491,7 +493,8 @@ def main():
     args = parse_arguments()
     device, dtype = pick(args.device, args.dtype)
     if args.tokens is None:
-        args.tokens = 768 if device.type == "cpu" else 2048 if args.estimator == "harm" else 16384
+        cpu, harm = device.type == "cpu", args.estimator == "harm"
+        args.tokens = (768 if harm else 512) if cpu else (2048 if harm else 16384)
     tok = Tokenizer.from_pretrained(args.model)
     model = Llama.from_pretrained(args.model, device, dtype)
     check(args, model.config.n_layer)
