@@ -288,6 +288,22 @@ def test_the_price_settles_where_demand_meets_the_target():
     assert sum(used[-50:]) / 50 == pytest.approx(0.7, abs=0.005) and price.level == pytest.approx(3, abs=0.1)
 
 
+def test_a_price_moves_once_a_step_by_the_mean_of_its_batches(tiny, monkeypatch):
+    model = add_routers(Llama.from_pretrained(tiny), "attn_token")
+    args = SimpleNamespace(penalty=2.0, train="routers", granularity="attn_token", lr=0.1, steps=20,
+                           loss="kl", accumulate=4, estimator="ramp")
+    method, used = train_router.ByGradient(model, args, model, 2), iter([0.9, 0.5, 0.7, 0.7])
+    monkeypatch.setattr(train_router, "backward", lambda *_: torch.tensor(0.25))
+    monkeypatch.setattr(train_router, "overall", lambda _: torch.tensor(next(used)))
+    line = method.step([SimpleNamespace(targets=[1])] * 4, 0, 0.75)
+    expected = Price(2.0), Price(2.0)
+    expected[0].update(0.8 - 0.75)
+    expected[1].update(0.6 - 0.75)
+    for price, one in zip(method.prices, expected, strict=True):
+        assert vars(price) == pytest.approx(vars(one), abs=1e-6)
+    assert line["capacity"] == pytest.approx(0.7) and line["lambda"] == 2.0 and line["loss"] == 1.0
+
+
 def test_gates_are_ramps_in_training_and_steps_afterwards(arguments, call, monkeypatch):
     widths, real = [], train_router.backward
 
