@@ -290,14 +290,17 @@ def attend(q, k, v, mask=None, causal=False):
 def attend_in_chunks(q, k, v, mask, causal, n=128):
     """`attend` by plain products, n queries at a time and, where causal, the keys up to the last of them. On
     CPUs PyTorch's fused kernel takes as long in bfloat16 as in float32; this takes less than half."""
-    (B, H, T, D), K, S = q.shape, *k.shape[1:3]
+    (B, H, T, D), K = q.shape, k.shape[1]
     q = q.mul(D ** -0.5).unflatten(1, (K, -1)).flatten(0, 1)                  # (BK, H/K, T, D)
     k, v = k.flatten(0, 1), v.flatten(0, 1)                                   # (BK, S, D)
     triangle = additive(torch.ones(n, n, dtype=torch.bool).tril(), q) if causal else None
     chunks = []
     for start, some in zip(range(0, T, n), q.split(n, 2)):
-        size, end = some.shape[2], start + n if causal and start + n < S else S
-        bias = triangle[:size, :size] if causal else None if mask is None else mask[..., start:start + n, :]
+        size, end, bias = some.shape[2], k.shape[1], None
+        if causal:
+            end, bias = start + size, triangle[:size, :size]
+        elif mask is not None:
+            bias = mask[..., start:start + size, :]
         score = torch.bmm(some.flatten(1, 2), k[:, :end].mT)                  # (BK, H/K size, end)
         if bias is not None:
             score.view(B, H, size, end)[..., end - bias.shape[-1]:] += bias

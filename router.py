@@ -174,15 +174,14 @@ class MindSkip(nn.Module):
                 if ctx.first is None:
                     mask = ctx.mask[b, 0, chunk]                         # (n, S)
                 else:
-                    before = ctx.first[b]                                # keys of earlier passes
-                    first, last = (int(chunk[i]) + before for i in (0, -1))
+                    first, last = (int(chunk[i]) + ctx.first[b] for i in (0, -1))
                     start = max(0, first + 1 - (ctx.window or k.shape[2]))
                     end = last + 1                                       # keys that some query here may see
                     if n > 1:
                         end = min(k.shape[2], -(-end // KEY_CHUNK) * KEY_CHUNK)
-                        position = column[done:done + n, None].int()
-                        keys = torch.arange((start if ctx.window else first + 1) - before, end - before,
-                                            dtype=torch.int32, device=h.device)
+                        position = (column[done:done + n] + ctx.first[b])[:, None].int()
+                        keys = torch.arange(start if ctx.window else first + 1, end, device=h.device,
+                                            dtype=torch.int32)
                         sees = keys <= position                          # (n, S'), of the last keys
                         if ctx.window:
                             sees &= keys > position - ctx.window

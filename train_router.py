@@ -56,6 +56,7 @@ from tokenizer import Tokenizer
 from weights import InputError, open_checkpoint, open_safetensors, write_file, write_folder
 
 DEFAULT_DATA = Path(__file__).parent / "data" / "instructions.jsonl"
+TOKENS = {"cpu": (512, 768), "cuda": (16384, 2048)}     # tokens a batch, and where harm is measured
 HEAD_CHUNK = 128      # tokens whose logits exist at once
 OWN_TEXTS, OWN_TOKENS = 96, 256       # texts that the model writes, and tokens of each
 RAMP = 0.5, 0.1       # widths of the gates' ramp in logits, first and last
@@ -204,20 +205,19 @@ class ByGradient:
     def step(self, group, step, target):
         """Learn from a list of batches; returns what the log keeps."""
         args, weight = self.args, 1 / sum(len(batch.targets) for batch in group)
-        loss, used, paid = 0.0, {}, []                       # used: {price: the capacities of its batches}
+        loss, used = 0.0, {}                                 # used: {price: the capacities of its batches}
         for gate in routers(self.model.train()).values():
             gate.width = ramp_width(step, args)
         for i, batch in enumerate(group):
             price = self.prices[(step * args.accumulate + i) % len(self.prices)]
             loss += backward(self.model, batch, args.loss, weight, price.now / args.accumulate, self.teacher)
             used.setdefault(price, []).append(float(overall(self.model).detach()))
-            paid.append(price.now)
-        for price, some in used.items():
-            price.update(sum(some) / len(some) - target)
-        loss = float(loss)
+        loss, paid = float(loss), sum(price.now * len(some) for price, some in used.items())
         line = {"step": step, "loss": loss, "target": target,
                 "capacity": sum(map(sum, used.values())) / len(group),
-                "lambda": sum(paid) / len(paid), "lr": learning_rate(step, args.steps, args.lr)}
+                "lambda": paid / len(group), "lr": learning_rate(step, args.steps, args.lr)}
+        for price, some in used.items():
+            price.update(sum(some) / len(some) - target)
         if math.isfinite(loss):
             for part in self.optimizer.param_groups:
                 part["lr"] = learning_rate(step, args.steps, part["peak"])
@@ -493,8 +493,7 @@ def main():
     args = parse_arguments()
     device, dtype = pick(args.device, args.dtype)
     if args.tokens is None:
-        cpu, harm = device.type == "cpu", args.estimator == "harm"
-        args.tokens = (768 if harm else 512) if cpu else (2048 if harm else 16384)
+        args.tokens = TOKENS[device.type][args.estimator == "harm"]
     tok = Tokenizer.from_pretrained(args.model)
     model = Llama.from_pretrained(args.model, device, dtype)
     check(args, model.config.n_layer)
