@@ -191,13 +191,12 @@ class Variant:
         cache = Cache(model.config, self.context + STEPS)
         token = draw(self.first_token(idx, cache))
 
-        step = model.stepper(cache, self.batch)
-
-        def steps(token):
+        def steps(step, token):
             for i in range(STEPS):
                 x = step(token, [self.context + i] * self.batch)
                 token = draw(model.head(model.norm(x)))
-        seconds = self.time(lambda: steps(token))
+        with model.stepper(cache, self.batch) as step:
+            seconds = self.time(lambda: steps(step, token))
         self.cache_bytes = cache.bytes()
         return seconds / STEPS
 

@@ -1,5 +1,6 @@
 """The dense model, against transformers."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -10,7 +11,7 @@ from conftest import FAMILIES, write_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from model import Config, Linear, Llama, additive, attend, rope_frequencies
+from model import Config, Linear, Llama, additive, attend, packed, rope_frequencies
 from model import Llama as LlamaModel
 from weights import SMOLLM2_FILE, InputError
 
@@ -272,3 +273,28 @@ def test_single_tokens_in_float32_have_the_product_and_its_operations():
             y = layer(x)
         assert (y - (x.double() @ layer.weight.double().T + layer.bias.double())).abs().max() < 1e-5
         assert counter.get_total_flops() == 2 * x.numel() * 50
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU computes no bfloat16")
+def test_packed_weights_have_the_product_and_last_as_long_as_a_generation(tiny):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, idx = Llama.from_pretrained(tiny, dtype=torch.bfloat16), torch.arange(12).view(3, 4)
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    with torch.no_grad(), packed(model, 3):
+        assert all(layer.packed is not None for layer in layers)
+        for layer in layers:
+            for shape in (3, layer.in_features), (3, 1, layer.in_features):
+                x = torch.randn(shape).bfloat16()
+                with FlopCounterMode(display=False) as counter:
+                    y = layer(x)
+                exact = x.double() @ layer.weight.double().T
+                assert torch.allclose(y.double(), exact, rtol=2**-8, atol=1e-4)
+                assert counter.get_total_flops() == 2 * x.numel() * layer.out_features
+    before = model.generate(idx, 8)
+    assert all(layer.packed is None for layer in layers)
+    copied = copy.deepcopy(model)
+    for layer in layers:
+        layer.weight.data.neg_()                     # which no counter of versions would tell
+    changed = model.generate(idx, 8)
+    assert not torch.equal(changed, before) and torch.equal(copied.generate(idx, 8), before)
