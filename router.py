@@ -84,17 +84,20 @@ class MindSkip(nn.Module):
             return self.run_open_rows(x, ctx, ctx.cache.decisions[self])
         h = self.norm(x)
         score = recomputed(self.score, h, ctx)                           # (B,) a sequence, or (B, T) a token
+        is_open = score >= self.threshold
+        if self.trace is not None:
+            self.trace.append(is_open.cpu())
         if self.training or torch.is_grad_enabled():
             gate = ramp(score, self.threshold, self.width) if self.width else \
                 straight_through(score, self.threshold)
-            self.count(gate, ctx)
+            real = torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
+            self.count((gate * real if self.scope == "token" else gate).sum(), ctx)
             gate = gate.to(x.dtype).view(*gate.shape, *[1] * (x.dim() - gate.dim()))
             return torch.lerp(x, self.run(x, ctx, h), gate)              # x + g * f(h)
-        is_open = score >= self.threshold
-        self.count(is_open, ctx)
         if self.scope == "token":
             return self.run_open_tokens(x, ctx, h, is_open)
         rows = is_open.nonzero().squeeze(1)                              # the one wait for the device
+        self.count(len(rows), ctx)
         if ctx.cache is not None:
             ctx.cache.decisions[self] = rows                             # the prompt decides for what follows
         return self.run_open_rows(x, ctx, rows, h)
@@ -121,13 +124,9 @@ class MindSkip(nn.Module):
         """How much the sublayer is wanted, 0 to 1, float32: (B,) or (B, T); h = norm(x), (B, T, C)."""
         return torch.sigmoid(self.router(self.pooled(h, ctx)).squeeze(-1))
 
-    def count(self, gate, ctx):
-        """Note how many gates are open (with the gradient in training), of how many, padding excluded."""
-        if self.scope == "token":
-            gate = gate * (torch.arange(gate.shape[1], device=gate.device) < ctx.lengths[:, None])
-        opened, seen = gate.sum(), len(gate) if self.scope == "sequence" else sum(ctx.sizes)
-        if self.trace is not None:
-            self.trace.append(gate.detach().bool().cpu())
+    def count(self, opened, ctx):
+        """Note how many of this pass's gates are open, padding excluded (in training with the gradient)."""
+        seen = sum(ctx.sizes) if self.scope == "token" else len(ctx.lengths)
         self.opened, self.seen = (self.opened + opened, self.seen + seen) if ctx.decoding else (opened, seen)
 
     def run_open_rows(self, x, ctx, rows, h=None):
@@ -145,12 +144,13 @@ class MindSkip(nn.Module):
         is_open = is_open.cpu()                                          # (B, T); the one wait for the device
         columns = [row[:n].nonzero().squeeze(1) for row, n in zip(is_open, ctx.sizes)]
         n_open = sum(map(len, columns))
+        self.count(n_open, ctx)
         if n_open == sum(ctx.sizes):
             return self.run(x, ctx, h)
-        at = torch.cat([b * x.shape[1] + c for b, c in enumerate(columns)]).to(x.device)
         k, v = self.attn.keys_values(h, ctx) if self.attn else (None, None)
         if n_open == 0:
             return x
+        at = torch.cat([b * x.shape[1] + c for b, c in enumerate(columns)]).to(x.device)
         open_x, open_h = (t.flatten(0, 1).index_select(0, at) for t in (x, h))     # (N, C), row after row
         open_x = open_x + (self.attend_from(open_h, k, v, ctx, columns, at) if self.attn else
                            self.sublayer.change(open_h))
@@ -217,7 +217,8 @@ def dense(model):
 
 @contextmanager
 def trace(model):
-    """Within it decisions are kept: yields {layer: [a bool tensor for each forward pass, (B,) or (B, T)]}."""
+    """Within it decisions are kept: yields {layer: [a bool tensor for each forward pass, (B,) or (B, T)]};
+    at padding they mean nothing."""
     gates = routers(model)
     for gate in gates.values():
         gate.trace = []
@@ -284,7 +285,7 @@ def remove_routers(model):
 
 
 def shares(model):
-    """{layer: share of its gates that were open} since the last prompt; differentiable in training."""
+    """{layer: share of its gates that were open} since the last prompt; in training differentiable."""
     found = routers(model)
     if any(gate.opened is None for gate in found.values()):
         raise RuntimeError("capacity: run the model first; it tells what its last forward pass did")
@@ -302,7 +303,7 @@ def capacity(model, routed=False):
     `generate`: since its prompt); routed=True counts only layers with a router."""
     open_share = shares(model)
     mean = sum(open_share.values()) / len(open_share) if routed and open_share else overall(model)
-    return float(mean.detach())
+    return float(torch.as_tensor(mean).detach())
 
 
 class Usage:

@@ -23,6 +23,7 @@ from router import (
     routers,
     save_routers,
     straight_through,
+    trace,
 )
 from weights import InputError
 
@@ -214,16 +215,11 @@ def test_matrix_products_fall_by_exactly_what_is_skipped(granularity, tiny, monk
     q_o, k_v, mlp, head = 2 * 2 * C * C, 2 * 2 * C * kv, 3 * 2 * C * up, 2 * C * V  # a token
     assert linear == B * T * (L * (q_o + k_v + mlp) + head)
     assert attention == 2 * 2 * L * B * 6 * T * T * D
-    positions = []  # of the open tokens, in every layer
-    monkeypatch.setattr(
-        MindSkip,
-        "count",
-        lambda self, gate, ctx, count=MindSkip.count: (
-            positions.extend(gate.nonzero()[:, -1].tolist()),
-            count(self, gate, ctx),
-        ),
-    )
-    attention_left, linear_left = flops(model, idx)
+    with trace(model) as decisions:
+        attention_left, linear_left = flops(model, idx)
+    positions = [  # of the open tokens, in every layer
+        t for (is_open,) in decisions.values() for t in is_open.nonzero()[:, -1].tolist()
+    ]
     closed = round((1 - capacity(model)) * L * B * T)  # tokens times layers not run
     saved = {
         "attn_sequence": q_o + k_v,
