@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import Cache, Config, Llama, draw, pick
+from model import Cache, Config, Llama, draw, packs, pick
 from router import (
     CLOSED,
     GRANULARITIES,
@@ -368,6 +368,8 @@ def needed(c, args):
     wide = tokens * (4 * c.n_embd + 2 * q + 2 * kv + 4 * c.intermediate) * item           # alive in one layer
     if "train" in args.phase:                     # gradients, AdamW's two moments, every layer, logits
         return total + 3 * weights + c.n_layer * wide + 3 * tokens * c.vocab_size * 4
+    if "decode" in args.phase and packs(weights, args.device, args.dtype):
+        total += weights
     return total + wide
 
 

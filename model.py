@@ -12,6 +12,7 @@ Notable:
 Shapes: B rows, T columns (tokens), S keys, C n_embd, H n_head, K n_kv_head, D head_dim, V vocabulary.
 """
 import math
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -205,16 +206,23 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def packs(size, device, dtype):
+    """Are weights of `size` bytes packed for decoding? In bfloat16 on a CPU that computes it, where they are
+    less than a quarter of its memory."""
+    if dtype != torch.bfloat16 or device.type != "cpu" or not torch.cpu._is_avx512_bf16_supported():
+        return False
+    return hasattr(os, "sysconf") and 4 * size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 @contextmanager
 def packed(model, rows):
-    """Within it a model in bfloat16 on a CPU that computes it has its weights a second time, laid out for
-    products of so many rows: those of a few rows take half to two thirds of the time."""
-    like, layers = model.embed.weight, []
-    if like.dtype == torch.bfloat16 and like.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        layers = [module for module in model.modules() if isinstance(module, Linear)]
+    """Within it weights may exist a second time, laid out for products of so many rows: those of a few rows
+    then take half to two thirds of the time."""
+    layers, like = [module for module in model.modules() if isinstance(module, Linear)], model.embed.weight
     try:
-        for layer in layers:
-            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+        if packs(sum(layer.weight.nbytes for layer in layers), like.device, like.dtype):
+            for layer in layers:
+                layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
         yield
     finally:
         for layer in layers:

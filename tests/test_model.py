@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -276,7 +277,7 @@ def test_single_tokens_in_float32_have_the_product_and_its_operations():
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU computes no bfloat16")
-def test_packed_weights_have_the_product_and_last_as_long_as_a_generation(tiny):
+def test_packed_weights_have_the_product_and_last_as_long_as_a_generation(tiny, monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
 
     model, idx = Llama.from_pretrained(tiny, dtype=torch.bfloat16), torch.arange(12).view(3, 4)
@@ -298,3 +299,6 @@ def test_packed_weights_have_the_product_and_last_as_long_as_a_generation(tiny):
         layer.weight.data.neg_()                     # which no counter of versions would tell
     changed = model.generate(idx, 8)
     assert not torch.equal(changed, before) and torch.equal(copied.generate(idx, 8), before)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    with packed(model, 3):                           # too large for a machine of 10,000 bytes
+        assert all(layer.packed is None for layer in layers)
