@@ -42,6 +42,7 @@ from router import (
     remove_routers,
     routers,
     save_routers,
+    trace,
 )
 from samples import (
     PLAIN_PROMPT,
@@ -291,6 +292,21 @@ def own_text(model, args):
 
 
 @torch.no_grad()
+def answers_capacity(model, groups):
+    """Overall capacity on batches, where gates decide for tokens on those of the answers alone. The words
+    before them, a template's in every sample, tell nothing of other text."""
+    opened = seen = 0
+    for batch in groups:
+        ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
+        with trace(model) as decisions:
+            model.run(model.embed(batch.idx), ctx)
+        for is_open, in decisions.values():                                          # (B,) or (B, T)
+            counted = is_open[batch.scored.cpu()] if is_open.dim() == 2 else is_open
+            opened, seen = opened + int(counted.sum()), seen + len(counted)
+    return 1 - (1 - opened / seen) * len(routers(model)) / model.config.n_layer
+
+
+@torch.no_grad()
 def calibrate(model, samples, text, args, device):
     """Set the threshold that gives --capacity, and measure which capacities other thresholds give.
 
@@ -312,13 +328,7 @@ def calibrate(model, samples, text, args, device):
     def used(logit):
         for gate in routers(model).values():
             gate.threshold = 1 / (1 + math.exp(-logit))
-        usages = [Usage(model) for _ in kinds]
-        for groups, usage in zip(kinds, usages):
-            for batch in groups:
-                ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
-                model.run(model.embed(batch.idx), ctx)
-                usage.add()
-        mean = sum(usage.summary()["capacity"] for usage in usages) / len(usages)
+        mean = sum(answers_capacity(model, groups) for groups in kinds) / len(kinds)
         measured.append((gate.threshold, mean))
         return mean
 

@@ -15,7 +15,7 @@ from conftest import is_one_sentence
 
 import train_router
 from model import Llama
-from router import GRANULARITIES, add_routers, capacity, dense, load_routers, overall, routers
+from router import GRANULARITIES, add_routers, capacity, dense, load_routers, overall, routers, trace
 from samples import Batch, batches, pack, pieces, read_samples
 from tokenizer import Tokenizer
 from train_router import Price, backward, evaluate, main, two_passes
@@ -538,6 +538,17 @@ def test_calibration_tells_which_threshold_gives_a_capacity(granularity, tiny, a
     best = min(table, key=lambda pair: abs(pair[1] - 0.6))
     assert abs(best[1] - 0.6) < (0.05 if granularity.endswith("token") else 0.15)
     assert {gate.threshold for gate in routers(model).values()} == {best[0]}
+    if granularity == "attn_token":  # by brute force: answers' tokens, both kinds of text with equal weight
+        shares = []
+        for kind in samples[:24], pieces(text, 256):
+            decisions = []
+            for s in kind:
+                with trace(model) as gates, torch.no_grad():
+                    model(torch.tensor([s.ids]))
+                scored = [t for t in range(len(s.ids) - 1) if s.answer[t + 1]]
+                decisions += [is_open[0, t] for (is_open,) in gates.values() for t in scored]
+            shares.append(float(torch.stack(decisions).float().mean()))
+        assert best[1] == pytest.approx(sum(shares) / 2, abs=1e-3)
 
 
 def test_a_tuned_file_serves_other_capacities(arguments, tiny, tmp_path, call):
