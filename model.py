@@ -209,9 +209,10 @@ class Linear(nn.Linear):
 def packs(size, device, dtype):
     """Are weights of `size` bytes packed for decoding? In bfloat16 on a CPU that computes it, where they are
     less than a quarter of its memory."""
-    if dtype != torch.bfloat16 or device.type != "cpu" or not torch.cpu._is_avx512_bf16_supported():
+    if dtype != torch.bfloat16 or device.type != "cpu":
         return False
-    return hasattr(os, "sysconf") and 4 * size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    able = ONEDNN and torch.cpu._is_avx512_bf16_supported() and hasattr(os, "sysconf")
+    return able and 4 * size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager
