@@ -179,6 +179,11 @@ def recomputed(f, *args):
     return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
 
 
+def onednn(x, weight, bias):
+    """F.linear by oneDNN; the weight may be packed."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 def linear(x, weight, bias=None):
     """x (..., T, in) @ weight (out, in).T + bias: F.linear, but by oneDNN where that is faster in float32 on
     a CPU: for single tokens, whose product would run on one thread, and where products are long and wide
@@ -186,7 +191,7 @@ def linear(x, weight, bias=None):
     if x.dtype == torch.float32 and ONEDNN and x.device.type == "cpu" and not torch.is_grad_enabled():
         T, (out, n) = x.shape[-2], weight.shape
         if T == 1 or T >= 256 and out > 4 * n:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+            return onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -202,7 +207,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            return onednn(x, self.packed, self.bias)
         return linear(x, self.weight, self.bias)
 
 

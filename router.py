@@ -90,8 +90,10 @@ class MindSkip(nn.Module):
         if self.training or torch.is_grad_enabled():
             gate = ramp(score, self.threshold, self.width) if self.width else \
                 straight_through(score, self.threshold)
-            real = torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
-            self.count((gate * real if self.scope == "token" else gate).sum(), ctx)
+            counted = gate
+            if self.scope == "token":
+                counted = gate * (torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None])
+            self.count(counted.sum(), ctx)
             gate = gate.to(x.dtype).view(*gate.shape, *[1] * (x.dim() - gate.dim()))
             return torch.lerp(x, self.run(x, ctx, h), gate)              # x + g * f(h)
         if self.scope == "token":
