@@ -14,7 +14,6 @@ a share of the memory bandwidth of a large copy; else the products' operations o
 rate of one large product; both are measured at the start. Peak memory counts the weights; on a CPU each
 variant is run once more for it, in a process of its own.
 """
-import argparse
 import copy
 import functools
 import json
@@ -31,21 +30,26 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import Cache, Config, Llama, draw, packs, pick
+from losses import LOSSES, backward
+from model import Cache, Config, Llama, run_layers, sample
+from recipe import price_overall
 from router import (
-    CLOSED,
     GRANULARITIES,
     add_routers,
     capacity,
+    closed,
     load_routers,
-    overall,
     parse_layers,
     remove_routers,
+    routed_share,
     routers,
 )
-from samples import Batch, Sample
+from support.cli import common_arguments, device_and_dtype, numbers, run_script, words
+from support.data import DEFAULT_DATA, Batch, Sample
+from support.graph import stepper
+from support.kernels import should_pack
+from support.plot import speedups
 from tokenizer import Tokenizer
-from train_router import DEFAULT_DATA, backward, common_arguments, run_script
 from weights import InputError, open_checkpoint, write_file
 
 SHAPES = {
@@ -57,7 +61,7 @@ SHAPES = {
 }
 STEPS = 16      # tokens decoded in one measurement
 FIELDS = ("phase", "variant", "granularity", "capacity", "batch", "context", "ms", "tokens_per_s", "speedup",
-          "limit", "efficiency", "peak_bytes", "cache_bytes")
+          "limit", "efficiency", "of_peak", "peak_bytes", "cache_bytes")
 
 
 def random_model(config, device, dtype):
@@ -82,22 +86,22 @@ def pattern(shape, share, seed, device):
     return torch.zeros(n).index_fill(0, ones, 1.0).view(shape).to(device)
 
 
-def force(model, share, seed):
+def open_share(model, share, seed):
     """Open exactly this share of the gates, at random; their scores are computed, then replaced.
 
     At token level every step of decoding has a pattern of its own. Patterns are made in the warm-up and kept.
     """
-    gates = list(routers(model).values())
+    skips = list(routers(model).values())
 
-    def replace(gate, layer):
-        def score(h, ctx):
-            real = type(gate).score(gate, h, ctx)
-            step = ctx.first[0] if gate.scope == "token" else 0
-            wanted = pattern((len(gates), *real.shape), share, seed + step, real.device)[layer]
-            return wanted + (real - real.detach())       # with the score's gradient
-        gate.score = score
-    for layer, gate in enumerate(gates):
-        replace(gate, layer)
+    def override_of(layer, skip):
+        def override(score, ctx):
+            step = ctx.end if skip.scope == "token" else 0
+            shape = (len(skips), *score.shape)
+            wanted = pattern(shape, share, seed + step, score.device)[layer]
+            return wanted + (score - score.detach())     # with the score's gradient
+        return override
+    for layer, skip in enumerate(skips):
+        skip.override = override_of(layer, skip)
 
 
 class Work(TorchDispatchMode):
@@ -139,10 +143,10 @@ class Variant:
             load_routers(model, self.args.routers, self.asked)
         elif self.granularity:
             add_routers(model, self.granularity, self.args.layers)
-            force(model, self.asked, self.args.seed)
+            open_share(model, self.asked, self.args.seed)
         if self.name == "none":
-            for gate in routers(model).values():
-                gate.threshold = CLOSED
+            for skip in routers(model).values():
+                skip.override = closed
         if self.name == "train_all":
             model.requires_grad_(True)
         if cuda:
@@ -176,7 +180,8 @@ class Variant:
         """Read the prompt and compute the logits of the first new token, (B, V)."""
         model = self.model.train(self.name == "masked")   # masked: compute all, then multiply
         ctx = model.context(idx, None, [self.context] * self.batch, cache)
-        return model.head(model.norm(model.run(model.embed(idx), ctx)[:, -1]))
+        x = run_layers(model.layers, model.embed(idx), ctx)
+        return model.head(model.norm(x[:, -1]))
 
     @torch.no_grad()
     def prefill(self):
@@ -189,13 +194,13 @@ class Variant:
     def decode(self):
         model, idx = self.model, self.args.text[:self.batch, :self.context]
         cache = Cache(model.config, self.context + STEPS)
-        token = draw(self.first_token(idx, cache))
+        token = sample(self.first_token(idx, cache))
 
         def steps(step, token):
             for i in range(STEPS):
                 x = step(token, [self.context + i] * self.batch)
-                token = draw(model.head(model.norm(x)))
-        with model.stepper(cache, self.batch) as step:
+                token = sample(model.head(model.norm(x)))
+        with stepper(model, cache, self.batch) as step:
             seconds = self.time(lambda: steps(step, token))
         self.cache_bytes = cache.bytes()
         return seconds / STEPS
@@ -210,12 +215,14 @@ class Variant:
 
         def step():
             if self.name == "train_routers":
-                backward(model, batch, self.args.loss, 1 / len(batch.targets), 1.0)
+                penalty = functools.partial(price_overall, model, 1.0, None)
+                backward(model, batch, self.args.loss, 1 / len(batch.targets), penalty)
             else:
-                logits = model.head(model.features(batch.idx, batch.lengths)[batch.scored])
-                (F.cross_entropy(logits.float(), batch.targets) + overall(model)).backward()
+                x = run_layers(model.layers, model.embed(batch.idx), model.context(batch.idx, batch.lengths))
+                logits = model.head(model.norm(x)[batch.scored])
+                (F.cross_entropy(logits.float(), batch.targets) + price_overall(model, 1.0, None)).backward()
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=True)
         return self.time(step)
 
 
@@ -253,48 +260,47 @@ class Transformers(Variant):
 
         def steps(out):
             for _ in range(STEPS):
-                token = draw(out.logits[:, -1])[:, None]
+                token = sample(out.logits[:, -1])[:, None]
                 out = self.args.theirs(token, past_key_values=out.past_key_values, use_cache=True)
         return self.time(lambda: steps(out)) / STEPS
 
 
-def variants(model, args, phase, batch, context):
-    """What is to be compared for one phase, batch and context; the first is what the others are compared
-    with."""
+def make_variants(model, args, phase, batch, context):
+    """What is compared for one phase, batch and context: the first one with all others."""
     def make(name, granularity=None, asked=None, kind=Variant):
         return kind(model, args, phase, name, batch, context, granularity, asked)
     asked = args.capacity or [None]                                       # None: as the router file has it
     if not args.routers:
         n, gates = model.config.n_layer, len(parse_layers(args.layers, model.config.n_layer))
-        asked = [(c * n - (n - gates)) / gates for c in args.capacity or [0.5]]             # of the routed
-        if min(asked) < 0:
+        asked = [routed_share(c, gates, n) for c in args.capacity or [0.5]]
+        if min(asked) < -1e-9:
             raise InputError(f"--capacity {min(args.capacity or [0.5])}: {n - gates} of {n} layers have no"
                              f" router and always run; give at least {1 - gates / n:.3f}, or more --layers")
     if phase == "train":
         return [make(name, args.granularity[0], asked[0]) for name in ("train_all", "train_routers")]
-    found = [make("dense")]
+    variants = [make("dense")]
     for granularity in args.granularity:
-        found.append(make("none", granularity, None if args.routers else 0.0))
-        found += [make("routed", granularity, c) for c in asked]
+        variants.append(make("none", granularity, None if args.routers else 0.0))
+        variants += [make("routed", granularity, c) for c in asked]
         if "masked" in args.against and phase == "prefill":
-            found.append(make("masked", granularity, asked[0]))
+            variants.append(make("masked", granularity, asked[0]))
     if "transformers" in args.against:
-        found.append(make("transformers", kind=Transformers))
-    return found
+        variants.append(make("transformers", kind=Transformers))
+    return variants
 
 
-def measure(model, args, phase, batch, context):
+def compare(model, args, phase, batch, context):
     """Run the variants in turns; returns a row (dict with FIELDS, and more for the screen) for each."""
-    found = variants(model, args, phase, batch, context)
+    variants = make_variants(model, args, phase, batch, context)
     for round_ in range(args.rounds + 2):
-        for v in found:
+        for v in variants:
             seconds = v.run()
             if round_ > 1:                   # the first counts the work, the second warms up
                 v.times.append(seconds)
-    dense = found[0].times
-    none = {v.granularity: v.times for v in found if v.name == "none"}
+    dense = variants[0].times
+    none = {v.granularity: v.times for v in variants if v.name == "none"}
     rows = []
-    for i, v in enumerate(found):
+    for i, v in enumerate(variants):
         if args.device.type == "cpu" and v.name != "transformers":
             v.peak = peak_in_child(args, phase, batch, context, i)
         seconds = statistics.median(v.times)
@@ -324,7 +330,6 @@ def interval(values):
 
 
 # ----------------------------------------------------------------------------------------------------- memory
-
 def peak_in_child(args, phase, batch, context, i):
     """Peak memory in bytes of variant i in a process of its own, weights included; None where the system does
     not tell."""
@@ -333,7 +338,7 @@ def peak_in_child(args, phase, batch, context, i):
     args = copy.copy(args)
     args.theirs = None
     start = multiprocessing.get_context("forkserver")
-    start.set_forkserver_preload(["train_router"])
+    start.set_forkserver_preload(["losses"])
     with ProcessPoolExecutor(1, start) as pool:
         return pool.submit(peak, args, phase, batch, context, i).result()
 
@@ -341,7 +346,7 @@ def peak_in_child(args, phase, batch, context, i):
 def peak(args, phase, batch, context, i):
     """The same, in this process."""
     before = memory("VmRSS")
-    v = variants(make_model(args), args, phase, batch, context)[i]
+    v = make_variants(make_model(args), args, phase, batch, context)[i]
     v.work = Work()                                         # nothing to count
     Path("/proc/self/clear_refs").write_text("5")           # forget the peak of loading
     v.run()
@@ -368,7 +373,7 @@ def needed(c, args):
     wide = tokens * (4 * c.n_embd + 2 * q + 2 * kv + 4 * c.intermediate) * item           # alive in one layer
     if "train" in args.phase:                     # gradients, AdamW's two moments, every layer, logits
         return total + 3 * weights + c.n_layer * wide + 3 * tokens * c.vocab_size * 4
-    if "decode" in args.phase and packs(weights, args.device, args.dtype):
+    if "decode" in args.phase and should_pack(weights, args.device, args.dtype):
         total += weights
     return total + wide
 
@@ -385,30 +390,6 @@ def check_fit(config, args):
         raise InputError(f"{args.model}, batch {max(args.batch)}, context {max(args.context)}: needs about"
                          f" {need / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are free; lower --batch or"
                          " --context, or choose a smaller --model")
-
-
-def numbers(kind, low, high=math.inf):
-    """An argparse type: a comma-separated list of numbers, each from low to high."""
-    def parse(text):
-        try:
-            values = [kind(part) for part in text.split(",")]
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}: give numbers, separated by commas") from None
-        if not all(low <= value <= high for value in values):
-            raise argparse.ArgumentTypeError(f"{text!r}: give numbers from {low} to {high}")
-        return values
-    return parse
-
-
-def choices(known):
-    """An argparse type: a comma-separated list of words."""
-    def parse(text):
-        words = text.split(",") if text else []
-        for word in words:
-            if word not in known:
-                raise argparse.ArgumentTypeError(f"{word!r}: choose from {', '.join(known)}")
-        return words
-    return parse
 
 
 def show(rows):
@@ -428,28 +409,6 @@ def show(rows):
               f"{f('cache_bytes', '.1f', unit=2**20):>10}", flush=True)
 
 
-def plot(rows, path):
-    """Speedup against context for each routed variant, and its limit as a dashed line."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot: needs matplotlib; pip install matplotlib") from None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes, lines = figure.subplots(), {}
-    for r in rows:
-        if r["variant"] == "routed":
-            name = f"{r['phase']}, {r['granularity']} {r['capacity']:.2f}, batch {r['batch']}"
-            lines.setdefault(name, []).append((r["context"], r["speedup"], r["limit"]))
-    for name, points in lines.items():
-        context, speedup, limit = zip(*sorted(points))
-        line, = axes.plot(context, speedup, marker="o", label=name)
-        axes.plot(context, limit, "--", color=line.get_color())
-    axes.set(xlabel="context, tokens", ylabel="speedup over dense (dashed: the limit)", xscale="log")
-    axes.axhline(1, color="grey", linewidth=0.5)
-    axes.legend()
-    figure.savefig(path)
-
-
 def rates(device, dtype):
     """(bytes a second that a large copy reads and writes, operations a second of a large product)."""
     def best(work, amount, seconds=0.7):
@@ -460,10 +419,10 @@ def rates(device, dtype):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             took.append(time.perf_counter() - start)
-        return amount / statistics.median(took)
+        return amount / min(took)
     n = 8192 if device.type == "cuda" else 1536
     a, big = torch.randn(n, n, device=device, dtype=dtype), torch.ones(2**26, device=device)
-    other = torch.empty_like(big)
+    other = torch.ones_like(big)             # written once: memory that was never touched is not there yet
     return best(lambda: other.copy_(big), 2 * big.nbytes), best(lambda: a @ a, 2 * n**3)
 
 
@@ -495,25 +454,25 @@ def choose_model(args):
 
 
 def parse_arguments():
-    p = common_arguments(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
+    p = common_arguments(__doc__)
     p.set_defaults(model=None)
-    p.add_argument("--phase", type=choices(("prefill", "decode", "train")), default=["prefill", "decode"])
+    p.add_argument("--phase", type=words(("prefill", "decode", "train")), default=["prefill", "decode"])
     p.add_argument("--batch", type=numbers(int, 1), default=[1])
     p.add_argument("--context", type=numbers(int, 2), default=[512])
     p.add_argument("--capacity", type=numbers(float, 0, 1),
                    help="overall, one or several (default: 0.5, or what the --routers were tuned for)")
-    p.add_argument("--granularity", type=choices(GRANULARITIES), default=["attn_sequence", "attn_token"])
+    p.add_argument("--granularity", type=words(GRANULARITIES), default=["attn_sequence", "attn_token"])
     p.add_argument("--layers", default="all", help="which layers have a gate")
     p.add_argument("--routers", help="a router file: its decisions on real text instead of random ones")
     p.add_argument("--random-weights", action="store_true", help=f"for the shapes {', '.join(SHAPES)}")
-    p.add_argument("--against", type=choices(("transformers", "masked")), default=[])
-    p.add_argument("--loss", default="ce", choices=("kl", "ce"), help="of a router-tuning step")
+    p.add_argument("--against", type=words(("transformers", "masked")), default=[])
+    p.add_argument("--loss", default="ce", choices=LOSSES, help="of a router-tuning step")
     p.add_argument("--rounds", type=numbers(int, 2), default=[7], help="measurements of each variant")
     p.add_argument("--json", help="write the table there, with the machine's name")
     p.add_argument("--plot", help="draw speedup against context to this .png file; needs matplotlib")
     args = p.parse_args()
     args.rounds = args.rounds[0]
-    args.device, args.dtype = pick(args.device, args.dtype)
+    args.device, args.dtype = device_and_dtype(args.device, args.dtype)
     if args.model is None:
         choose_model(args)
     if args.random_weights and args.model not in SHAPES:
@@ -543,14 +502,14 @@ def main():
     args.bandwidth, args.flops = rates(args.device, args.dtype)
     rows = []
     for phase, batch, context in product(args.phase, args.batch, args.context):
-        these = measure(model, args, phase, batch, context)
+        these = compare(model, args, phase, batch, context)
         show(these)
         rows += these
     if args.json:
         table = {"machine": machine(args), "rows": [{key: row[key] for key in FIELDS} for row in rows]}
         write_file(args.json, json.dumps(table, indent=1).encode())
     if args.plot:
-        plot(rows, args.plot)
+        speedups(rows, args.plot)
     print("\n" + ", ".join(f"{key} {value}" for key, value in machine(args).items()))
 
 

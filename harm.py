@@ -1,126 +1,138 @@
 """What it costs to close a gate, measured, and gates at sequence level that predict it.
 
 The harm of a gate to a sequence is KL(dense || gate closed) - KL(dense || gate open) in nats, summed over the
-sequence's answer, the other gates as they stand. At a price of lambda a gate it is best to close those whose
-harm is below it: so a router has to predict the harm, and the price is its threshold. Where a gate decides
-once for a whole sequence, a batch holds only a handful of decisions, and a gradient through so few is mostly
-noise. There the harm is measured, a run of the layers above for each gate, and its square root is predicted
-by ridge regression.
+sequence's answer, the other gates as they stand. At a price of lambda per gate it is best to close those
+whose harm is below lambda: so a router has to predict the harm, and its threshold is the price. Where a gate
+decides once for a whole sequence, a batch holds only a handful of decisions, and a gradient through so few is
+mostly noise. There the harm is measured, with one run of the layers above for each gate, and its square root
+is predicted by ridge regression.
 """
-import math
-
 import torch
 
-from router import dense, routers
+from losses import kl, log_probabilities
+from model import run_layers
+from router import dense, overall_capacity, routers
 
 RIDGE = 20.0        # of the regression, in units of the inputs' mean squared distance from their mean
 
 
-def log_probabilities(model, x):
-    """Log-probabilities of the next token, float32 (n, V), from the residual stream (n, C)."""
-    return model.head(model.norm(x)).float().log_softmax(-1)
-
-
-def divergence(log_p, log_q):
-    """KL(p || q) of each token in nats, (n,)."""
-    p = log_p.exp()
-    return torch.linalg.vecdot(p, log_p) - torch.linalg.vecdot(p, log_q)     # p alone is as large as log_p
+def forced(scores):
+    """An override of a gate: these scores."""
+    return lambda score, ctx: scores
 
 
 @torch.no_grad()
 def measure(model, batch):
-    """For each of a batch's B sequences and each of the model's G gates: the harm (B, G), what its router
-    read (B, G, C) and whether it is open (B, G); and the KL of each sequence's answer (B,). In nats, float32.
+    """What closing each of the model's G gates costs each of a batch's B sequences.
 
-    Gates at token level should be all open.
+    Returns the harm (B, G) in nats, what each router read (B, G, C), whether its gate is open (B, G), and the
+    KL of each sequence's answer (B,), all float32. Gates at token level should be all open.
     """
-    gates, seen, harm = routers(model), {}, []
+    skips = routers(model)
     ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
     row = torch.arange(len(batch.idx), device=batch.idx.device)[:, None].expand_as(batch.scored)[batch.scored]
     with dense(model):
-        log_p = log_probabilities(model, model.run(model.embed(batch.idx), ctx)[batch.scored])
+        x = run_layers(model.layers, model.embed(batch.idx), ctx)
+        log_p = log_probabilities(model, x[batch.scored])                     # (N, V)
 
-    def kl(x):
-        losses = divergence(log_p, log_probabilities(model, x[batch.scored]))
-        return losses.new_zeros(len(batch.idx)).index_add_(0, row, losses)
+    def answers_kl(x):
+        token_kl = kl(log_probabilities(model, x[batch.scored]), batch.targets, log_p)
+        return token_kl.new_zeros(len(batch.idx)).index_add_(0, row, token_kl)
+
+    inputs, is_open = {}, {}
 
     def watch(i):
-        def hook(router, inputs, logit):
-            seen[i] = inputs[0], torch.sigmoid(logit) >= gates[i].threshold
-        return gates[i].router.register_forward_hook(hook)
+        def hook(router, args, logit):
+            inputs[i] = args[0]
+            is_open[i] = torch.sigmoid(logit) >= skips[i].threshold
+        return skips[i].router.register_forward_hook(hook)
 
-    def flip(i):
-        return gates[i].router.register_forward_hook(lambda *_: torch.where(seen[i][1], -30.0, 30.0))
-
-    streams, hooks = [model.embed(batch.idx)], [watch(i) for i in gates]      # before each layer, (B, T, C)
+    hooks = [watch(i) for i in skips]
+    streams = [model.embed(batch.idx)]                                        # before each layer, (B, T, C)
     for layer in model.layers:
         streams.append(layer(streams[-1], ctx))
     for hook in hooks:
         hook.remove()
-    now = kl(streams[-1])
-    inputs, is_open = (torch.stack([seen[i][n] for i in gates], 1) for n in (0, 1))
-    is_open = is_open.flatten(2).any(2)
-    for n, i in enumerate(gates):
-        hook = flip(i)
-        other = kl(model.run(streams[i], ctx, i))
-        hook.remove()
-        harm.append(torch.where(is_open[:, n], other - now, now - other))
-    return torch.stack(harm, 1), inputs, is_open, now
+
+    as_it_is, harm = answers_kl(streams[-1]), []
+    for i, skip in skips.items():
+        opposite = (~is_open[i]).float().squeeze(-1)                          # (B,), or (B, T) at token level
+        skip.override = forced(opposite)
+        flipped = answers_kl(run_layers(model.layers[i:], streams[i], ctx))
+        skip.override = None
+        was_open = is_open[i].flatten(1).any(1)                               # (B,)
+        harm.append(torch.where(was_open, flipped - as_it_is, as_it_is - flipped))
+    inputs = torch.stack(list(inputs.values()), 1)
+    is_open = torch.stack([gate_open.flatten(1).any(1) for gate_open in is_open.values()], 1)
+    return torch.stack(harm, 1), inputs, is_open, as_it_is
+
+
+def ridge_regression(x, y):
+    """Weights (C,) and intercept of a prediction of y (n,) from x (n, C), float64. The norm of the weights
+    costs RIDGE times the mean squared distance of the inputs from their mean."""
+    x_mean, y_mean = x.mean(0), y.mean()
+    x = x - x_mean
+    product = x @ x.T                                                         # (n, n)
+    ridge = RIDGE * product.diagonal().mean().clamp(min=1e-9)
+    solution = torch.linalg.solve(product + ridge * torch.eye(len(x)).to(product), y - y_mean)
+    w = x.T @ solution
+    return w, y_mean - x_mean @ w
 
 
 def fit(model, harm, inputs, capacity, biases_only=False):
     """Set the routers of gates at sequence level so that they predict the square root of harm (n, G) from
-    inputs (n, G, C), and that overall capacity is `capacity` on these.
+    inputs (n, G, C), and that overall capacity is `capacity` on these. biases_only: predict the mean of each
+    gate.
 
-    Ridge regression for each gate; biases_only: its mean alone, the same for every sequence.
+    The root makes the few largest harms weigh less; which gates are closed depends on the order alone.
     """
-    gates, root = list(routers(model).values()), harm.double().clamp(min=0).sqrt()
-    weights, means, predicted = [], [], []
+    skips, root = list(routers(model).values()), harm.double().clamp(min=0).sqrt()
+    lines, predicted = [], []
     for x, y in zip(inputs.double().unbind(1), root.unbind(1)):
-        mean = x.mean(0)
-        x = x - mean
-        product = x @ x.T                                                     # (n, n)
-        ridge = RIDGE * product.diagonal().mean().clamp(min=1e-9) * torch.eye(len(x)).to(product)
-        w = x.T @ torch.linalg.solve(product + ridge, y - y.mean()) * (not biases_only)
-        weights.append(w)
-        means.append(y.mean() - mean @ w)
-        predicted.append(x @ w + y.mean())
+        w, intercept = ridge_regression(x, y)
+        if biases_only:
+            w, intercept = torch.zeros_like(w), y.mean()
+        lines.append((w, intercept))
+        predicted.append(x @ w + intercept)
     predicted = torch.stack(predicted).flatten().sort().values
-    closed = round((1 - capacity) * model.config.n_layer / len(gates) * len(predicted))
-    price = predicted[max(0, closed - 1):closed + 1].mean() if closed else predicted[0] - predicted.std()
-    unit = (predicted - price).abs().mean().clamp(min=1e-9)                   # of the logits
-    for gate, w, mean in zip(gates, weights, means):
-        gate.router.weight.data.copy_(w[None] / unit)
-        gate.router.bias.data.fill_((mean - price) / unit)
+
+    # the price lies between the gates of least predicted harm, which close, and the others
+    n_closed = round((1 - capacity) * model.config.n_layer / len(skips) * len(predicted))
+    if n_closed:
+        price = predicted[n_closed - 1:n_closed + 1].mean()
+    else:
+        price = predicted[0] - predicted.std()
+    # the score is sigmoid((predicted - price) / unit), whose logits have mean absolute value 1
+    unit = (predicted - price).abs().mean().clamp(min=1e-9)
+    for skip, (w, intercept) in zip(skips, lines):
+        skip.router.weight.data.copy_(w[None] / unit)
+        skip.router.bias.data.fill_((intercept - price) / unit)
 
 
-class ByHarm:
-    """Tuning by regression, for gates that read a sequence: each step measures what closing every gate costs
-    the sequences of a batch, the others as they stand, and fits the routers to all that was measured."""
-
-    def __init__(self, model, biases_only):
-        self.model, self.biases_only, gates = model.eval(), biases_only, len(routers(model))
-        self.harm, self.inputs = torch.zeros(0, gates), torch.zeros(0, gates, model.config.n_embd)
-
-    def step(self, group, step, target):
-        """Measure a list of batches and fit, for a capacity of `target`; returns what the log keeps."""
-        opened, total, self.target = [], 0.0, target
-        for batch in group:
-            harm, inputs, is_open, kl = measure(self.model, batch)
-            self.harm = torch.cat((self.harm, harm.cpu()))
-            self.inputs = torch.cat((self.inputs, inputs.cpu()))
-            opened.append(is_open.float().mean())
-            total += float(kl.sum())
-        if math.isfinite(total):
-            fit(self.model, self.harm, self.inputs, target, self.biases_only)
-        share = float(sum(opened)) / len(opened)
-        return {"step": step, "loss": total / sum(len(batch.targets) for batch in group),
-                "capacity": 1 - (1 - share) * harm.shape[1] / self.model.config.n_layer, "target": target}
-
-    def state(self):
-        """Tensors and a dict to continue from."""
-        return {"harm": self.harm, "inputs": self.inputs}, {"target": self.target}
-
-    def restore(self, file, numbers, _):
-        self.harm, self.inputs = file.get_tensor("harm"), file.get_tensor("inputs")
-        fit(self.model, self.harm, self.inputs, numbers["target"], self.biases_only)
+def tune(model, source, recipe, capacity, run):
+    """Tuning by regression: each step measures what closing every gate costs the sequences of its batches,
+    the others as they stand, and fits the routers to all that was measured. Arguments as in
+    train_router.tune."""
+    model.eval()
+    n_gates, biases_only = len(routers(model)), recipe.train == "bias"
+    state = {"harm": torch.zeros(0, n_gates), "inputs": torch.zeros(0, n_gates, model.config.n_embd)}
+    if run.checkpoint:
+        state = run.checkpoint
+        fit(model, state["harm"], state["inputs"], float(state["target"]), biases_only)
+    for step in run.steps():
+        target = recipe.target(step, run.n_steps, capacity)
+        total, n_tokens, open_shares = 0.0, 0, []
+        for _, batch in next(source):
+            harm, inputs, is_open, answers_kl = measure(model, batch)
+            state["harm"] = torch.cat((state["harm"], harm.cpu()))
+            state["inputs"] = torch.cat((state["inputs"], inputs.cpu()))
+            total += float(answers_kl.sum())
+            n_tokens += len(batch.targets)
+            open_shares.append(float(is_open.float().mean()))
+        run.check_finite(step, total)
+        fit(model, state["harm"], state["inputs"], target, biases_only)
+        share = sum(open_shares) / len(open_shares)
+        capacity_before = overall_capacity([share] * n_gates, model.config.n_layer)
+        run.log(step, loss=total / n_tokens, capacity=capacity_before, target=target)
+        if run.is_due(step):
+            run.save(step, state | {"target": torch.tensor(target, dtype=torch.float64)})

@@ -3,16 +3,15 @@
     python sample.py "Why is the sky blue?"
     python sample.py "Why is the sky blue?" --routers routers/smollm2-135m.attn_token.safetensors
 """
-import argparse
 import shutil
 import time
 
 import torch
 
-from model import Llama, pick
+from model import Llama
 from router import capacity, dense, load_routers, routers, trace
+from support.cli import common_arguments, device_and_dtype, run_script
 from tokenizer import Tokenizer
-from train_router import common_arguments, run_script
 from weights import InputError
 
 
@@ -43,12 +42,17 @@ def generate(model, tok, ids, args):
     print(f"\n\n{n} tokens in {seconds:.2f} s, cache {model.cache.bytes() / 2**20:.2f} MiB\n")
 
 
-def draw(model, gates, prompt, width):
-    """What ran: a mark a layer at sequence level, a map of layers and tokens at token level."""
+def show_skipped(model, gates, prompt, width):
+    """What ran: one mark per layer at sequence level, a map of layers and tokens at token level."""
     n_layer, scope = model.config.n_layer, next(iter(routers(model).values())).scope
     if scope == "sequence":
         print("layers 0 to", n_layer - 1, "for this prompt (█ ran, · skipped, = has no router)\n")
-        print("".join("=" if i not in gates else "█" if bool(gates[i][0]) else "·" for i in range(n_layer)))
+        for i in range(n_layer):
+            mark = "="
+            if i in gates:
+                mark = "█" if bool(gates[i][0]) else "·"
+            print(mark, end="")
+        print()
         return
     rows = {i: torch.cat([gate[0] for gate in passes]).tolist() for i, passes in gates.items()}
     tokens = len(next(iter(rows.values())))
@@ -61,7 +65,7 @@ def draw(model, gates, prompt, width):
 
 
 def main():
-    p = common_arguments(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
+    p = common_arguments(__doc__)
     p.add_argument("prompt", nargs="?", default="Why is the sky blue?")
     p.add_argument("--routers", help="a file that train_router.py wrote")
     p.add_argument("--capacity", type=float, help="overall; default: what the routers were tuned for")
@@ -74,7 +78,7 @@ def main():
         raise InputError("--temperature should be 0 or more and --top-k 1 or more")
     if args.capacity is not None and not args.routers:
         raise InputError("--capacity needs --routers, whose decisions it changes")
-    device, dtype = pick(args.device, args.dtype)
+    device, dtype = device_and_dtype(args.device, args.dtype)
     tok = Tokenizer.from_pretrained(args.model)
     model = Llama.from_pretrained(args.model, device, dtype)
     if args.routers:
@@ -93,7 +97,7 @@ def main():
         print("--- routed")
         with trace(model) as gates:
             generate(model, tok, ids, args)
-        draw(model, gates, ids.shape[1], shutil.get_terminal_size().columns - 6)
+        show_skipped(model, gates, ids.shape[1], shutil.get_terminal_size().columns - 6)
         share = model.cache.bytes() / full
         print(f"\noverall capacity {capacity(model):.3f}, where there is a router"
               f" {capacity(model, routed=True):.3f}; cache {share:.3f} of the dense model's")

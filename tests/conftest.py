@@ -1,8 +1,11 @@
 """Tiny random models in public formats, written by `transformers` and `tokenizers`, not by this project."""
 
+import json
 import os
+import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -113,9 +116,86 @@ def smollm2():
 
 
 @pytest.fixture
+def router_file(tiny, tmp_path):
+    def write(granularity):
+        from model import Llama
+        from router import add_routers, routers, save_routers
+
+        model = add_routers(Llama.from_pretrained(tiny), granularity, "1-3")
+        for gate in routers(model).values():
+            gate.router.weight.data.normal_(0, 0.3)
+            gate.router.bias.data.zero_()
+        save_routers(model, tmp_path / "r.safetensors")
+        return tmp_path / "r.safetensors"
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers each time."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def write_data(path, n=40):
+    """Alpaca lines of several lengths."""
+    rows = [{"instruction": f"Say the number {i}", "input": "" if i % 3 else "in words and " + "x " * (i % 7),
+             "output": f"It is {i}, and {i * i} is its square." * (1 + i % 4)} for i in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def arguments(tiny, tmp_path):
+    """A short run on the tiny model; anything appended overrides."""
+    data = write_data(tmp_path / "data.jsonl")
+    return ["--model", tiny, "--data", data, "--out", tmp_path / "out", "--steps", 12, "--tokens", 400,
+            "--device", "cpu", "--dtype", "float32", "--capacity", 0.7, "--save-every", 5]
+
+
+@pytest.fixture
+def tok(tiny):
+    from tokenizer import Tokenizer
+
+    return Tokenizer.from_pretrained(tiny)
+
+
+@pytest.fixture
+def samples(tok, tmp_path):
+    from support.data import read_samples
+
+    return read_samples(write_data(tmp_path / "d.jsonl"), tok, 512)[0]
+
+
+def open_gates_at_random(model, scale=0.3):
+    """Let about half of the gates be open."""
+    from router import routers
+
+    for skip in routers(model).values():
+        skip.router.weight.data.normal_(0, scale)
+        if skip.router.bias is not None:
+            skip.router.bias.data.zero_()
+    return model
+
+
+def bound(reference, terms):
+    """How far apart two float32 computations of `reference` may be, whose sums have `terms` products each.
+
+    Summed in another order, n products differ by at most n eps times the sum of their magnitudes, and
+    typically by sqrt(n) eps (Higham, Accuracy and Stability of Numerical Algorithms, 3.1). The errors of
+    layers add up: 16 covers those of the tiny models, with norms and softmax. What is guarded against is
+    larger by orders.
+    """
+    eps = torch.finfo(torch.float32).eps
+    return 16 * eps * terms**0.5 * max(1.0, float(reference.abs().max()))
+
+
+@pytest.fixture
 def call(monkeypatch, capsys):
     """call(main, *arguments) -> (exit status, what it said): a script's main as the command line runs it."""
-    from train_router import run_script
+    from support.cli import run_script
 
     def run(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])

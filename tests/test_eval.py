@@ -9,9 +9,11 @@ import torch
 from conftest import is_one_sentence, train_tokenizer, write_tiny
 
 import eval as evaluation
+from losses import Usage
 from model import Llama
-from router import GRANULARITIES, Usage, add_routers, routers, save_routers, trace
-from samples import QUESTIONS, TASKS, read_task
+from router import GRANULARITIES, add_routers, routers, save_routers, trace
+from support.data import Batch, pack
+from support.tasks import QUESTIONS, TASKS, Scores, common_beginning, read_task, rows_of, size
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
@@ -59,7 +61,7 @@ def question_files(tmp_path):
 
 
 def questions_of(folder, name, shots=0, limit=None):
-    return read_task(name, types.SimpleNamespace(data_dir=folder, num_fewshot=shots, limit=limit))[0]
+    return read_task(name, folder, shots, limit)[0]
 
 
 @torch.no_grad()
@@ -116,22 +118,22 @@ def test_sharing_changes_nothing(kind, family, question_files, tmp_path):
 def test_a_beginning_is_run_once(tiny, question_files):
     tok, model = Tokenizer.from_pretrained(tiny), Llama.from_pretrained(tiny)
     questions = questions_of(question_files, "arc_challenge", 1)
-    rows = evaluation.rows_of(questions, tok, 512, apart=False)
-    shared = evaluation.common_beginning(rows)
+    rows = rows_of(questions, tok, 512, apart=False)
+    shared = common_beginning(rows)
     assert shared > evaluation.SHARED and len(rows) == len(questions)
     _, _, tokens = evaluation.log_likelihoods(model, questions, tok, 512, [])
-    assert tokens == sum(evaluation.size(row) - shared for row in rows)
+    assert tokens == sum(size(row) - shared for row in rows)
     with_gates(model, "attn_sequence")                        # a sequence's gate reads its own prompt
     _, _, tokens = evaluation.log_likelihoods(model, questions, tok, 512, [])
-    assert tokens == sum(map(evaluation.size, rows))
+    assert tokens == sum(map(size, rows))
 
 
 def test_single_tokens_need_one_pass(tiny, question_files):
     tok = Tokenizer.from_pretrained(tiny)
     questions = questions_of(question_files, "mmlu")
-    for q, row in zip(questions, evaluation.rows_of(questions, tok, 512, apart=False)):
+    for q, row in zip(questions, rows_of(questions, tok, 512, apart=False)):
         extra = sum(len(tok.encode(c)) - 1 for c in q.continuations)
-        assert evaluation.size(row) == len(tok.encode(q.contexts[0])) + extra
+        assert size(row) == len(tok.encode(q.contexts[0])) + extra
 
 
 def test_a_long_context_loses_its_beginning(tiny, question_files, call):
@@ -192,14 +194,14 @@ def test_text_alone(tiny, call, tmp_path):
 
 def test_what_changed():
     q = [types.SimpleNamespace(id=i, gold=0, lengths=[1, 3]) for i in range(3)]
-    dense = evaluation.Scores(q, [[-1.0, -2.0], [-2.0, -1.0], [-1.0, -1.5]], norm=False)
-    other = evaluation.Scores(q, [[-1.0, -2.0], [-1.0, -2.0], [-3.0, -1.0]], norm=False)
+    dense = Scores(q, [[-1.0, -2.0], [-2.0, -1.0], [-1.0, -1.5]], norm=False)
+    other = Scores(q, [[-1.0, -2.0], [-1.0, -2.0], [-3.0, -1.0]], norm=False)
     found = other.against(dense)
     assert (dense.acc, other.acc, found["changed"]) == (2 / 3, 2 / 3, 2) and found["difference"] == 0
     assert found["interval"] == pytest.approx(1.96 / 3**0.5)                  # of 0, 1 and -1
     p, r = (torch.tensor(lls).double().softmax(1) for lls in (dense.lls, other.lls))
     assert found["kl"] == pytest.approx(float((p * (p / r).log()).sum(1).mean()))
-    assert evaluation.Scores(q, dense.lls, norm=True).acc_norm == pytest.approx(0)     # -2 / 3 beats -1
+    assert Scores(q, dense.lls, norm=True).acc_norm == pytest.approx(0)     # -2 / 3 beats -1
 
 
 @pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence"])
@@ -211,11 +213,12 @@ def test_shuffled_decisions_go_elsewhere_at_every_layers_rate(granularity, tiny,
     samples, _ = evaluation.read_samples(evaluation.DEFAULT_DATA, tok, 512)
     args = types.SimpleNamespace(routers=tmp_path / "r.safetensors", capacity=None, shuffled=True,
                                  random=False, static=0, seed=0)
-    found, said = evaluation.variants(model, tok, args, "cpu"), {}
+    found, said = evaluation.make_variants(model, tok, args, "cpu"), {}
     for name in "routed", "shuffled", "routed", "shuffled":
         found[name]()
         with trace(model) as decisions:
-            said[name] = evaluation.evaluate(model, samples[:20], 100, "cpu"), decisions
+            groups = [Batch.of(group, "cpu") for group in pack(samples[:20], 100)]
+            said[name] = evaluation.evaluate(model, groups), decisions
     routed, shuffled = said["routed"], said["shuffled"]
     assert shuffled[0]["keep"] == routed[0]["keep"] and shuffled[0]["kl"] != routed[0]["kl"]
     moved = 0
@@ -238,7 +241,7 @@ def test_static_drops_what_is_missed_least(tiny):
 def test_without_arguments(tiny, call):
     status, said = call(evaluation.main, "--model", tiny)
     assert status == 0 and "no benchmark" in said and all(name in said for name in TASKS)
-    assert "perplexity" in said and "a second" in said
+    assert "perplexity" in said and "per second" in said
 
 
 def test_from_the_hub(tiny, call, monkeypatch):

@@ -6,9 +6,8 @@ import torch
 from harm import RIDGE, fit, measure
 from model import Llama
 from router import add_routers, capacity, dense, routers
-from samples import Batch, read_samples
+from support.data import DEFAULT_DATA, Batch, read_samples
 from tokenizer import Tokenizer
-from train_router import DEFAULT_DATA
 
 
 @pytest.fixture

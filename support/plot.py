@@ -1,6 +1,6 @@
 """Pictures of tuning runs and of what eval.py measured; needs matplotlib.
 
-    python plot.py out/metrics.jsonl scores-0.73.json scores-0.85.json --out pictures
+    python -m support.plot out/metrics.jsonl scores-0.73.json scores-0.85.json --out pictures
 
 Of the metrics.jsonl of a run: curves.png, loss and capacity against the step. Of the files that eval.py
 --json wrote, one a capacity: kl.png, KL to the dense model against overall capacity, a panel a text;
@@ -9,8 +9,9 @@ accuracy.png, the mean score of the tasks against it; keep.png, how often each l
 import argparse
 from pathlib import Path
 
-from samples import TASKS, records
-from train_router import run_script
+from support.cli import run_script
+from support.data import records
+from support.tasks import TASKS
 from weights import InputError
 
 
@@ -29,7 +30,7 @@ def read(path):
     raise InputError(f"{path}: neither the metrics.jsonl of a run nor a file that eval.py --json wrote")
 
 
-def variants(scores):
+def tables_of(scores):
     """{name: its table} of what eval.py wrote, the routed model's (or, without routers, the dense) first."""
     others = {name: scores[name] for name in ("dense", "static", "shuffled", "random") if name in scores}
     return {"routed" if "dense" in others else "dense": scores} | others
@@ -59,7 +60,7 @@ def against_capacity(axes, points, ylabel, title=None):
 def kl(figure, evaluations):
     points = {}                                                            # {text: {variant: [(x, y)]}}
     for scores in evaluations:
-        for name, table in variants(scores).items():
+        for name, table in tables_of(scores).items():
             if table.get("text") and name != "dense":
                 text = points.setdefault(table["text"]["file"], {})
                 text.setdefault(name, []).append((table["text"]["capacity"], table["text"]["kl"]))
@@ -72,7 +73,7 @@ def kl(figure, evaluations):
 def accuracy(figure, evaluations):
     points = {}
     for scores in evaluations:
-        for name, table in variants(scores).items():
+        for name, table in tables_of(scores).items():
             metrics = [t["acc_norm"] if TASKS[task].norm else t["acc"] for task, t in table["tasks"].items()]
             if metrics:
                 points.setdefault(name, []).append((table["capacity"], 100 * sum(metrics) / len(metrics)))
@@ -96,21 +97,45 @@ def keep(figure, evaluations):
     figure.colorbar(image, label="share that ran")
 
 
+def speedups(rows, path):
+    """What bench.py measured: speedup against context for each routed variant, and its limit as a dashed
+    line."""
+    figure = new_figure(7)
+    axes, lines = figure.subplots(), {}
+    for row in rows:
+        if row["variant"] == "routed":
+            name = f"{row['phase']}, {row['granularity']} {row['capacity']:.2f}, batch {row['batch']}"
+            lines.setdefault(name, []).append((row["context"], row["speedup"], row["limit"]))
+    for name, points in lines.items():
+        context, speedup, limit = zip(*sorted(points))
+        line, = axes.plot(context, speedup, marker="o", label=name)
+        axes.plot(context, limit, "--", color=line.get_color())
+    axes.set(xlabel="context, tokens", ylabel="speedup over dense (dashed: the limit)", xscale="log")
+    axes.axhline(1, color="grey", linewidth=0.5)
+    axes.legend()
+    figure.savefig(path)
+
+
+def new_figure(width):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("pictures need matplotlib; pip install matplotlib") from None
+    return Figure(figsize=(width, 4.5), layout="constrained")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("files", nargs="+", help="metrics.jsonl of runs, and what eval.py --json wrote")
     p.add_argument("--out", default="pictures", help="folder for the pictures")
     args = p.parse_args()
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("plot.py needs matplotlib; pip install matplotlib") from None
+    new_figure(8)
     found = {path: read(path) for path in args.files}
     runs = {path: steps for path, steps in found.items() if isinstance(steps, list)}
     evaluations = [scores for scores in found.values() if isinstance(scores, dict)]
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for draw, of in (curves, runs), (kl, evaluations), (accuracy, evaluations), (keep, evaluations):
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        figure = new_figure(8)
         if of and draw(figure, of) is not False:
             path = Path(args.out) / f"{draw.__name__}.png"
             figure.savefig(path, dpi=120)

@@ -1,0 +1,137 @@
+"""The loss of a batch and its gradient, a chunk of tokens at a time; and the losses of held-out text.
+
+A batch's logits are vocab_size numbers per token, more than everything else together. So they exist for CHUNK
+tokens at a time: the gradient of each chunk goes back to the input of the head, and from there through the
+layers in one go. Layers below the first router need no autograd graph, and where the dense model is the same
+model, their output serves both.
+
+LOSSES has the losses by name: functions (log_q, targets, log_p) -> one number per token, of the routed
+model's log-probabilities log_q (n, V), the next tokens (n,) and the dense model's log-probabilities log_p (n,
+V).
+"""
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+
+from model import run_layers
+from router import dense, overall_capacity, routers
+
+CHUNK = 128      # tokens whose logits exist at once
+
+
+def kl(log_q, targets, log_p):
+    """KL(p || q) in nats: how far the routed model's distribution q is from the dense model's p."""
+    p = log_p.exp()
+    return torch.linalg.vecdot(p, log_p) - torch.linalg.vecdot(p, log_q)
+
+
+def cross_entropy(log_q, targets, log_p):
+    """-log q(target) in nats; the dense model is not asked."""
+    return F.nll_loss(log_q, targets, reduction="none")
+
+
+kl.reads_dense = True                        # the others are called with log_p = None, and save that pass
+LOSSES = {"kl": kl, "ce": cross_entropy}     # to add a loss, add it here
+
+
+def reads_dense(loss):
+    """Whether a loss, by its name, reads log_p."""
+    return getattr(LOSSES[loss], "reads_dense", False)
+
+
+def log_probabilities(model, x):
+    """Log-probabilities of the next token, float32 (n, V), from the residual stream (n, C)."""
+    return model.head(model.norm(x)).float().log_softmax(-1)
+
+
+def two_passes(model, batch, teacher=None):
+    """The residual stream where a next token is scored, (N, C): of the routed model, and of the dense
+    `teacher` (None without one). A model can be its own teacher: what lies below its first router then serves
+    both."""
+    all_train = model.embed.weight.requires_grad                     # all weights, not only the routers'
+    first = 0                                                        # below: no router, no gradient
+    if not all_train and (teacher is None or teacher is model):
+        first = min(routers(model), default=len(model.layers))
+    ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
+    with torch.set_grad_enabled(all_train and torch.is_grad_enabled()):
+        below = run_layers(model.layers[:first], model.embed(batch.idx), ctx)
+    reference = None
+    if teacher is not None:
+        with torch.no_grad(), dense(teacher):
+            x = below if teacher is model else teacher.embed(batch.idx)
+            reference = run_layers(teacher.layers[first:], x, ctx)[batch.scored]
+    return run_layers(model.layers[first:], below, ctx)[batch.scored], reference
+
+
+def backward(model, batch, loss, weight=1.0, penalty=None, teacher=None):
+    """Add the gradients of a batch to what trains; returns `weight` times the sum of its tokens' losses, a
+    tensor.
+
+    loss: a name in LOSSES. penalty: a function without arguments, called after the forward pass, whose
+    result, a number of the routers' shares, is added to what is differentiated. teacher: the dense model, if
+    not the model.
+    """
+    teacher = teacher or model
+    x, reference = two_passes(model, batch, teacher if reads_dense(loss) else None)
+    leaf, total = x.detach().requires_grad_(), 0.0
+    for start in range(0, len(leaf), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        log_p = None
+        if reference is not None:
+            with torch.no_grad():
+                log_p = log_probabilities(teacher, reference[chunk])          # (n, V)
+        log_q = log_probabilities(model, leaf[chunk])
+        chunk_loss = LOSSES[loss](log_q, batch.targets[chunk], log_p).sum() * weight
+        chunk_loss.backward()
+        total = total + chunk_loss.detach()
+        del log_p, log_q, chunk_loss                                          # before the next of their size
+    outputs, gradients = [x], [leaf.grad]
+    if penalty is not None:
+        outputs, gradients = [x, penalty()], [leaf.grad, None]
+    torch.autograd.backward(outputs, gradients)
+    return total
+
+
+class Usage:
+    """How often the gates were open over many passes: call `add` after each."""
+
+    def __init__(self, model):
+        self.model, self.opened, self.seen = model, Counter(), Counter()
+
+    def add(self):
+        for i, skip in routers(self.model).items():
+            self.opened[i] += int(skip.opened)
+            self.seen[i] += skip.seen
+
+    def summary(self):
+        """{"capacity": overall, "routed_capacity", "keep": {layer: share}}."""
+        keep = {i: self.opened[i] / self.seen[i] for i in self.opened}
+        shares, n_layer = list(keep.values()), self.model.config.n_layer
+        routed = overall_capacity(shares, len(shares)) if shares else 1.0
+        return {"capacity": overall_capacity(shares, n_layer), "routed_capacity": routed, "keep": keep}
+
+
+@torch.no_grad()
+def evaluate(model, groups, teacher=None):
+    """Dense and routed loss and KL(dense || routed) in nats per token, capacity, and how often each layer
+    ran.
+
+    groups: an iterable of batches; the model skips (it is set to eval mode).
+    """
+    model.eval()
+    teacher = teacher or model
+    sums, tokens, usage = torch.zeros(3, dtype=torch.float64), 0, Usage(model)
+    for batch in groups:
+        x, reference = two_passes(model, batch, teacher)
+        for start in range(0, len(x), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            targets = batch.targets[chunk]
+            log_p, log_q = log_probabilities(teacher, reference[chunk]), log_probabilities(model, x[chunk])
+            losses = [cross_entropy(log_p, targets, None), cross_entropy(log_q, targets, None),
+                      kl(log_q, targets, log_p)]
+            sums += torch.stack([loss.sum() for loss in losses]).cpu()
+        tokens += len(x)
+        usage.add()
+    dense_loss, loss, divergence = (sums / tokens).tolist()
+    return {"tokens": tokens, "dense_loss": dense_loss, "loss": loss, "kl": divergence} | usage.summary()

@@ -1,0 +1,253 @@
+"""What a tuning run is made of, as values: PAPER, the published recipe, and DEFAULT, ours.
+
+A Recipe is data: `train_router.py --recipe paper|default` takes one of the two, and a flag such as --loss or
+--steps replaces one value of it. The small objects that the values name are here too: the ramp, the price of
+capacity, the text that the model writes, the calibration of the threshold. docs/METHOD.md says why each is as
+it is.
+"""
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from losses import reads_dense
+from model import run_layers
+from router import open_shares, overall_capacity, routed_share, routers, straight_through, trace
+from support.data import PLAIN_PROMPT, Batch, Sample, alternating, epochs, pack, pieces
+
+OWN_TEXTS, OWN_TOKENS = 96, 256       # texts that the model writes, and tokens of each
+CALIBRATION_SAMPLES = 24              # of the training samples, and of the texts, for the threshold
+CALIBRATION_LOGITS = -0.5, -0.25, -0.12, 0, 0.12, 0.25, 0.5       # of the threshold
+
+
+# ------------------------------------------------------------------------------------------------- penalties
+def price_overall(model, price, target):
+    """price * overall capacity. The target does not occur: the price is moved until the target is met."""
+    return price * overall_capacity(open_shares(model), model.config.n_layer)
+
+
+def excess_per_layer(model, price, target):
+    """The paper's: price * the sum over routed layers of relu(c - c*), with c the layer's mean gate in the
+    batch and c* the share of open gates that gives the overall capacity."""
+    shares = open_shares(model)
+    routed_target = routed_share(target, len(shares), model.config.n_layer)
+    return price * sum(torch.relu(share - routed_target) for share in shares)
+
+
+# --------------------------------------------------------------------------------------------------- recipes
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    gate: str                           # of router.GATES
+    pool: str                           # what the gate of a sequence reads: "prompt" or "all"
+    loss: str                           # of losses.LOSSES
+    train: str                          # what trains: "routers", "bias" or "all"
+    estimator: str                      # "ramp" or "straight-through" gradient of the gates; "harm": harm.py
+    penalty: callable                   # (model, price, target capacity) -> what is added to the loss
+    price: float                        # lambda, the price of capacity, at first; the flag is --penalty
+    moves_price: bool                   # whether lambda follows the capacity, by dual ascent
+    falls_until: float                  # the target falls from 1 to --capacity over this share of the steps
+    own_text: bool                      # whether text that the model writes is learned from too
+    calibrates: bool                    # whether the threshold is moved afterwards
+    lr: float                           # peak learning rate of the routers
+    bias_lr: float | None               # of their biases, if another
+    model_lr: float                     # of the model's weights, if they train
+    betas: tuple                        # of AdamW, without weight decay
+    warmup: float                       # share of the steps over which the learning rate rises
+    final_lr: float                     # share of the peak where the cosine ends
+    clip: float | None                  # norm that gradients are clipped to
+    steps: int | None = None            # None: as many as `epochs` need
+    epochs: int = 1
+    samples: int | None = None          # samples per step; None: --accumulate batches of --tokens tokens
+    tokens_cpu: int = 512               # tokens per batch, where --tokens does not say
+    tokens_cuda: int = 16384
+    ramp: tuple = (0.5, 0.1)            # widths of the ramp in logits, first and last
+
+    def learning_rate(self, step, steps, peak):
+        """A linear warm-up, then a cosine down to final_lr."""
+        warm = max(1, int(self.warmup * steps))
+        if step < warm:
+            return peak * (step + 1) / warm
+        cosine = math.cos(math.pi * (step - warm) / max(1, steps - warm))
+        return peak * ((1 + self.final_lr) / 2 + (1 - self.final_lr) / 2 * cosine)
+
+    def target(self, step, steps, capacity):
+        """The overall capacity that a step should have."""
+        if not self.falls_until:
+            return capacity
+        return 1 - (1 - capacity) * min(1.0, (step + 1) / (self.falls_until * steps))
+
+    def gate_estimator(self, step, steps):
+        """The gate of a training step, (score, threshold) -> gate: the straight-through step, or a ramp whose
+        width falls over the first four fifths of the run."""
+        if self.estimator == "straight-through":
+            return straight_through
+        first, last = self.ramp
+        return partial(ramp, width=first * (last / first) ** min(1.0, 1.25 * step / steps))
+
+
+PAPER = Recipe(
+    name="paper", gate="unbiased", pool="all", loss="ce", train="routers", estimator="straight-through",
+    penalty=excess_per_layer, price=0.0, moves_price=False, falls_until=0.0, own_text=False, calibrates=False,
+    lr=1e-5, bias_lr=None, model_lr=1e-5, betas=(0.9, 0.999), warmup=0.03, final_lr=0.0, clip=1.0,
+    epochs=1, samples=64)
+
+DEFAULT = Recipe(
+    name="default", gate="linear", pool="prompt", loss="kl", train="routers", estimator="ramp",
+    penalty=price_overall, price=2.0, moves_price=True, falls_until=0.5, own_text=True, calibrates=True,
+    lr=0.002, bias_lr=None, model_lr=1e-5, betas=(0.9, 0.95), warmup=0.05, final_lr=0.02, clip=None,
+    steps=160)
+
+# DEFAULT at sequence level: measured harm or, with another loss or all weights, routers that learn slowly,
+# but whose biases learn fast, so that the layers that close for every sequence are found first
+BY_HARM = replace(DEFAULT, estimator="harm", steps=48, tokens_cpu=768, tokens_cuda=2048, lr=0.0003)
+SEQUENCE = replace(DEFAULT, lr=0.0003, bias_lr=0.02)
+ONLY_BIASES = replace(DEFAULT, bias_lr=0.02)
+
+RECIPES = {"paper": PAPER, "default": DEFAULT}
+
+
+def choose(name, granularity, **values):
+    """The recipe of a run: PAPER, or DEFAULT in the form for a granularity, with those of the values replaced
+    that are not None."""
+    given = {key: value for key, value in values.items() if value is not None}
+    recipe = RECIPES[name]
+    wanted = replace(recipe, **given)
+    if recipe is DEFAULT and granularity.endswith("sequence"):
+        can_measure = wanted.loss == "kl" and wanted.train != "all"
+        by_harm = given.get("estimator", "harm" if can_measure else "ramp") == "harm"
+        recipe = BY_HARM if by_harm else SEQUENCE
+    elif recipe is DEFAULT and wanted.train == "bias":
+        recipe = ONLY_BIASES
+    return replace(recipe, **given)
+
+
+# --------------------------------------------------------------------------------------------- their objects
+def ramp(score, threshold, width):
+    """A gate between 0 and 1, one half at the threshold: sigmoid((logit(score) - logit(threshold)) / width).
+
+    Why not a step: let closing a sublayer cost d. Between open and closed the loss is about (1 - g)^2 d. A
+    step sees its slope at the ends alone, 0 at g = 1 and -2 d at g = 0, and neither is the -d that opening it
+    really changes; half-way, where a wide ramp is, the slope is -d. A Concrete gate (arXiv 1611.00712)
+    without noise.
+    """
+    return torch.sigmoid((torch.logit(score, 1e-6) - math.log(threshold / (1 - threshold))) / width)
+
+
+class Price:
+    """Lambda by dual ascent with damping. Where capacity exceeds its target by e, the level moves slowly, l
+    <- max(0, l + 0.5 e), and the price that is paid answers at once: max(0, l + 10 e)."""
+
+    def __init__(self, first, moves=True):
+        self.level = self.now = first
+        self.moves = moves
+
+    def update(self, excess):
+        if self.moves:
+            self.level = max(0.0, self.level + 0.5 * excess)
+            self.now = max(0.0, self.level + 10 * excess)
+
+
+def own_text(model, recipe, samples, seed):
+    """What the dense model writes after random first tokens, as in LLM-QAT (arXiv 2305.17888): text of
+    another kind than the training samples, whose labels, the dense model's probabilities, are known.
+
+    Returns token ids (n, T) to calibrate on and Samples to learn from; None for what the recipe does not use.
+    """
+    learns = recipe.own_text and reads_dense(recipe.loss)
+    if not learns and not recipe.calibrates:
+        return None, None
+    torch.manual_seed(seed)
+    n, tokens = OWN_TEXTS if learns else CALIBRATION_SAMPLES, min(OWN_TOKENS, model.config.max_context)
+    first = torch.randint(model.config.vocab_size, (n, 1), device=model.embed.weight.device)
+    with tqdm(total=tokens - 1, desc="the model writes", unit="token", leave=False) as bar:
+        texts = model.generate(first, tokens - 1, temperature=1.0, on_token=lambda _: bar.update())
+    model.cache = None
+    if not learns:
+        return texts, None
+    if recipe.estimator == "harm":               # one decision per piece: pieces as long as a mean answer
+        tokens = max(8, sum(sum(s.answer) for s in samples) // len(samples))
+    return texts[:CALIBRATION_SAMPLES], pieces(texts[CALIBRATION_SAMPLES:], tokens)
+
+
+def make_source(recipe, samples, texts, args, device):
+    """(an iterator, without end, over the steps' batches, each a list of (kind of text, Batch); how many
+    kinds).
+
+    samples: of the training data, kind 0; texts: Samples that the model wrote, kind 1, or None; args: those
+    of train_router.py.
+    """
+    if recipe.samples:
+        steps, n_kinds = epochs(samples, recipe.samples, args.tokens, args.seed), 1
+    else:
+        kinds = [samples] if texts is None else [samples, texts]
+        steps, n_kinds = alternating(kinds, args.tokens, args.accumulate, args.seed), len(kinds)
+    return ([(kind, Batch.of(group, device)) for kind, group in groups] for groups in steps), n_kinds
+
+
+@torch.no_grad()
+def answers_capacity(model, groups):
+    """Overall capacity on batches; where gates decide for tokens, on those of the answers alone. The words
+    before them, a template's in every sample, tell nothing of other text."""
+    n_open = n_seen = 0
+    for batch in groups:
+        ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
+        with trace(model) as decisions:
+            run_layers(model.layers, model.embed(batch.idx), ctx)
+        for (is_open,) in decisions.values():                            # one pass: (B,) or (B, T)
+            if is_open.dim() == 2:
+                is_open = is_open[batch.scored.cpu()]
+            n_open += int(is_open.sum())
+            n_seen += len(is_open)
+    n_routed = len(routers(model))
+    return overall_capacity([n_open / n_seen] * n_routed, model.config.n_layer)
+
+
+def calibration_batches(gates_read_prompts, samples, texts, tokens, device):
+    """[batches of training samples, batches of texts (n, T)]: whole ones for gates that read tokens. Where
+    gates read prompts, prompts will do, and more of them are needed: there is one decision per sequence."""
+    if gates_read_prompts:
+        samples = [Sample(s.ids[:s.prompt], s.answer[:s.prompt], s.prompt)
+                   for s in samples[:8 * CALIBRATION_SAMPLES]]
+        texts = pieces(texts, PLAIN_PROMPT)
+    else:
+        samples = samples[:CALIBRATION_SAMPLES]
+        texts = pieces(texts, texts.shape[1])
+    return [[Batch.of(group, device) for group in pack(kind, tokens)] for kind in (samples, texts)]
+
+
+def calibrate(model, samples, texts, capacity, tokens):
+    """Set the threshold that gives an overall capacity; returns [(threshold, capacity)], all that was
+    measured.
+
+    samples: of the training data; texts: token ids (n, T) that the model wrote, with equal weight, since
+    other text opens other gates. First a grid of thresholds, then bisection. No head is needed.
+    """
+    model.eval()
+    skips = list(routers(model).values())
+    gates_read_prompts = skips[0].scope == "sequence" and skips[0].router.pool == "prompt"
+    kinds = calibration_batches(gates_read_prompts, samples, texts, tokens, model.embed.weight.device)
+    measured = []
+
+    def capacity_at(logit):
+        for skip in skips:
+            skip.threshold = 1 / (1 + math.exp(-logit))
+        mean = sum(answers_capacity(model, batches) for batches in kinds) / len(kinds)
+        measured.append((skips[0].threshold, mean))
+        return mean
+
+    too_low = [logit for logit in CALIBRATION_LOGITS if capacity_at(logit) > capacity]
+    too_high = [logit for logit in CALIBRATION_LOGITS if logit not in too_low]
+    low, high = max(too_low, default=-4), min(too_high, default=4)
+    for _ in range(4):
+        middle = (low + high) / 2
+        if capacity_at(middle) > capacity:
+            low = middle
+        else:
+            high = middle
+    best = min(measured, key=lambda pair: abs(pair[1] - capacity))[0]
+    for skip in skips:
+        skip.threshold = best
+    return measured

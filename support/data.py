@@ -1,0 +1,172 @@
+"""Files to what a model reads: instructions (Alpaca), chats and plain text to samples and batches."""
+import json
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+
+from weights import InputError
+
+DEFAULT_DATA = Path(__file__).parent.parent / "data" / "instructions.jsonl"
+HELD_OUT = 64         # samples at the end of a file that are kept for the final table
+PLAIN_PIECE = 512     # plain text is cut into pieces of this many tokens
+PLAIN_PROMPT = 64     # of which so many stand in for a prompt, and are not learned from
+
+
+@dataclass
+class Sample:
+    ids: list[int]
+    answer: list[bool]      # for each token, whether it is to be learned from
+    prompt: int             # tokens before the first answer
+
+
+def read_samples(path, tok, context):
+    """Samples of an Alpaca JSON or JSONL file, chat JSONL ("messages"), text JSONL ("text") or plain text.
+
+    Returns (samples, how many were cut to `context` tokens). InputError names the line or the field that is
+    wrong.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text; give JSON, JSONL or plain text") from None
+    if not text.strip() or "\0" in text:
+        raise InputError(f"{path}: {'binary' if text.strip() else 'empty'}; give JSON, JSONL or plain text")
+    if text.lstrip()[0] not in "[{":
+        return plain_samples(text, tok, min(PLAIN_PIECE, context)), 0
+    samples, cut = [], 0
+    for where, record in records(text, path):
+        for sample in sample_of(record, where, tok, context):
+            cut += len(sample.ids) > context
+            sample = Sample(sample.ids[:context], sample.answer[:context], min(sample.prompt, context))
+            if any(sample.answer):
+                samples.append(sample)
+    return samples, cut
+
+
+def records(text, path):
+    """(where, value) of each record of a JSON array or of JSON lines."""
+    if text.lstrip().startswith("["):
+        try:
+            yield from ((f"{path}, record {i}", record) for i, record in enumerate(json.loads(text), 1))
+        except ValueError as e:
+            raise InputError(f"{path}: not valid JSON ({e})") from None
+        return
+    for i, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"{path}, line {i}", json.loads(line)
+            except ValueError as e:
+                raise InputError(f"{path}, line {i}: not valid JSON ({e})") from None
+
+
+def sample_of(record, where, tok, context):
+    """The samples of one record: one for a chat or an instruction, as many as needed for a text."""
+    def field(of, name, kind=str):
+        if not isinstance(of, dict) or not isinstance(of.get(name), kind):
+            raise InputError(f"{where}: lacks the field {name!r}, or it is not a {kind.__name__}")
+        return of[name]
+    if isinstance(record, dict) and "text" in record:
+        return plain_samples(field(record, "text"), tok, min(PLAIN_PIECE, context))
+    if isinstance(record, dict) and "messages" in record:
+        messages = [{"role": field(m, "role"), "content": field(m, "content")}
+                    for m in field(record, "messages", list)]
+        if not any(m["role"] == "assistant" for m in messages):
+            raise InputError(f"{where}: none of its messages has the role 'assistant'")
+        while messages[-1]["role"] != "assistant":
+            messages.pop()
+    else:
+        question = field(record, "instruction")
+        if record.get("input"):
+            question += "\n\n" + field(record, "input")
+        messages = [{"role": "user", "content": question},
+                    {"role": "assistant", "content": field(record, "output")}]
+    ids, answer = tok.encode_chat(messages)
+    return [Sample(ids, answer, max(answer.index(True), 1))]
+
+
+def plain_samples(text, tok, piece):
+    """A text in pieces; the first 64 tokens of each stand in for a prompt and are not learned from."""
+    ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(text)
+    samples = []
+    for i in range(0, len(ids), piece):
+        piece_ids = ids[i:i + piece]
+        n_learned = len(piece_ids) - PLAIN_PROMPT
+        if n_learned > 0:
+            samples.append(Sample(piece_ids, [False] * PLAIN_PROMPT + [True] * n_learned, PLAIN_PROMPT))
+    return samples
+
+
+def pieces(texts, size):
+    """Samples of at most `size` tokens from rows of token ids (n, T); all are learned from, and the first 64
+    of each are its prompt."""
+    samples = []
+    for row in texts.tolist():
+        for i in range(0, len(row), size):
+            ids = row[i:i + size]
+            if len(ids) > 1:                     # one token predicts nothing
+                samples.append(Sample(ids, [True] * len(ids), min(len(ids), PLAIN_PROMPT)))
+    return samples
+
+
+def batches(samples, budget, seed):
+    """Lists of samples, forever: of similar lengths, at most `budget` tokens with padding, shuffled."""
+    if not samples:
+        raise InputError("there are no samples to make batches of")
+    rng = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(samples), generator=rng).tolist()
+        groups = []
+        for i in range(0, len(order), 256):
+            groups += pack([samples[j] for j in order[i:i + 256]], budget)
+        yield from (groups[i] for i in torch.randperm(len(groups), generator=rng).tolist())
+
+
+def epochs(samples, per_step, budget, seed):
+    """For each step, forever: [(0, a group of at most `budget` tokens)] of `per_step` samples, each once per
+    epoch. 0: they are all of one kind, see `alternating`."""
+    rng = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(samples), generator=rng).tolist()
+        for i in range(0, len(order), per_step):
+            yield [(0, group) for group in pack([samples[j] for j in order[i:i + per_step]], budget)]
+
+
+def alternating(kinds, budget, per_step, seed):
+    """For each step, forever: [(kind, samples of a batch)], `per_step` of them, of each kind in turns."""
+    endless = [batches(samples, budget, seed) for samples in kinds]
+    turns = cycle(range(len(kinds)))
+    while True:
+        yield [(kind, next(endless[kind])) for kind in islice(turns, per_step)]
+
+
+def pack(samples, budget, size=lambda s: len(s.ids)):
+    """Samples by length, in groups of at most `budget` tokens with padding (a longer one stands alone)."""
+    groups = []
+    for s in sorted(samples, key=size, reverse=True):
+        if not groups or size(groups[-1][0]) * (len(groups[-1]) + 1) > budget:
+            groups.append([])
+        groups[-1].append(s)
+    return groups
+
+
+@dataclass
+class Batch:
+    idx: torch.Tensor               # (B, T) token ids, padded on the right with 0
+    lengths: torch.Tensor           # (B,)
+    prompt_lengths: torch.Tensor    # (B,)
+    scored: torch.Tensor            # (B, T) bool: the next token is part of an answer
+    targets: torch.Tensor           # (N,) those next tokens
+
+    @classmethod
+    def of(cls, samples, device):
+        T = max(len(s.ids) for s in samples)
+        idx = torch.tensor([s.ids + [0] * (T - len(s.ids)) for s in samples])
+        scored = torch.tensor([s.answer[1:] + [False] * (T - len(s.ids) + 1) for s in samples])
+        targets = idx.roll(-1, 1)[scored]
+        lengths = torch.tensor([len(s.ids) for s in samples])
+        prompts = torch.tensor([s.prompt for s in samples])
+        return cls(*(t.to(device) for t in (idx, lengths, prompts, scored, targets)))

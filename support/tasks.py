@@ -1,0 +1,244 @@
+"""Benchmarks to questions and their scores, as lm-evaluation-harness 0.4 defines them."""
+import math
+import re
+from collections import namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from support.data import records
+from weights import InputError
+
+QUESTIONS = Path(__file__).parent.parent / "data" / "questions"
+
+
+@dataclass
+class Task:
+    """How a line of a benchmark becomes a question, as in lm-evaluation-harness."""
+    hub: tuple                         # the data set's name on the hub and its configuration
+    split: str
+    shots: int                         # the paper's
+    text: callable                     # the context; a list: one a choice, all followed by `target`
+    choices: callable
+    gold: callable                     # the right choice's place
+    norm: bool = False                 # is acc_norm defined?
+    paper: bool = True                 # one of the paper's eight?
+    examples: str = "train"            # the split few-shot examples come from
+    group: callable = lambda d: ""     # questions with the same group share examples, and this heading
+    target: callable = None
+
+
+def hellaswag_text(text):
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def index(labels, answer):
+    return labels.index(str(answer).strip())
+
+
+def arc(name, **kind):
+    return Task(("allenai/ai2_arc", name), "test", text=lambda d: f"Question: {d['question']}\nAnswer:",
+                choices=lambda d: d["choices"]["text"], norm=True,
+                gold=lambda d: index(d["choices"]["label"], d["answerKey"]), **kind)
+
+
+TASKS = {
+    "arc_challenge": arc("ARC-Challenge", shots=25),
+    "arc_easy": arc("ARC-Easy", shots=0, paper=False),
+    "boolq": Task(
+        ("aps/super_glue", "boolq"), "validation", 0,
+        lambda d: f"{d['passage']}\nQuestion: {d['question']}?\nAnswer:",
+        lambda d: ["no", "yes"], lambda d: int(d["label"])),
+    "hellaswag": Task(
+        ("Rowan/hellaswag", None), "validation", 10,
+        lambda d: hellaswag_text(f"{d['activity_label']}: {d['ctx_a']} {d['ctx_b'].capitalize()}"),
+        lambda d: [hellaswag_text(ending) for ending in d["endings"]], lambda d: int(d["label"]), norm=True),
+    "mmlu": Task(
+        ("cais/mmlu", "all"), "test", 5,
+        lambda d: "{}\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:".format(d["question"].strip(), *d["choices"]),
+        lambda d: ["A", "B", "C", "D"], lambda d: int(d["answer"]), examples="dev",
+        group=lambda d: "The following are multiple choice questions (with answers) about"
+                        f" {d['subject'].replace('_', ' ')}.\n\n"),
+    "openbookqa": Task(
+        ("allenai/openbookqa", "main"), "test", 0, lambda d: d["question_stem"],
+        lambda d: d["choices"]["text"], lambda d: index(d["choices"]["label"], d["answerKey"]), norm=True),
+    "piqa": Task(
+        ("baber/piqa", None), "validation", 0, lambda d: f"Question: {d['goal']}\nAnswer:",
+        lambda d: [d["sol1"], d["sol2"]], lambda d: int(d["label"]), norm=True),
+    "rte": Task(
+        ("nyu-mll/glue", "rte"), "validation", 0,
+        lambda d: f"{d['sentence1']}\nQuestion: {d['sentence2']} True or False?\nAnswer:",
+        lambda d: ["True", "False"], lambda d: int(d["label"])),
+    "winogrande": Task(
+        ("allenai/winogrande", "winogrande_xl"), "validation", 5,
+        lambda d: [d["sentence"][:d["sentence"].index("_")] + d[f"option{i}"] for i in (1, 2)],
+        lambda d: [d["option1"], d["option2"]], lambda d: ["1", "2"].index(d["answer"]),
+        target=lambda d: d["sentence"][d["sentence"].index("_") + 1:].strip()),
+}
+
+Question = namedtuple("Question", "id contexts continuations lengths gold group")
+
+
+def read_split(name, split, data_dir):
+    """[(where, record)] of one split of a task, or None where there is no such split."""
+    hub = TASKS[name].hub
+    if data_dir:
+        path = Path(data_dir) / name / f"{split}.jsonl"
+        try:
+            return list(records(path.read_text("utf-8"), path)) if path.exists() else None
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"{path}: cannot be read ({e})") from None
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"{name}: give --data-dir DIR with {name}/{split}.jsonl, a line a question with the"
+                         " hub's field names, or pip install datasets to fetch it from the hub") from None
+    try:
+        lines = datasets.load_dataset(*hub, split=split)
+        return [(f"{name}, {split} {i}", dict(line)) for i, line in enumerate(lines)]
+    except Exception as e:   # the hub's failures have no common kind
+        raise InputError(f"{name}: {hub[0]} could not be fetched from the hub ({e}); give --data-dir") \
+            from None
+
+
+def parse(task, where, record):
+    """(contexts, continuations, lengths of the choices in characters, gold, group) of a line; one context a
+    choice. InputError names a field that is missing or an answer that is none."""
+    try:
+        text, choices, group = task.text(record), task.choices(record), task.group(record)
+        contexts = text if isinstance(text, list) else [text] * len(choices)
+        after = [task.target(record)] * len(choices) if task.target else choices
+        lengths = [len(choice) for choice in choices]
+    except KeyError as e:
+        raise InputError(f"{where}: lacks the field {e}") from None
+    except (TypeError, ValueError, AttributeError, IndexError) as e:
+        raise InputError(f"{where}: not a question of this task ({e})") from None
+    try:
+        gold = task.gold(record)
+        if not 0 <= gold < len(choices):
+            raise ValueError
+    except KeyError as e:
+        raise InputError(f"{where}: lacks the field {e}") from None
+    except (ValueError, TypeError):
+        raise InputError(f"{where}: its answer is none of its {len(choices)} choices") from None
+    if not all(lengths) or not all(after):
+        raise InputError(f"{where}: a choice is empty")
+    return contexts, [" " + continuation for continuation in after], lengths, gold, group
+
+
+def read_task(name, data_dir=None, num_fewshot=None, limit=None):
+    """The questions of a task, and how many examples precede each.
+
+    data_dir: a folder with <task>/<split>.jsonl, None: the hub; num_fewshot: None: the paper's number, or
+    what is there; limit: only so many lines. InputError names what is missing or wrong, and where.
+    """
+    task = TASKS[name]
+    lines = read_split(name, task.split, data_dir)
+    if not lines:
+        where = f" in {data_dir}/{name}" if data_dir else ""
+        raise InputError(f"{name}: there is no {task.split}.jsonl{where}, or it is empty")
+    shots = task.shots if num_fewshot is None else num_fewshot
+    examples = {}                                                            # {group: texts}
+    for where, record in (read_split(name, task.examples, data_dir) or []) if shots else []:
+        contexts, continuations, _, gold, group = parse(task, where, record)
+        examples.setdefault(group, []).append(contexts[gold] + continuations[gold] + "\n\n")
+    if num_fewshot is None or not examples:
+        shots = min(shots, min(map(len, examples.values()), default=0))
+    questions = []
+    for i, (where, record) in enumerate(lines[:limit]):
+        contexts, *rest, group = parse(task, where, record)
+        group_examples = examples.get(group, [])
+        if len(group_examples) < shots:
+            raise InputError(f"{where}: {shots} examples are asked for, but {task.examples}.jsonl has"
+                             f" {len(group_examples)} for it; lower --num-fewshot")
+        head = group + "".join(group_examples[:shots])
+        questions.append(Question(i, [head + context for context in contexts], *rest, group))
+    return questions, shots
+
+
+# ------------------------------------------------------------------------------------------------ rows to run
+Row = namedtuple("Row", "question context branches cut")     # branches: {the choice's place: its ids}
+
+
+def rows_of(questions, tok, max_context, apart):
+    """The rows to run for some questions.
+
+    As in the harness, a context's trailing spaces go to the continuation, which is what follows the context's
+    ids in the encoding of both, and a row too long for the model loses its first tokens. Choices after the
+    same context share a row, unless they are to be kept `apart` or do not fit.
+    """
+    bos, rows = [] if tok.bos_id is None else [tok.bos_id], []
+    for n, q in enumerate(questions):
+        branches = {}                                        # {context's ids: {choice's place: its ids}}
+        for place, (context, continuation) in enumerate(zip(q.contexts, q.continuations)):
+            ids = bos + tok.encode(context.rstrip())
+            whole = bos + tok.encode(context + continuation)
+            branches.setdefault(tuple(ids), {})[place] = whole[len(ids):]
+        for ids, of in branches.items():
+            row = Row(n, list(ids), of, False)
+            if not apart and size(row) <= max_context:
+                rows.append(row)
+                continue
+            for place, continuation in of.items():
+                room = max_context + 1 - len(continuation)
+                rows.append(Row(n, row.context[-room:], {place: continuation}, len(ids) > room))
+    return rows
+
+
+def size(row):
+    """Tokens to run: the context, and every continuation but for its last token, which is never read."""
+    return len(row.context) + sum(len(continuation) - 1 for continuation in row.branches.values())
+
+
+def common_beginning(rows):
+    """How many ids all contexts start with, leaving each at least one of its own."""
+    first, last = min(row.context for row in rows), max(row.context for row in rows)
+    n = min(len(row.context) for row in rows) - 1
+    return next((i for i in range(n) if first[i] != last[i]), n)
+
+
+# ----------------------------------------------------------------------------------------------------- scores
+def first_largest(values):
+    """The place of the largest value, of the first where several are."""
+    return max(range(len(values)), key=values.__getitem__)
+
+
+class Scores:
+    """One variant's log-likelihoods for a task's questions, and what follows from them."""
+
+    def __init__(self, questions, lls, norm):
+        """lls: [[log-likelihood of each choice] for each question]; norm: whether the task's metric is
+        acc_norm."""
+        self.questions, self.lls = questions, lls
+        gold = torch.tensor([q.gold for q in questions])
+        likeliest = torch.tensor([first_largest(ll) for ll in lls])
+        per_character = torch.tensor([first_largest([value / n for value, n in zip(ll, q.lengths)])
+                                      for q, ll in zip(questions, lls)])
+        self.answers = per_character if norm else likeliest
+        self.right = (self.answers == gold).double()                           # the task's own metric
+        self.acc = float((likeliest == gold).double().mean())
+        self.acc_norm = float(self.right.mean()) if norm else None
+
+    def entry(self):
+        """As the JSON file has it."""
+        items = [{"id": q.id, "gold": q.gold, "ll": ll} for q, ll in zip(self.questions, self.lls)]
+        return {"n": len(items), "acc": self.acc, "acc_norm": self.acc_norm, "items": items}
+
+    def against(self, dense):
+        """What changed: difference of the metric and its 95 % half-width (paired), answers that differ, and
+        the mean over questions of KL(dense || this), of the distributions over the choices."""
+        kl = 0.0
+        for dense_ll, ll in zip(dense.lls, self.lls):
+            log_p = torch.tensor(dense_ll).double().log_softmax(0)
+            log_q = torch.tensor(ll).double().log_softmax(0)
+            kl += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True)) / len(self.lls)
+        difference = self.right - dense.right
+        return {"difference": float(difference.mean()), "interval": 1.96 * standard_error(difference),
+                "changed": int((self.answers != dense.answers).sum()), "kl": kl}
+
+
+def standard_error(values):
+    """Standard error of the mean."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan

@@ -1,0 +1,114 @@
+"""bench.py on a tiny model: what it prints and writes, and what it refuses."""
+import json
+
+import pytest
+import torch
+from conftest import is_one_sentence, write_tiny
+
+import bench
+from bench import FIELDS, open_share, pattern, random_model
+from model import Llama
+from router import GRANULARITIES, add_routers, capacity, load_routers, save_routers
+
+
+def test_bench_writes_every_variant(tiny, call, tmp_path):
+    status, said = call(
+        bench.main, "--model", tiny, "--device", "cpu", "--phase", "prefill,decode,train", "--batch", 3,
+        "--context", 40, "--capacity", "0.5,0.75", "--granularity", "attn_sequence,block_token",
+        "--rounds", 2,
+        "--against", "transformers,masked", "--json", tmp_path / "b.json",
+    )  # fmt: skip
+    assert status == 0 and "efficiency" in said and "torch" in said
+    table = json.loads((tmp_path / "b.json").read_text())
+    assert all(set(row) == set(FIELDS) for row in table["rows"]) and table["machine"]["torch"]
+    names = [(r["phase"], r["batch"], r["variant"], r["granularity"], r["capacity"]) for r in table["rows"]]
+    assert len(set(names)) == len(names) == 10 + 8 + 2
+    for row in table["rows"]:
+        assert row["ms"] > 0 and row["speedup"] > 0
+        assert row["variant"] == "transformers" or row["peak_bytes"] > 200_000      # more than the weights
+        assert (row["efficiency"] is not None) == (row["variant"] == "routed")
+        if row["variant"] == "routed" and row["phase"] == "prefill":
+            assert row["capacity"] in (pytest.approx(0.5), pytest.approx(0.75))
+        if row["variant"] == "dense" and row["phase"] == "prefill":
+            assert row["cache_bytes"] == 2 * 4 * row["batch"] * 2 * 40 * 8 * (4 if "float32" in said else 2)
+        if row["variant"] == "none" and row["granularity"] == "attn_sequence":
+            assert row["cache_bytes"] == 0
+
+
+def test_bench_with_a_router_file(tiny, call, router_file):
+    status, said = call(bench.main, "--model", tiny, "--phase", "prefill", "--context", 40, "--rounds", 2,
+                        "--routers", router_file("attn_token"))  # fmt: skip
+    assert status == 0 and "routed        attn_token" in said
+
+
+def test_work_is_counted(tiny):
+    """Operations as torch.utils.flop_counter has them; bytes of every weight once."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, idx = Llama.from_pretrained(tiny), torch.randint(0, 320, (2, 33))
+    with torch.no_grad(), FlopCounterMode(display=False) as theirs, bench.Work() as ours:
+        model(idx)
+    products = theirs.get_flop_counts()["Global"][torch.ops.aten.mm]
+    attention = 4 * (4 * 2 * 6 * 33 * 33 * 8)                                       # of which half is masked
+    assert ours.flops == products + attention // 2
+    weights = [p for name, p in model.named_parameters() if p.dim() == 2 and name != "embed.weight"]
+    cache = 2 * 4 * 2 * 2 * 33 * 8 * 4
+    assert ours.bytes == sum(p.nbytes for p in weights) + cache
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_made(call, monkeypatch):
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 8 * 2**30)
+    monkeypatch.setattr(bench, "random_model", None)
+    status, said = call(bench.main, "--model", "llama3-8b", "--random-weights", "--dtype", "bfloat16")
+    assert status == 1 and is_one_sentence(said) and "15.1 GiB" in said and "8.0 GiB" in said
+
+
+def test_bench_takes_other_capacities_from_the_calibration(tiny, call, router_file, tmp_path):
+    model = Llama.from_pretrained(tiny)
+    load_routers(model, router_file("attn_token"))
+    save_routers(model, tmp_path / "r.safetensors", [(0.0, 1.0), (0.4, 0.8), (0.6, 0.6), (1.0, 0.25)])
+    flags = ["--model", tiny, "--phase", "prefill", "--context", 40, "--rounds", 2, "--dtype", "float32"]
+    flags += ["--routers", tmp_path / "r.safetensors", "--json", tmp_path / "b.json"]
+    flags += ["--plot", tmp_path / "b.png"]
+    status, _ = call(bench.main, *flags, "--capacity", "0.3,0.9")
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    used = {r["variant"]: r["capacity"] for r in rows}
+    assert status == 0 and used["none"] == 0.25 and used["dense"] is None and (tmp_path / "b.png").exists()
+    low, high = (r["capacity"] for r in rows if r["variant"] == "routed")
+    assert 0.25 <= low < high < 1
+    status, said = call(bench.main, *flags, "--capacity", "0.2")
+    assert status == 1 and is_one_sentence(said) and "0.250 to 1.000" in said
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_forced_gates_open_exactly_the_share(granularity, tiny):
+    model = add_routers(Llama.from_pretrained(tiny), granularity)
+    open_share(model, 0.25, seed=0)
+    with torch.no_grad():
+        model(torch.randint(0, 320, (4, 50)))
+    assert capacity(model) == 0.25
+    assert not torch.equal(pattern((4, 4, 50), 0.25, 0, "cpu"), pattern((4, 4, 50), 0.25, 1, "cpu"))
+
+
+def test_random_model_runs(tmp_path):
+    write_tiny(tmp_path, "tied head")
+    config = Llama.from_pretrained(tmp_path).config
+    model = random_model(config, "cpu", torch.float32)
+    assert torch.isfinite(model(torch.arange(9)[None])).all() and model.head.weight is model.embed.weight
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--context", 600], "context of 512"), (["--layers", "3", "--capacity", 0.5], "at least 0.750"),
+    (["--random-weights"], "is not one of smollm2-135m"), (["--model", "/nowhere"], "no such model"),
+    (["--routers", "/nowhere"], "missing"), (["--layers", "9"], "layers 0 to 3"),
+])  # fmt: skip
+def test_bench_refuses(arguments, named, tiny, call):
+    status, said = call(bench.main, "--model", tiny, "--rounds", 2, "--context", 40, *arguments)
+    assert status == 1 and named in said and is_one_sentence(said)
+
+
+@pytest.mark.parametrize("arguments", ["--phase sleep", "--batch 0", "--capacity 2", "--context x"])
+def test_bench_refuses_unknown_words_and_numbers(arguments, call):
+    flag, value = arguments.split()
+    status, said = call(bench.main, flag, value)
+    assert status == 2 and value in said and "Traceback" not in said

@@ -1,0 +1,47 @@
+"""Replayed steps of generation, all but the capture itself."""
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import write_tiny
+from test_router import LENGTHS, SEQUENCE, routed, tokens
+
+from model import Llama
+from router import GRANULARITIES, add_routers
+from support import graph
+
+
+@pytest.mark.parametrize("granularity", [None, *SEQUENCE])
+@pytest.mark.parametrize("family", ["grouped queries", "Mistral with a window"])
+def test_replayed_steps_give_the_same_tokens(granularity, family, tmp_path, monkeypatch):
+    """All but the capture itself, on a CPU: a step at fixed addresses, kept for the same decisions."""
+    made = []
+
+    class Eager(graph.Replay):
+        def capture(self):
+            made.append(self)
+            x = self.step()
+            return x, lambda: x.copy_(self.step())
+
+    write_tiny(tmp_path, family)
+    model = routed(tmp_path, granularity) if granularity else Llama.from_pretrained(tmp_path)
+    prompts = [tokens(seed=1), tokens(seed=2), tokens(seed=1), tokens(seed=1)[:3]]
+    lengths = [LENGTHS, LENGTHS, None, LENGTHS[:3]]
+    expected = [model.generate(idx, 9, lengths=n) for idx, n in zip(prompts, lengths)]
+    monkeypatch.setattr(graph, "Replay", Eager)
+    monkeypatch.setattr(graph, "can_replay", lambda model: True)
+    for idx, n, out in zip(prompts * 2, lengths * 2, expected * 2):
+        assert torch.equal(model.generate(idx, 9, lengths=n), out)
+    assert len(made) == (4 if granularity else 2)          # a graph for each pattern, or shape
+    assert len(graph.graphs_of[model]) <= graph.KEPT_GRAPHS
+
+
+def test_only_steps_without_decisions_are_replayed_and_only_on_cuda(tiny):
+    model = Llama.from_pretrained(tiny)
+    assert not graph.can_replay(model)
+    for granularity in GRANULARITIES:
+        elsewhere = copy.deepcopy(add_routers(model, granularity))
+        del elsewhere.embed
+        elsewhere.embed = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda")))
+        assert graph.can_replay(elsewhere) == granularity.endswith("sequence")

@@ -1,0 +1,110 @@
+"""The kernels against PyTorch's own and against float64."""
+import copy
+import os
+
+import pytest
+import torch
+from conftest import bound
+
+from model import Llama
+from support.kernels import Linear, additive_mask, attention, attention_of_some, packed_weights
+
+
+@pytest.mark.parametrize("kind", ["causal", "mask", "queries of their own", "mask of the last keys"])
+@pytest.mark.parametrize("T", [2, 128, 300])
+def test_bfloat16_attention_in_chunks_against_float64(kind, T):
+    """Outputs and gradients, as near to float64 as PyTorch's own kernel on the same bfloat16 numbers."""
+    rng, S = torch.Generator().manual_seed(0), T + 40 if kind == "queries of their own" else T
+    q, k, v, up = (torch.randn(2, heads, n, 64, generator=rng).bfloat16()
+                   for heads, n in ((9, T), (3, S), (3, S), (9, T)))
+    whole = mask = None if kind == "causal" else torch.rand(2, 1, T, S, generator=rng) < 0.6
+    if kind == "mask of the last keys":
+        mask = whole[0, 0, :, S // 2:]
+        mask[-1] = True
+        whole = torch.cat((torch.ones(T, S // 2, dtype=torch.bool), mask), 1)
+    elif mask is not None:
+        mask[..., 0] = True
+
+    def run(f, dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        y = f(*leaves)
+        y.backward(up.to(dtype))
+        return [y.detach().double(), *(leaf.grad.double() for leaf in leaves)]
+
+    def fused(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=whole, is_causal=whole is None, enable_gqa=True)
+
+    def ours(q, k, v):
+        return attention(q, k, v, None if mask is None else additive_mask(mask, q.dtype), causal=mask is None)
+
+    exact, theirs, mine = run(fused, torch.float64), run(fused, torch.bfloat16), run(ours, torch.bfloat16)
+    assert (run(ours, torch.float64)[0] - exact[0]).abs().max() < 1e-12
+    for right, a, b in zip(exact, theirs, mine):
+        assert (b - right).square().mean() < 6 * (a - right).square().mean() + 1e-9
+        assert (b - right).norm() < 0.01 * right.norm()
+
+
+def test_single_tokens_in_float32_have_the_product_and_its_operations():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer = Linear(96, 50)
+    for shape in (1, 96), (4, 1, 96), (4, 7, 96):
+        x = torch.randn(shape)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            y = layer(x)
+        exact = x.double() @ layer.weight.double().T + layer.bias.double()
+        assert (y - exact).abs().max() < bound(exact, 96)
+        assert counter.get_total_flops() == 2 * x.numel() * 50
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU computes no bfloat16")
+def test_packed_weights_have_the_product_and_last_as_long_as_a_generation(tiny, monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, idx = Llama.from_pretrained(tiny, dtype=torch.bfloat16), torch.arange(12).view(3, 4)
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    with torch.no_grad(), packed_weights(model, 3):
+        assert all(layer.packed_weight is not None for layer in layers)
+        for layer in layers:
+            for shape in (3, layer.in_features), (3, 1, layer.in_features):
+                x = torch.randn(shape).bfloat16()
+                with FlopCounterMode(display=False) as counter:
+                    y = layer(x)
+                exact = x.double() @ layer.weight.double().T
+                assert torch.allclose(y.double(), exact, rtol=2**-8, atol=1e-4)
+                assert counter.get_total_flops() == 2 * x.numel() * layer.out_features
+    before = model.generate(idx, 8)
+    assert all(layer.packed_weight is None for layer in layers)
+    copied = copy.deepcopy(model)
+    for layer in layers:
+        layer.weight.data.neg_()                     # which no counter of versions would tell
+    changed = model.generate(idx, 8)
+    assert not torch.equal(changed, before) and torch.equal(copied.generate(idx, 8), before)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    with packed_weights(model, 3):                           # too large for a machine of 10,000 bytes
+        assert all(layer.packed_weight is None for layer in layers)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_some_queries_against_all_of_them(masked, decode):
+    """Chosen queries of ragged rows have the outputs that they have among all queries, in float64."""
+    B, H, K, D, T = 3, 6, 2, 16, 1 if decode else 300
+    S = 40 if decode else T
+    q = torch.randn(B, H, T, D, dtype=torch.float64)
+    k, v = torch.randn(2, B, K, S, D, dtype=torch.float64)
+    visible = torch.ones(T, S, dtype=torch.bool).tril(S - T).expand(B, 1, T, S)
+    mask = None
+    if masked:
+        visible = visible & (torch.rand(B, 1, T, S) < 0.7)
+        visible[..., 0] = True
+        mask = additive_mask(visible, q.dtype)
+    score = q @ k.repeat_interleave(H // K, 1).mT / D**0.5
+    whole = score.masked_fill(~visible, -torch.inf).softmax(-1) @ v.repeat_interleave(H // K, 1)
+    columns = [torch.arange(0, T, 2), torch.arange(0), torch.tensor([T - 1])]
+    at = torch.cat([b * T + c for b, c in enumerate(columns)])
+    chosen = torch.cat([q[b, :, c] for b, c in enumerate(columns)], 1)[None]               # (1, H, N, D)
+    expected = torch.cat([whole[b, :, c] for b, c in enumerate(columns)], 1)[None]
+    found = attention_of_some(chosen, k, v, columns, at, T, mask)
+    assert (found - expected).abs().max() < 1e-12

@@ -1,0 +1,251 @@
+"""Recipes: PAPER against its formulas in float64, the small objects of DEFAULT against theirs."""
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import open_gates_at_random
+from safetensors import safe_open
+
+import losses
+import train_router
+from model import Llama
+from recipe import DEFAULT, PAPER, Price, calibrate, choose, own_text, ramp
+from router import add_routers, capacity, routers, straight_through, trace
+from support.data import Batch, pieces
+
+# ------------------------------------------------------------------------------------------------------ PAPER
+
+
+def reference_loss(model, batch, granularity, price, target):
+    """PAPER's loss in float64, written out: ({layer: w}, the loss, {layer: gates})."""
+    config, rows = model.config, torch.arange(len(batch.idx))
+    weight = {name: p.detach().double() for name, p in model.named_parameters()}
+    T, D, H, K = batch.idx.shape[1], config.head_dim, config.n_head, config.n_kv_head
+    real = torch.arange(T) < batch.lengths[:, None]
+
+    def norm(x, w):
+        return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * w
+
+    def rotated(x):                                                        # (B, heads, T, D)
+        angle = torch.arange(T)[:, None] / config.rope_theta ** (torch.arange(0, D, 2).double() / D)
+        a, b = x[..., :D // 2], x[..., D // 2:]
+        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
+
+    x, routers_w, gates, penalty = weight["embed.weight"][batch.idx], {}, {}, 0.0
+    for i in range(config.n_layer):
+        def of(name, i=i):
+            return weight[f"layers.{i}.{name}"]
+        h = norm(x, of("attn.sublayer.norm.weight"))
+        w = routers_w[i] = of("attn.router.weight")[0].requires_grad_()
+        read = h if granularity == "attn_token" else (h * real[..., None]).sum(1) / batch.lengths[:, None]
+        s = 1 / (1 + torch.exp(-read @ w))
+        hard = (s >= 0.5).double()
+        gate = hard + s - s.detach()
+        gates[i] = hard
+        mean = (gate * real).sum() / real.sum() if gate.dim() == 2 else gate.mean()
+        penalty = penalty + price * torch.clamp(mean - target, min=0)
+
+        y = (h @ of("attn.sublayer.qkv.weight").T).view(len(rows), T, H + 2 * K, D).transpose(1, 2)
+        q, k, v = rotated(y[:, :H]), rotated(y[:, H:H + K]), y[:, H + K:]
+        k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
+        score = q @ k.mT / D**0.5
+        score = score.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -math.inf)
+        y = (score.softmax(-1) @ v).transpose(1, 2).flatten(2) @ of("attn.sublayer.o.weight").T
+        x = x + (gate[..., None] if gate.dim() == 2 else gate[:, None, None]) * y
+        gate_up = norm(x, of("mlp.norm.weight")) @ of("mlp.gate_up.weight").T
+        a, b = gate_up.chunk(2, -1)
+        x = x + (a / (1 + torch.exp(-a)) * b) @ of("mlp.down.weight").T
+    log_q = (norm(x, weight["norm.weight"]) @ weight["head.weight"].T).log_softmax(-1)
+    nll = -log_q[batch.scored].gather(1, batch.targets[:, None])
+    return routers_w, nll.mean() + penalty, gates
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence"])
+def test_the_papers_gradient_and_step_against_float64(granularity, tiny, samples):
+    """Cross-entropy + lambda sum relu(c - c*), straight through; clipped to norm 1; one step of AdamW."""
+    model = Llama.from_pretrained(tiny)
+    add_routers(model, granularity, gate="unbiased", pool="all")
+    batch, price, target = Batch.of(samples[:8], "cpu"), 3.0, 0.2
+    for _ in range(20):                                                     # until gates are open and closed
+        open_gates_at_random(model)
+        with torch.no_grad():
+            model(batch.idx, batch.lengths)
+        if 0.2 < capacity(model) < 0.9:
+            break
+    w64, loss64, gates64 = reference_loss(model, batch, granularity, price, target)
+    expected = dict(zip(w64, torch.autograd.grad(loss64, list(w64.values()))))
+
+    with trace(model.train()) as decisions:
+        loss = losses.backward(model, batch, PAPER.loss, 1 / len(batch.targets),
+                               lambda: PAPER.penalty(model, price, target))
+    real = torch.arange(batch.idx.shape[1]) < batch.lengths[:, None]
+    for i, (is_open,) in decisions.items():
+        same = is_open.double() == gates64[i]
+        assert (same[real] if granularity == "attn_token" else same).all()
+    assert 0.2 < capacity(model) < 0.9                                      # the penalty acts, gates differ
+    with torch.no_grad():
+        penalty = PAPER.penalty(model, price, target)
+    assert float(loss + penalty) == pytest.approx(float(loss64), rel=1e-5) and float(penalty) > 0
+    for i, skip in routers(model).items():
+        assert skip.router.bias is None
+        error = skip.router.weight.grad[0].double() - expected[i]
+        assert error.abs().max() < 1e-4 * expected[i].abs().max()
+
+    # one step of the loop, from here: all steps are one, so that the warm-up is over at once
+    model.zero_grad(set_to_none=True)
+    before = {i: skip.router.weight.detach().double()[0] for i, skip in routers(model).items()}
+    recipe = dataclasses.replace(PAPER, price=price)
+    lines = []
+    run = SimpleNamespace(checkpoint=None, n_steps=1, steps=lambda: range(1), check_finite=lambda *_: None,
+                          log=lambda step, **numbers: lines.append(numbers), is_due=lambda step: False)
+    train_router.tune(model, iter([[(0, batch)]]), recipe, target, run)
+    total = math.sqrt(sum(float(g.square().sum()) for g in expected.values()))
+    assert total > 1 and lines[0]["lr"] == 1e-5 and lines[0]["lambda"] == price
+    for i, skip in routers(model).items():
+        g = expected[i] / (total + 1e-6)                                    # clipped to norm 1
+        m, v = 0.1 * g, 0.001 * g.square()
+        step = 1e-5 * (m / (1 - 0.9)) / ((v / (1 - 0.999)).sqrt() + 1e-8)
+        moved = skip.router.weight.detach().double()[0] - before[i]
+        clear = g.abs() > 1e-5                                              # not rounding's sign
+        assert clear.double().mean() > 0.9
+        assert (moved + step)[clear].abs().max() < 1e-7                     # float32 has 3e-8 at 0.3
+        assert moved.abs().max() < 1.01e-5
+
+
+def test_the_papers_values():
+    assert (PAPER.loss, PAPER.gate, PAPER.pool, PAPER.train) == ("ce", "unbiased", "all", "routers")
+    assert (PAPER.price, PAPER.moves_price, PAPER.samples, PAPER.epochs, PAPER.clip) == (0, False, 64, 1, 1.0)
+    assert not PAPER.own_text and not PAPER.calibrates and PAPER.target(0, 100, 0.5) == 0.5
+    assert PAPER.gate_estimator(0, 100) is straight_through
+    rates = [PAPER.learning_rate(step, 100, PAPER.lr) for step in range(100)]
+    for step, rate in enumerate(rates):                                     # 3 % warm-up, then a cosine to 0
+        expected = (step + 1) / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / 97))
+        assert rate == pytest.approx(1e-5 * expected, rel=1e-9)
+    assert PAPER.learning_rate(100, 100, 1e-5) == pytest.approx(0, abs=1e-20)
+
+
+def test_the_papers_gates_begin_on_the_threshold_and_open(tiny):
+    model = add_routers(Llama.from_pretrained(tiny), "attn_token", gate="unbiased")
+    h = torch.randn(2, 5, 48)
+    for skip in routers(model).values():
+        assert [name for name, _ in skip.router.named_parameters()] == ["weight"]
+        assert (skip.score(h, None) == 0.5).all()
+    with torch.no_grad():
+        model(torch.arange(20)[None])
+    assert capacity(model) == 1
+
+
+def test_the_papers_recipe_from_end_to_end(arguments, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(Llama, "generate", None)                            # it writes no text
+    run = [a for a in arguments if a not in ("--steps", 12)]
+    status, said = call(train_router.main, *run, "--recipe", "paper")
+    assert status == 0 and "recipe paper, held out" in said
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 1 and lines[0]["lambda"] == 0                      # 32 samples: one step of an epoch
+    assert lines[0]["capacity"] == 1 and lines[0]["lr"] == 1e-5
+    file = safe_open(str(tmp_path / "out" / "routers.safetensors"), "pt")
+    meta = file.metadata()
+    assert meta["gate"] == "unbiased" and meta["pool"] == "all" and meta["calibration"] == "[]"
+    assert meta["threshold"] == "0.5" and set(file.keys()) == {f"layers.{i}.weight" for i in range(4)}
+    moved = torch.cat([file.get_tensor(key).flatten() for key in file.keys()]).abs()
+    assert moved.max() == pytest.approx(1e-5, rel=1e-3)
+    status, said = call(train_router.main, *run, "--recipe", "paper", "--steps", 3, "--penalty", 0.5,
+                        "--pool", "prompt", "--granularity", "attn_sequence")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert status == 0 and len(lines) == 3 and all(line["lambda"] == 0.5 for line in lines)
+    status, said = call(train_router.main, *run, "--recipe", "paper", "--granularity", "attn_sequence",
+                        "--loss", "kl", "--estimator", "harm")
+    assert status == 1 and "with a bias" in said
+
+
+# ---------------------------------------------------------------------------------------------------- DEFAULT
+
+
+def test_which_form_of_the_default_is_chosen():
+    assert choose("default", "attn_token") == DEFAULT
+    assert choose("default", "attn_sequence").estimator == "harm"
+    assert choose("default", "attn_sequence").steps == 48
+    for values in dict(loss="ce"), dict(train="all"), dict(estimator="ramp"):
+        recipe = choose("default", "mlp_sequence", **values)
+        assert recipe.estimator == "ramp" and recipe.bias_lr == 0.02 and recipe.lr == 0.0003
+    assert choose("default", "attn_token", train="bias").bias_lr == 0.02
+    assert choose("default", "attn_token", steps=7, lr=None).steps == 7
+    assert choose("paper", "attn_sequence", price=0.1) == dataclasses.replace(PAPER, price=0.1)
+
+
+def test_ramp_is_half_open_at_the_threshold_and_ends_as_the_step():
+    score = torch.tensor([0.1, 0.3, 0.4, 0.9], dtype=torch.float64, requires_grad=True)
+    gate, x = ramp(score, 0.3, 0.5), score.detach()
+    odds = (x / (1 - x) / (0.3 / 0.7)) ** 2                               # 1 / width = 2
+    assert (gate - odds / (1 + odds)).abs().max() < 1e-6 and gate[1] == 0.5
+    gate.sum().backward()
+    slope = 2 * odds / (1 + odds) ** 2 / (x * (1 - x))
+    assert (score.grad - slope).abs().max() < 1e-5
+    assert ramp(score, 0.3, 1e-3).round(decimals=5).tolist() == [0, 0.5, 1, 1]
+    assert ramp(torch.tensor([0.0, 1.0]), 0.5, 0.1).isfinite().all()
+
+
+def test_the_ramp_narrows_and_the_target_falls():
+    widths = [DEFAULT.gate_estimator(step, 100).keywords["width"] for step in range(100)]
+    assert widths == sorted(widths, reverse=True) and (widths[0], widths[-1]) == DEFAULT.ramp
+    assert widths[80:] == [DEFAULT.ramp[1]] * 20
+    targets = [DEFAULT.target(step, 100, 0.6) for step in range(100)]
+    assert targets[0] == pytest.approx(0.992) and targets[49:] == pytest.approx([0.6] * 51)
+    rates = [DEFAULT.learning_rate(step, 100, 1.0) for step in range(101)]
+    assert rates[0] == 0.2 and rates[4] == rates[5] == 1 and rates[100] == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence"])
+def test_the_model_writes_text_to_learn_from(granularity, tiny, samples):
+    """The dense model's own, the same for the same seed, and none of what is calibrated on."""
+    model = Llama.from_pretrained(tiny)
+    held, own = own_text(model, choose("default", granularity), samples, seed=3)
+    again, same = own_text(model, choose("default", granularity), samples, seed=3)
+    assert torch.equal(held, again) and own == same and held.shape == (24, 256)
+    assert sum(len(s.ids) for s in own) == 72 * 256 and all(all(s.answer) for s in own)
+    answer = sum(sum(s.answer) for s in samples) // len(samples)
+    assert max(len(s.ids) for s in own) == (256 if granularity == "attn_token" else answer)
+    texts = [tuple(row.tolist()) for row in held] + [tuple(s.ids) for s in own]
+    assert len(set(texts)) == len(texts)
+    held, own = own_text(model, choose("default", granularity, loss="ce"), samples, seed=3)
+    assert own is None and held.shape == (24, 256)
+    assert own_text(model, PAPER, samples, seed=3) == (None, None)
+
+
+def test_the_price_settles_where_demand_meets_the_target():
+    """Capacity that falls as the price rises, with noise: the target is met, at the price that meets it."""
+    price, noise = Price(2.0), torch.Generator().manual_seed(0)
+    used = []
+    for _ in range(300):
+        used.append(1 - 0.1 * price.level + 0.01 * float(torch.randn((), generator=noise)))
+        price.update(used[-1] - 0.7)
+        assert price.now >= 0 and price.level >= 0
+    assert sum(used[-50:]) / 50 == pytest.approx(0.7, abs=0.005) and price.level == pytest.approx(3, abs=0.1)
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence", "block_token"])
+def test_calibration_tells_which_threshold_gives_a_capacity(granularity, tiny, samples):
+    model = Llama.from_pretrained(tiny)
+    add_routers(model, granularity)
+    open_gates_at_random(model)
+    text = torch.randint(0, 320, (24, 256), generator=torch.Generator().manual_seed(1))
+    table = sorted(calibrate(model, samples, text, 0.6, 800))
+    used = [capacity for _, capacity in table]
+    assert used == sorted(used, reverse=True) and used[0] > 0.6 > used[-1]
+    best = min(table, key=lambda pair: abs(pair[1] - 0.6))
+    assert abs(best[1] - 0.6) < (0.05 if granularity.endswith("token") else 0.15)
+    assert {gate.threshold for gate in routers(model).values()} == {best[0]}
+    if granularity == "attn_token":  # by brute force: answers' tokens, both kinds of text with equal weight
+        shares = []
+        for kind in samples[:24], pieces(text, 256):
+            decisions = []
+            for s in kind:
+                with trace(model) as gates, torch.no_grad():
+                    model(torch.tensor([s.ids]))
+                scored = [t for t in range(len(s.ids) - 1) if s.answer[t + 1]]
+                decisions += [is_open[0, t] for (is_open,) in gates.values() for t in scored]
+            shares.append(float(torch.stack(decisions).float().mean()))
+        assert best[1] == pytest.approx(sum(shares) / 2, abs=1e-3)

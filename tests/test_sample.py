@@ -1,0 +1,46 @@
+"""sample.py on a tiny model: what it prints and draws, and what it refuses."""
+import pytest
+import torch
+
+import sample
+from model import Llama
+from router import GRANULARITIES
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_sample_draws_what_was_skipped(granularity, tiny, call, router_file):
+    status, said = call(sample.main, "the quick", "--model", tiny, "--dtype", "float32",
+                        "--max-new-tokens", 12, "--routers", router_file(granularity))  # fmt: skip
+    assert status == 0 and "--- dense" in said and "--- routed" in said and "overall capacity" in said
+    if granularity.endswith("token"):
+        lines = [line for line in said.splitlines() if line[:5].strip().isdigit()]
+        rows = [line[5:] for line in lines if set(line[5:]) <= {*"█·"}]
+        assert len(rows) % 4 == 0 and set(rows[0]) == {"█"}
+        drawn = "".join(rows)
+        share = float(said.split("overall capacity ")[1].split(",")[0])
+        assert drawn.count("█") / len(drawn) == pytest.approx(share, abs=0.001)
+    else:
+        marks = said.split("has no router)\n\n")[1].split("\n")[0]
+        assert len(marks) == 4 and marks[0] == "=" and set(marks[1:]) <= set("█·")
+
+
+def test_sample_without_routers_is_the_greedy_continuation(tiny, call):
+    from tokenizer import Tokenizer
+
+    tok, model = Tokenizer.from_pretrained(tiny), Llama.from_pretrained(tiny)
+    ids = torch.tensor([[tok.bos_id] * (tok.bos_id is not None) + tok.encode("def f(x)")])
+    expected = tok.decode(t for t in model.generate(ids, 12)[0, ids.shape[1]:].tolist() if t != tok.eos_id)
+    status, said = call(sample.main, "def f(x)", "--plain", "--model", tiny, "--dtype", "float32",
+                        "--max-new-tokens", 12)  # fmt: skip
+    assert status == 0 and expected.split("<|im_end|>")[0].strip("\ufffd\n ")[:8] in said
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["", "--plain"], "empty"), (["hi", "--max-new-tokens", 0], "max_new_tokens"),
+    (["hi", "--max-new-tokens", 600], "context of 512"), (["hi", "--temperature", -1], "--temperature"),
+    (["hi", "--top-k", 0], "--top-k"),
+    (["hi", "--capacity", 0.5], "--routers"), (["hi", "--routers", "/nowhere"], "missing"),
+])  # fmt: skip
+def test_sample_refuses(arguments, named, tiny, call):
+    status, said = call(sample.main, *arguments, "--model", tiny)
+    assert status == 1 and named in said
