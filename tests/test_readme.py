@@ -1,11 +1,9 @@
-"""What the README promises: its commands, its example of a fork, its links."""
+"""What the README promises: its commands, its forks, its links."""
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-
-from test_train_router import arguments  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -16,19 +14,27 @@ def test_setup_commands_are_one_line_each():
         assert re.search(rf"^pip install -r \S+ && {re.escape(end)}$", README, re.M)
 
 
-def test_the_fork_runs(arguments, tmp_path):  # noqa: F811
-    code = re.search(r'```python\n("""Sequence-level gates.*?)```', README, re.S)[1]
-    assert len(code.splitlines()) <= 20
-    (tmp_path / "last_token.py").write_text(code)
-    command = [sys.executable, tmp_path / "last_token.py", *map(str, arguments)]
-    command += ["--granularity", "attn_sequence"]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""})
-    assert done.returncode == 0, done.stderr
-    assert "perplexity" in done.stdout
+def test_the_fork_runs(arguments, tmp_path):
+    """A gate of its own, tuned and evaluated; scripts that do not know it refuse its file by name."""
+    def run(*command):
+        command = [sys.executable, *map(str, command)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    fork, tiny = ROOT / "examples" / "last_token.py", arguments[1]
+    done = run(fork, "train_router", *arguments, "--granularity", "attn_sequence")
+    assert done.returncode == 0 and "perplexity" in done.stdout, done.stderr
+    flags = ["--model", tiny, "--routers", tmp_path / "out" / "routers.safetensors", "--tasks", "rte",
+             "--limit", 2, "--data-dir", ROOT / "data" / "questions"]
+    done = run(fork, "eval", *flags)
+    assert done.returncode == 0 and "routed" in done.stdout, done.stderr
+    done = run(ROOT / "eval.py", *flags)
+    assert done.returncode == 1 and "'last_token'" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = run(fork, "train_router", *arguments)                     # tokens have no prompt to read
+    assert done.returncode == 1 and "sequence" in done.stderr and "Traceback" not in done.stderr
+    assert run(fork).returncode == 1
 
 
 def test_links_lead_somewhere():
-    for name in "README.md", "data/README.md", "routers/README.md":
+    for name in "README.md", "data/README.md", "routers/README.md", "docs/METHOD.md", "docs/RESULTS.md":
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text("utf-8")):
             assert target.startswith("https://arxiv.org/") or ((ROOT / name).parent / target).exists(), target
 
