@@ -1,5 +1,4 @@
-"""MindSkip: a Llama whose sublayers stand behind gates, after "Router-Tuning" (He et al., EMNLP 2025, arXiv
-2410.13184).
+"""MindSkip: a Llama whose sublayers stand behind gates, after Router-Tuning (EMNLP 2025, arXiv 2410.13184).
 
     s = sigmoid(w . pool(norm(x)) + b)      the score, float32
     g = 1 if s >= threshold else 0          the gate
@@ -17,8 +16,7 @@ its gate, so that gradients reach w and b. `model.eval()` does not compute what 
     mlp_sequence      the MLP, for a whole sequence       (it has none)
     mlp_token         the MLP, for one token              (it has none)
 
-The gate of a sequence reads the mean over its prompt, so that it is known before the first token is
-generated, and it holds for all generated tokens.
+The gate of a sequence reads the mean over its prompt, and holds for all tokens that are generated after it.
 """
 import json
 from contextlib import contextmanager
@@ -74,8 +72,7 @@ def straight_through(score, threshold):
     return (score >= threshold).to(score.dtype) + (score - score.detach())
 
 
-def closed(score, ctx):
-    """An override that closes every gate."""
+def closed(score, ctx):      # an override that closes every gate
     return torch.zeros_like(score)
 
 
@@ -263,7 +260,7 @@ def dense(model):
 
 @contextmanager
 def trace(model):
-    """Within it decisions are kept: yields {layer: [one bool tensor per forward pass, (B,) or (B, T)]}."""
+    """Within it decisions are kept: {layer: [one bool tensor per forward pass, (B,) or (B, T)]}."""
     skips = routers(model)
     for skip in skips.values():
         skip.trace = []
@@ -313,8 +310,7 @@ def remove_routers(model):
 
 # -------------------------------------------------------------------------------------------------- capacity
 def overall_capacity(shares, n_layer):
-    """The mean over n_layer layers of the share that runs: `shares`, a list, of the routed layers, and 1 for
-    the others."""
+    """The mean over n_layer layers of the share that runs: `shares` in routed layers, 1 in the others."""
     return (sum(shares) + n_layer - len(shares)) / n_layer
 
 
@@ -332,8 +328,8 @@ def open_shares(model):
 
 
 def capacity(model, routed=False):
-    """Overall capacity: the share of the sublayers, of the kind that has routers, that ran in the last
-    forward pass (after `generate`: since its prompt). routed=True counts only layers with a router."""
+    """Overall capacity: the share of the routed kind of sublayers that ran in the last forward pass (after
+    `generate`: since its prompt). routed=True counts only layers with a router."""
     shares = open_shares(model)
     n_layer = len(shares) if routed and shares else model.config.n_layer
     return float(torch.as_tensor(overall_capacity(shares, n_layer)).detach())
