@@ -13,6 +13,7 @@ or all of the model's with its routers, as Mixture of Depths does, which are the
 import json
 import math
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -183,7 +184,11 @@ def check(args, n_layer):
 
 def read_data(args, tok, context):
     """(training samples, held-out samples)."""
-    samples, n_cut = read_samples(args.data, tok, context)
+    forms = Counter()
+    samples, n_cut = read_samples(args.data, tok, context, forms)
+    if forms:
+        counts = ", ".join(f"{n} of the form {form!r}" for form, n in forms.items())
+        print(f"{args.data}: records read: {counts}", file=sys.stderr)
     if n_cut:
         print(f"{n_cut} samples were cut to the context of {context} tokens", file=sys.stderr)
     if len(samples) < 2:

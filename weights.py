@@ -85,7 +85,7 @@ def reason(error):
 def read_json(path):
     """The object in a JSON file. InputError where it is missing, unreadable or something else."""
     try:
-        value = json.loads(Path(path).read_text("utf-8"))
+        value = json.loads(Path(path).read_text("utf-8-sig"))
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({reason(e)})") from None
     if not isinstance(value, dict):
@@ -166,7 +166,7 @@ class Folder:
         if (self.path / "tokenizer_config.json").exists():
             found["config"] |= read_json(self.path / "tokenizer_config.json")
         if (self.path / "chat_template.jinja").exists():
-            found["config"]["chat_template"] = (self.path / "chat_template.jinja").read_text("utf-8")
+            found["config"]["chat_template"] = (self.path / "chat_template.jinja").read_text("utf-8-sig")
         if (self.path / "tokenizer.json").exists():
             return found | {"json": read_json(self.path / "tokenizer.json")}
         if (self.path / "tokenizer.model").exists():

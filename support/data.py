@@ -1,5 +1,6 @@
 """Files to what a model reads: instructions (Alpaca), chats and plain text to samples and batches."""
 import json
+from collections import Counter
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -21,14 +22,15 @@ class Sample:
     prompt: int             # tokens before the first answer
 
 
-def read_samples(path, tok, context):
-    """Samples of an Alpaca JSON or JSONL file, chat JSONL ("messages"), text JSONL ("text") or plain text.
+def read_samples(path, tok, context, forms=None):
+    """Samples of a JSON or JSONL file of instructions, chats or texts (see FORMS), or of plain text.
 
-    Returns (samples, how many were cut to `context` tokens). InputError names the line or the field that is
-    wrong.
+    Returns (samples, how many were cut to `context` tokens); forms: a Counter to which the number of records
+    in each form is added. InputError names the line or the field that is wrong.
     """
+    forms = Counter() if forms is None else forms
     try:
-        text = Path(path).read_text("utf-8")
+        text = Path(path).read_text("utf-8-sig")
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None
     except UnicodeDecodeError:
@@ -39,7 +41,9 @@ def read_samples(path, tok, context):
         return plain_samples(text, tok, min(PLAIN_PIECE, context)), 0
     samples, cut = [], 0
     for where, record in records(text, path):
-        for sample in sample_of(record, where, tok, context):
+        form, record_samples = sample_of(record, where, tok, context)
+        forms[form] += 1
+        for sample in record_samples:
             cut += len(sample.ids) > context
             sample = Sample(sample.ids[:context], sample.answer[:context], min(sample.prompt, context))
             if any(sample.answer):
@@ -63,29 +67,64 @@ def records(text, path):
                 raise InputError(f"{path}, line {i}: not valid JSON ({e})") from None
 
 
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}      # what "conversations" call them
+FORMS = {     # name: the fields that tell it, the first that a record has all of
+    "chat": ["messages"], "conversations": ["conversations"], "instruction": ["instruction"],
+    "prompt": ["prompt", "completion"], "context": ["context", "response"], "text": ["text"]}
+
+
 def sample_of(record, where, tok, context):
-    """The samples of one record: one for a chat or an instruction, as many as needed for a text."""
-    def field(of, name, kind=str):
-        if not isinstance(of, dict) or not isinstance(of.get(name), kind):
-            raise InputError(f"{where}: lacks the field {name!r}, or it is not a {kind.__name__}")
-        return of[name]
-    if isinstance(record, dict) and "text" in record:
-        return plain_samples(field(record, "text"), tok, min(PLAIN_PIECE, context))
-    if isinstance(record, dict) and "messages" in record:
-        messages = [{"role": field(m, "role"), "content": field(m, "content")}
-                    for m in field(record, "messages", list)]
-        if not any(m["role"] == "assistant" for m in messages):
-            raise InputError(f"{where}: none of its messages has the role 'assistant'")
-        while messages[-1]["role"] != "assistant":
-            messages.pop()
-    else:
-        question = field(record, "instruction")
-        if record.get("input"):
-            question += "\n\n" + field(record, "input")
-        messages = [{"role": "user", "content": question},
-                    {"role": "assistant", "content": field(record, "output")}]
+    """(the form of a record, its samples): one for a chat or an instruction, as many as needed for a text."""
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: lacks the field 'instruction'; it is not a JSON object")
+    record = {key: value for key, value in record.items() if value is not None}     # null: absent
+    form = next((form for form, fields in FORMS.items() if record.keys() >= {*fields}), "instruction")
+    if form == "text":
+        return form, plain_samples(field(record, "text", where), tok, min(PLAIN_PIECE, context))
+    messages = messages_of(record, form, where)
+    if not any(m["role"] == "assistant" for m in messages):
+        raise InputError(f"{where}: none of its messages has the role 'assistant'")
+    while messages[-1]["role"] != "assistant":
+        messages.pop()
     ids, answer = tok.encode_chat(messages)
-    return [Sample(ids, answer, max(answer.index(True), 1))]
+    return form, [Sample(ids, answer, max(answer.index(True), 1))]
+
+
+def field(record, name, where, kind=str):
+    """A field of a record, of the right kind; text may be a list of parts {"type": "text", "text": ...}."""
+    value = record.get(name) if isinstance(record, dict) else None
+    if kind is str and isinstance(value, list):
+        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+                 for part in value]
+        if not all(isinstance(part, str) for part in parts):
+            raise InputError(f"{where}: a part of {name!r} is not text; only text is learned from")
+        return "".join(parts)
+    if not isinstance(value, kind):
+        raise InputError(f"{where}: lacks the field {name!r}, or it is not a {kind.__name__}")
+    return value
+
+
+def messages_of(record, form, where):
+    """A record as a chat, [{"role", "content"}, ...]."""
+    if form in ("chat", "conversations"):
+        role, content = ("role", "content") if form == "chat" else ("from", "value")
+        messages = []
+        for m in field(record, "messages" if form == "chat" else "conversations", where, list):
+            name = field(m, role, where)
+            if m.get("tool_calls") or name in ("tool", "function", "function_call"):
+                raise InputError(f"{where}: has tool calls, which are not supported; take such chats out")
+            messages.append({"role": ROLES.get(name, name), "content": field(m, content, where)})
+        return messages
+    if form == "instruction":                                            # Alpaca, or Dolly
+        dolly = "output" not in record and "response" in record
+        extra, answer = ("context", "response") if dolly else ("input", "output")
+        question = field(record, "instruction", where)
+        if record.get(extra):
+            question += "\n\n" + field(record, extra, where)
+    else:
+        question, answer = field(record, FORMS[form][0], where), FORMS[form][1]
+    answer = field(record, answer, where)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def plain_samples(text, tok, piece):

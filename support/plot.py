@@ -18,7 +18,7 @@ from weights import InputError
 def read(path):
     """What a script wrote: a list of steps of a run, or the scores of an evaluation."""
     try:
-        text = Path(path).read_text("utf-8")
+        text = Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read ({e})") from None
     found = [record for _, record in records(text, path)]

@@ -87,7 +87,7 @@ def read_split(name, split, data_dir):
     if data_dir:
         path = Path(data_dir) / name / f"{split}.jsonl"
         try:
-            return list(records(path.read_text("utf-8"), path)) if path.exists() else None
+            return list(records(path.read_text("utf-8-sig"), path)) if path.exists() else None
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(f"{path}: cannot be read ({e})") from None
     try:

@@ -1,5 +1,6 @@
 """Files to samples, samples to batches."""
 import json
+from collections import Counter
 from itertools import islice
 
 import pytest
@@ -73,6 +74,41 @@ def test_formats(tok, tmp_path):
     assert plain == same and len(plain) > 2
     assert text.startswith(tok.decode([i for s in plain for i in s.ids]))
     assert plain[0].answer == [False] * 64 + [True] * 192 and plain[0].prompt == 64
+
+
+def test_every_form_of_a_record(tok, tmp_path):
+    """The same chat in the forms that people have; `text` beside them is not taken for the sample."""
+    chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, chat[1] | {"tool_calls": None}]
+    records = [
+        {"messages": chat, "text": "other"}, {"messages": parts}, {"messages": chat, "instruction": None},
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "text": "x"},
+        {"instruction": "Q", "input": "", "output": "A", "text": "Below is an instruction: Q A"},
+        {"instruction": "Q", "input": None, "output": "A"},
+        {"instruction": "Q", "context": "", "response": "A"}, {"prompt": "Q", "completion": "A"}, {"context": "Q", "response": "A"},
+        {"text": None, "prompt": "Q", "completion": "A"}]
+    path, forms = tmp_path / "d.jsonl", Counter()
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8-sig")      # a BOM, too
+    samples, _ = read_samples(path, tok, 512, forms)
+    assert len(samples) == len(records) and all(sample == samples[0] for sample in samples)
+    assert tok.decode(samples[0].ids).count("Q") == 1
+    assert forms == {"chat": 3, "conversations": 1, "instruction": 3, "prompt": 2, "context": 1}
+    text = {"text": "word " * 200, "messages": None}
+    path.write_text(json.dumps(text), "utf-8-sig")
+    assert len(read_samples(path, tok, 512, forms)[0]) >= 1 and forms["text"] == 1
+
+
+@pytest.mark.parametrize("record, named", [
+    ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "line 1: has tool calls"),
+    ({"messages": [{"role": "tool", "content": "a"}]}, "tool calls"),
+    ({"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}, "line 1: a part of 'content'"),
+    ({"conversations": [{"from": "gpt"}]}, "'value'"), ({"prompt": "a"}, "'instruction'"),
+    ({"instruction": "a", "output": None}, "'output'"),
+])  # fmt: skip
+def test_records_that_are_refused(record, named, tok, tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=named):
+        read_samples(tmp_path / "d.jsonl", tok, 512)
 
 
 def test_pieces_of_text():
