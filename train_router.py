@@ -13,7 +13,6 @@ or all of the model's with its routers, as Mixture of Depths does, which are the
 import json
 import math
 import sys
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from recipe import RECIPES, Price, calibrate, choose, make_source, own_text
 from router import GATES, GRANULARITIES, add_routers, capacity, remove_routers, routers, save_routers
 from support.cli import check_at_least, common_arguments, device_and_dtype, parse_layers, run_script
 from support.data import DEFAULT_DATA, HELD_OUT, Batch, pack, read_samples
-from support.run import Run
+from support.run import Run, check_output
 from tokenizer import Tokenizer
 from weights import InputError
 
@@ -184,11 +183,7 @@ def check(args, n_layer):
 
 def read_data(args, tok, context):
     """(training samples, held-out samples)."""
-    forms = Counter()
-    samples, n_cut = read_samples(args.data, tok, context, forms)
-    if forms:
-        counts = ", ".join(f"{n} of the form {form!r}" for form, n in forms.items())
-        print(f"{args.data}: records read: {counts}", file=sys.stderr)
+    samples, n_cut = read_samples(args.data, tok, context)
     if n_cut:
         print(f"{n_cut} samples were cut to the context of {context} tokens", file=sys.stderr)
     if len(samples) < 2:
@@ -214,6 +209,7 @@ def report(result, recipe, args):
 
 def main():
     args = parse_arguments()
+    check_output(args.model, args.out)
     device, dtype = device_and_dtype(args.device, args.dtype)
     tok = Tokenizer.from_pretrained(args.model)
     model = Llama.from_pretrained(args.model, device, dtype)

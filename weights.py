@@ -94,17 +94,23 @@ def read_json(path):
 
 
 def write_file(path, data):
-    """Write bytes under a temporary name, then rename: `path` is its old self or the new one, whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write bytes under a temporary name, then rename: `path` is its old self or the new one, whole. A link
+    is followed, a mode is kept, and what is no regular file, a device or a pipe, is written to as it is."""
+    real = Path(os.path.realpath(path))
+    temporary = real.with_name(f".{real.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if real.exists() and not real.is_file():
+            real.write_bytes(data)
+            return
+        real.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as f:
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
-            os.replace(temporary, path)
+            if real.exists():
+                os.chmod(temporary, real.stat().st_mode & 0o7777)
+            os.replace(temporary, real)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as e:

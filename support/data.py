@@ -1,5 +1,6 @@
 """Files to what a model reads: instructions (Alpaca), chats and plain text to samples and batches."""
 import json
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -22,13 +23,12 @@ class Sample:
     prompt: int             # tokens before the first answer
 
 
-def read_samples(path, tok, context, forms=None):
+def read_samples(path, tok, context):
     """Samples of a JSON or JSONL file of instructions, chats or texts (see FORMS), or of plain text.
 
-    Returns (samples, how many were cut to `context` tokens); forms: a Counter to which the number of records
-    in each form is added. InputError names the line or the field that is wrong.
+    Returns (samples, how many were cut to `context` tokens), and prints how many records were read in which
+    form. InputError names the line or the field that is wrong.
     """
-    forms = Counter() if forms is None else forms
     try:
         text = Path(path).read_text("utf-8-sig")
     except OSError as e:
@@ -39,7 +39,7 @@ def read_samples(path, tok, context, forms=None):
         raise InputError(f"{path}: {'binary' if text.strip() else 'empty'}; give JSON, JSONL or plain text")
     if text.lstrip()[0] not in "[{":
         return plain_samples(text, tok, min(PLAIN_PIECE, context)), 0
-    samples, cut = [], 0
+    samples, cut, forms = [], 0, Counter()
     for where, record in records(text, path):
         form, record_samples = sample_of(record, where, tok, context)
         forms[form] += 1
@@ -48,6 +48,8 @@ def read_samples(path, tok, context, forms=None):
             sample = Sample(sample.ids[:context], sample.answer[:context], min(sample.prompt, context))
             if any(sample.answer):
                 samples.append(sample)
+    counts = ", ".join(f"{n:,} as {form}" for form, n in forms.items())
+    print(f"{path}: records read: {counts}", file=sys.stderr)
     return samples, cut
 
 

@@ -11,6 +11,13 @@ from tqdm import tqdm
 from weights import InputError, open_safetensors, write_file
 
 
+def check_output(model, out):
+    """Refuse a folder `out` in which a run would write over the model that it reads."""
+    source, target = Path(model).expanduser().resolve(), Path(out).resolve()
+    if source in (target, target / "model"):
+        raise InputError(f"--out {out}: the run would write over its model, {model}; choose another folder")
+
+
 class Run:
     """A folder, args.out, with metrics.jsonl and checkpoint.safetensors.
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,6 +231,19 @@ def test_a_price_moves_once_a_step_by_the_mean_of_its_batches(tiny, monkeypatch)
 def test_refusals_are_one_sentence(more, named, arguments, call):
     status, said = call(main, *arguments, *more)
     assert status == 1 and named in said and is_one_sentence(said)
+
+
+@pytest.mark.parametrize("out", ["", "/model/..", "/../link"])
+def test_a_run_does_not_write_over_its_model(out, arguments, call, tiny, tmp_path):
+    """--out is the model's folder, or holds it as model/, by whatever path."""
+    (tmp_path / "o").mkdir()
+    shutil.copytree(tiny, tmp_path / "o" / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "o" / "model")
+    model, out = tmp_path / "o" / "model", str(tmp_path / "o") + out
+    before = {path: path.read_bytes() for path in model.iterdir()}
+    status, said = call(main, *arguments, "--model", model, "--out", out, "--train", "all")
+    assert status == 1 and "write over its model" in said and is_one_sentence(said)
+    assert {path: path.read_bytes() for path in model.iterdir()} == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -1,8 +1,10 @@
 """Files: what is refused, with which words, and what survives."""
 
 import json
+import os
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 import zipfile
@@ -323,3 +325,40 @@ def test_converted_once_and_the_same_as_the_gguf(smollm2):
     assert folder.names == gguf_file.names
     for name in "model.embed_tokens.weight", "model.layers.29.self_attn.k_proj.weight", "model.norm.weight":
         assert torch.equal(folder.tensor(name), gguf_file.tensor(name))
+
+
+# ------------------------------------------------------------------------------------------------- write_file
+
+
+def test_a_link_is_followed_and_a_mode_kept(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    write_file(link, b"new")
+    assert link.is_symlink() and target.read_text() == "new" and target.stat().st_mode & 0o777 == 0o600
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "later" / "there")
+    write_file(dangling, b"made")
+    assert dangling.is_symlink() and (tmp_path / "later" / "there").read_text() == "made"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_device_stays_a_device(tmp_path):
+    node = tmp_path / "null"
+    try:
+        os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("only root may make a device node")
+    write_file(node, b"gone")
+    assert stat.S_ISCHR(node.stat().st_mode)
+    with pytest.raises(InputError, match="cannot be written"):
+        write_file(tmp_path, b"a folder")
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
+    write_file(pipe, b"through")
+    assert reader.communicate(timeout=20)[0] == b"through" and stat.S_ISFIFO(pipe.stat().st_mode)
