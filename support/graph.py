@@ -46,7 +46,8 @@ def stepper(model, cache, rows):
         return
     open_rows = getattr(cache, "open_rows", {})
     decisions = tuple((gate, tuple(indices.tolist())) for gate, indices in open_rows.items())
-    key = (model.embed.weight.data_ptr(), rows, cache.max_tokens, decisions)
+    model.angles_of(slice(0), cache.max_tokens)                 # makes all that the steps will need
+    key = (model.embed.weight.data_ptr(), model.angles[0].data_ptr(), rows, cache.max_tokens, decisions)
     graphs = graphs_of.setdefault(model, {})
     replay = graphs.pop(key, None) or Replay(model, cache, rows)
     graphs[key] = replay
@@ -74,6 +75,7 @@ class Replay:
         self.cache = copy.copy(cache)                           # the same decisions
         self.cache.k, self.cache.v = [None] * len(cache.k), [None] * len(cache.v)
         copy_memory(self.cache, cache)
+        self.angles = model.angles                              # which the model replaces when it needs more
         self.token = torch.zeros(rows, dtype=torch.int64, device=model.embed.weight.device)
         self.positions = torch.zeros_like(self.token)
         self.x, self.replay = self.capture()

@@ -1,10 +1,11 @@
 """Replayed steps of generation, all but the capture itself."""
 import copy
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import write_tiny
+from conftest import TINY, write_tiny
 from test_router import LENGTHS, SEQUENCE, routed, tokens
 
 from model import Llama
@@ -35,6 +36,30 @@ def test_replayed_steps_give_the_same_tokens(granularity, family, tmp_path, monk
         assert torch.equal(model.generate(idx, 9, lengths=n), out)
     assert len(made) == (4 if granularity else 2)          # a graph for each pattern, or shape
     assert len(graph.graphs_of[model]) <= graph.KEPT_GRAPHS
+
+
+def test_a_graph_is_not_used_after_the_angles_that_it_reads_were_replaced(tmp_path, monkeypatch):
+    """40 + 8 tokens, 600 + 8, then 40 + 8 again: in between the model made longer tables of angles, and let
+    the first ones go. A graph keeps what it reads; it is captured anew where the model reads other tables."""
+    tables = []
+
+    class Eager(graph.Replay):
+        def capture(self):
+            tables.append(weakref.ref(self.model.angles[0]))
+            x = self.step()
+            return x, lambda: x.copy_(self.step())
+
+    monkeypatch.setitem(TINY, "max_position_embeddings", 2048)
+    write_tiny(tmp_path)
+    monkeypatch.setattr(graph, "Replay", Eager)
+    monkeypatch.setattr(graph, "can_replay", lambda model: True)
+    model, replays = Llama.from_pretrained(tmp_path), []
+    for length in 40, 600, 40, 40:
+        model.generate(torch.randint(0, 320, (1, length)), 8)
+        replays.append(list(graph.graphs_of[model].values())[-1])
+    assert len(tables) == 3 and replays[2] is replays[3]
+    assert replays[0].angles[0] is not model.angles[0] and replays[2].angles[0] is model.angles[0]
+    assert all(table() is not None for table in tables)        # alive as long as their graphs are kept
 
 
 def test_only_steps_without_decisions_are_replayed_and_only_on_cuda(tiny):
