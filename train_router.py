@@ -205,6 +205,8 @@ def report(result, recipe, args):
     for layer, share in result["keep"].items():
         print(f"{layer:4d} {'█' * round(40 * share):40} {share:.3f}")
     print(f"\n{Path(args.out) / 'routers.safetensors'}")
+    if recipe.train == "all":
+        print(f"{Path(args.out) / 'model'}: the model they were trained with")
 
 
 def main():
@@ -238,11 +240,10 @@ def main():
     groups = (Batch.of(group, device) for group in pack(test_set, args.tokens))
     result = losses.evaluate(model, groups, teacher)
     save_routers(model, path, calibration, command=args.command, held_out=json.dumps(result))
-    report(result, recipe, args)
     if recipe.train == "all":
         remove_routers(model)
         model.save_pretrained(Path(args.out) / "model", args.model)
-        print(f"{Path(args.out) / 'model'}: the model they were trained with")
+    report(result, recipe, args)
 
 
 if __name__ == "__main__":

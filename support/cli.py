@@ -1,6 +1,7 @@
 """What all scripts have in common: flags, the device, and how they end."""
 import argparse
 import ctypes
+import os
 import sys
 
 import torch
@@ -94,10 +95,17 @@ def keep_freed_memory():
 
 
 def run_script(name, main):
-    """main(), with bad input told in one sentence and exit status 1, and Ctrl-C without a traceback."""
+    """main(), with bad input told in one sentence and exit status 1, and Ctrl-C without a traceback. What the
+    terminal's encoding lacks is printed as ?; a reader that goes away, as `head` does, ends the script."""
     keep_freed_memory()
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # for what Python flushes at exit
     except InputError as e:
         sys.exit(f"{name}: {e}")
     except KeyboardInterrupt:
