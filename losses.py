@@ -50,7 +50,7 @@ def two_passes(model, batch, teacher=None):
     `teacher` (None without one). A model can be its own teacher: what lies below its first router then serves
     both."""
     all_train = model.embed.weight.requires_grad                     # all weights, not only the routers'
-    first = 0                                                        # below: no router, no gradient
+    first = 0                                                        # layers below run once, for both passes
     if not all_train and (teacher is None or teacher is model):
         first = min(routers(model), default=len(model.layers))
     ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
@@ -68,9 +68,9 @@ def backward(model, batch, loss, weight=1.0, penalty=None, teacher=None):
     """Add the gradients of a batch to what trains; returns `weight` times the sum of its tokens' losses, a
     tensor.
 
-    loss: a name in LOSSES. penalty: a function without arguments, called after the forward pass, whose
-    result, a number of the routers' shares, is added to what is differentiated. teacher: the dense model, if
-    not the model.
+    loss: a name in LOSSES. penalty: a function without arguments, called after the forward pass; its result,
+    a scalar computed from the gates, is differentiated too, but is not in what is returned. teacher: the
+    dense model, if not the model.
     """
     teacher = teacher or model
     x, reference = two_passes(model, batch, teacher if reads_dense(loss) else None)
@@ -113,16 +113,16 @@ class Usage:
 
 
 @torch.no_grad()
-def evaluate(model, groups, teacher=None):
+def evaluate(model, batches, teacher=None):
     """Dense and routed loss and KL(dense || routed) in nats per token, capacity, and how often each layer
     ran.
 
-    groups: an iterable of batches; the model skips (it is set to eval mode).
+    batches: an iterable of Batch; the model skips (it is set to eval mode).
     """
     model.eval()
     teacher = teacher or model
     sums, tokens, usage = torch.zeros(3, dtype=torch.float64), 0, Usage(model)
-    for batch in groups:
+    for batch in batches:
         x, reference = two_passes(model, batch, teacher)
         for start in range(0, len(x), CHUNK):
             chunk = slice(start, start + CHUNK)

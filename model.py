@@ -304,8 +304,8 @@ class Llama(nn.Module):
         return Context(cos=cos, sin=sin, cache=cache, lengths=ones, sizes=[1] * B, decoding=True, end=end)
 
     def ragged_context(self, cache, positions, end):
-        """The same where rows are at different positions (B,). They may be on the device alone: the host
-        needs only `end`, above all of them. So a captured step can be used again."""
+        """The same for any positions (B,), by a mask over the keys below `end`, which lies above all of them.
+        The host needs only `end`, so that support/graph.py can run one captured step at other positions."""
         window, B = self.config.sliding_window, len(positions)
         query, key = positions[:, None, None, None], torch.arange(end, device=positions.device)
         visible = key <= query                                                # (B, 1, 1, end)
@@ -334,8 +334,8 @@ class Llama(nn.Module):
                  on_token=None):
         """Continue each row of idx (B, T) by up to max_new_tokens; returns (B, T + max_new_tokens) token ids.
 
-        Row b is its prompt, lengths[b] tokens (default T), then its new tokens, then the first eos_id, or 0,
-        to the end. Rows stop at eos_id, one id or several, where given. temperature 0 takes the likeliest
+        Row b holds its prompt, lengths[b] tokens (default T), its new tokens, and padding: the first eos_id,
+        or 0. Rows stop at eos_id, one id or several, where given. temperature 0 takes the likeliest
         token; else tokens are sampled from the top_k likeliest (default: all). on_token, if given, is called
         with each step's tokens (B,). InputError where the result would not fit the context. The cache stays
         in `self.cache`, so that it can be measured.

@@ -60,7 +60,7 @@ class Recipe:
     clip: float | None                  # norm that gradients are clipped to
     steps: int | None = None            # None: as many as `epochs` need
     epochs: int = 1
-    samples: int | None = None          # samples per step; None: --accumulate batches of --tokens tokens
+    step_samples: int | None = None     # samples per step; None: --accumulate batches of --tokens tokens
     tokens_cpu: int = 512               # tokens per batch, where --tokens does not say
     tokens_cuda: int = 16384
     ramp: tuple = (0.5, 0.1)            # widths of the ramp in logits, first and last
@@ -92,7 +92,7 @@ PAPER = Recipe(
     name="paper", gate="unbiased", pool="all", loss="ce", train="routers", estimator="straight-through",
     penalty=excess_per_layer, price=0.0, moves_price=False, falls_until=0.0, own_text=False, calibrates=False,
     lr=1e-5, bias_lr=None, model_lr=1e-5, betas=(0.9, 0.999), warmup=0.03, final_lr=0.0, clip=1.0,
-    epochs=1, samples=64)
+    epochs=1, step_samples=64)
 
 DEFAULT = Recipe(
     name="default", gate="linear", pool="prompt", loss="kl", train="routers", estimator="ramp",
@@ -100,8 +100,8 @@ DEFAULT = Recipe(
     lr=0.002, bias_lr=None, model_lr=1e-5, betas=(0.9, 0.95), warmup=0.05, final_lr=0.02, clip=None,
     steps=160)
 
-# DEFAULT at sequence level: measured harm or, with another loss or all weights, routers that learn slowly,
-# but whose biases learn fast, so that the layers that close for every sequence are found first
+# DEFAULT elsewhere. At sequence level BY_HARM measures; SEQUENCE, for another loss or all weights, follows a
+# gradient, with fast biases, which first find the layers to close for all. ONLY_BIASES: --train bias, tokens
 BY_HARM = replace(DEFAULT, estimator="harm", steps=48, tokens_cpu=768, tokens_cuda=2048, lr=0.0003)
 SEQUENCE = replace(DEFAULT, lr=0.0003, bias_lr=0.02)
 ONLY_BIASES = replace(DEFAULT, bias_lr=0.02)
@@ -128,10 +128,9 @@ def choose(name, granularity, **values):
 def ramp(score, threshold, width):
     """A gate between 0 and 1, one half at the threshold: sigmoid((logit(score) - logit(threshold)) / width).
 
-    Why not a step: let closing a sublayer cost d. Between open and closed the loss is about (1 - g)^2 d. A
-    step sees its slope at the ends alone, 0 at g = 1 and -2 d at g = 0, and neither is the -d that opening it
-    really changes; half-way, where a wide ramp is, the slope is -d. A Concrete gate (arXiv 1611.00712)
-    without noise.
+    Why not a step: let closing a sublayer cost d. Between open and closed the loss is about (1 - g)^2 d. The
+    straight-through step sees its slope only at the ends, 0 at g = 1 and -2 d at g = 0. But opening the gate
+    changes the loss by -d, the slope half-way, where a wide ramp is. (A Concrete gate, without noise.)
     """
     return torch.sigmoid((torch.logit(score, 1e-6) - math.log(threshold / (1 - threshold))) / width)
 
@@ -179,8 +178,8 @@ def make_source(recipe, samples, texts, args, device):
     samples: of the training data, kind 0; texts: Samples that the model wrote, kind 1, or None; args: those
     of train_router.py.
     """
-    if recipe.samples:
-        steps, n_kinds = epochs(samples, recipe.samples, args.tokens, args.seed), 1
+    if recipe.step_samples:
+        steps, n_kinds = epochs(samples, recipe.step_samples, args.tokens, args.seed), 1
     else:
         kinds = [samples] if texts is None else [samples, texts]
         steps, n_kinds = alternating(kinds, args.tokens, args.accumulate, args.seed), len(kinds)
@@ -188,11 +187,11 @@ def make_source(recipe, samples, texts, args, device):
 
 
 @torch.no_grad()
-def answers_capacity(model, groups):
-    """Overall capacity on batches; where gates decide for tokens, on those of the answers alone. The words
-    before them, a template's in every sample, tell nothing of other text."""
+def answers_capacity(model, batches):
+    """Overall capacity on batches. Gates at token level are counted on answers alone: prompts begin with the
+    same template in every sample, and its gates say nothing about other text."""
     n_open = n_seen = 0
-    for batch in groups:
+    for batch in batches:
         ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
         with trace(model) as decisions:
             run_layers(model.layers, model.embed(batch.idx), ctx)
@@ -223,7 +222,7 @@ def calibrate(model, samples, texts, capacity, tokens):
     measured.
 
     samples: of the training data; texts: token ids (n, T) that the model wrote, with equal weight, since
-    other text opens other gates. First a grid of thresholds, then bisection. No head is needed.
+    other text opens other gates. First a grid of thresholds, then bisection. The head does not run.
     """
     model.eval()
     skips = list(routers(model).values())

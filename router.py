@@ -16,7 +16,8 @@ its gate, so that gradients reach w and b. `model.eval()` does not compute what 
     mlp_sequence      the MLP, for a whole sequence       (it has none)
     mlp_token         the MLP, for one token              (it has none)
 
-The gate of a sequence reads the mean over its prompt, and holds for all tokens that are generated after it.
+The gate of a sequence reads the mean over its prompt (pool="all": over the whole text) and holds from then
+on.
 """
 import json
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def straight_through(score, threshold):
     return (score >= threshold).to(score.dtype) + (score - score.detach())
 
 
-def closed(score, ctx):      # an override that closes every gate
+def closed(score, ctx):      # for MindSkip.override, see below: closes every gate
     return torch.zeros_like(score)
 
 
@@ -88,8 +89,9 @@ class MindSkip(nn.Module):
         self.estimator = straight_through    # (score, threshold) -> the gate in training, with its gradient
         self.override = None                 # (score, ctx) -> the scores to use instead: forces decisions
         self.bypass = False                  # True: the dense model; no score is computed
-        self.opened = self.seen = None       # how many gates were open, of how many, since the last prompt
+        self.opened = self.seen = None       # sum of the gates since the last prompt, and their number
         self.trace = None                    # a list: collects the decisions of every pass
+        self.train(sublayer.training)
 
     @property
     def attn(self):
@@ -192,7 +194,7 @@ class MindSkip(nn.Module):
 
 
 def open_rows(cache):
-    """{gate: indices of the rows whose prompt opened it}, carried by a generation's cache."""
+    """{MindSkip: indices of the rows whose prompt opened its gate}, carried by a generation's cache."""
     return vars(cache).setdefault("open_rows", {})
 
 
@@ -202,14 +204,14 @@ def select_rows(ctx, rows):
     def select(t):
         has_rows = t is not None and t.dim() in (1, 4) and len(t) > 1    # (B,), (B, 1, T, D) or (B, 1, T, S)
         return t[rows] if has_rows else t
-    names = "cos", "sin", "mask", "lengths", "prompt_lengths", "positions"
+    names = "cos", "sin", "mask", "lengths", "prompt_lengths", "positions"     # no sublayer reads the others
     return replace(ctx, **{name: select(getattr(ctx, name)) for name in names})
 
 
-def project(attn, h, rows):
-    """Some output rows of attn.qkv, a slice, as heads: (..., T, C) -> (..., heads, T, D)."""
-    bias = None if attn.qkv.bias is None else attn.qkv.bias[rows]
-    return split_heads(linear(h, attn.qkv.weight[rows], bias), attn.head_dim)
+def project(attn, h, outputs):
+    """Some outputs of attn.qkv, a slice, as heads: (..., T, C) -> (..., heads, T, D)."""
+    bias = None if attn.qkv.bias is None else attn.qkv.bias[outputs]
+    return split_heads(linear(h, attn.qkv.weight[outputs], bias), attn.head_dim)
 
 
 def keys_values(attn, h, ctx):
@@ -237,12 +239,8 @@ def queries(attn, h, ctx, at):
 # --------------------------------------------------------------------------------------------- a routed model
 def routers(model):
     """{layer: its MindSkip} of a model, in order."""
-    skips = {}
-    for i, layer in enumerate(model.layers):
-        for module in layer.modules():
-            if isinstance(module, MindSkip):
-                skips[i] = module
-    return skips
+    modules = ((i, module) for i, layer in enumerate(model.layers) for module in layer.modules())
+    return {i: module for i, module in modules if isinstance(module, MindSkip)}
 
 
 @contextmanager
@@ -284,8 +282,8 @@ def add_routers(model, granularity="attn_token", layers="all", threshold=0.5, po
     """Put a gate before a sublayer of each chosen layer; from then on only the routers' parameters train.
 
     granularity: one of GRANULARITIES; layers: see parse_layers; pool: see LinearGate; gate: a name in GATES;
-    kv: "all", closed tokens have keys and values. Routers that the model had are replaced. Returns the model.
-    InputError names a value that is not one of these.
+    kv: "all", the only value yet: closed tokens have keys and values. Routers that the model had are
+    replaced. Returns the model. InputError names a value that is not one of these.
     """
     for name, value, known in (("granularity", granularity, GRANULARITIES), ("pool", pool, ("prompt", "all")),
                                ("gate", gate, GATES), ("kv", kv, ("all",))):
@@ -297,8 +295,7 @@ def add_routers(model, granularity="attn_token", layers="all", threshold=0.5, po
     part = granularity.split("_")[0]
     for i in chosen:
         sublayer = model.layers[i] if part == "block" else getattr(model.layers[i], part)
-        skip = MindSkip(sublayer, granularity, model.config.n_embd, threshold, pool, gate)
-        place(model, i, part, skip.train(model.training))
+        place(model, i, part, MindSkip(sublayer, granularity, model.config.n_embd, threshold, pool, gate))
     return model
 
 
@@ -320,7 +317,7 @@ def routed_share(capacity, n_routed, n_layer):
 
 
 def open_shares(model):
-    """[each routed layer's share of open gates] since the last prompt; in training differentiable."""
+    """[each routed layer's mean gate] since the last prompt: in training soft, with its gradient."""
     skips = routers(model).values()
     if any(skip.seen is None for skip in skips):
         raise RuntimeError("capacity: run the model first; it tells what its last forward pass did")

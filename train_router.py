@@ -32,9 +32,9 @@ from weights import InputError
 
 # ------------------------------------------------------------------------------------------------------- loop
 def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
-    """Tune by gradient. source: for each step a list of (kind of text, Batch), each of the n_kinds with a
-    price of its own; run: a Run, which says what steps remain and keeps what they give; teacher: see
-    losses.backward."""
+    """Tune by gradient. source: for each step a list of (kind of text, Batch); each of the n_kinds has a
+    price of its own, and a step pays the mean over its batches. run: a Run, which says what steps remain and
+    keeps what they give; teacher: see losses.backward."""
     optimizer = make_optimizer(model, recipe)
     prices = [Price(recipe.price, recipe.moves_price) for _ in range(n_kinds)]
     if run.checkpoint:
@@ -63,7 +63,7 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for price, measured in zip(prices, capacities):
-            if measured:
+            if measured:                             # a step need not hold every kind
                 price.update(mean(measured) - target)
 
         run.log(step, loss=float(loss), target=target, capacity=mean(sum(capacities, [])),
@@ -129,7 +129,7 @@ def parse_arguments():
     p.add_argument("--out", default="out", help="folder for the routers, metrics.jsonl and the checkpoint")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--tokens", type=int, help="tokens per batch (default: the recipe's, 512 on a CPU)")
-    p.add_argument("--accumulate", type=int, default=1, help="batches per step, if the recipe has no samples")
+    p.add_argument("--accumulate", type=int, default=1, help="batches per step, not with --recipe paper")
     p.add_argument("--held-out", type=int, default=HELD_OUT, help="last samples of --data, for the table")
     p.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
     p.add_argument("--recipe", default="default", choices=RECIPES, help="the flags below replace its values")
@@ -161,7 +161,7 @@ def make_recipe(args, n_samples, device):
     for key in keys:
         setattr(args, key, getattr(recipe, key))
     args.penalty = recipe.price
-    args.steps = recipe.steps or recipe.epochs * math.ceil(n_samples / recipe.samples)
+    args.steps = recipe.steps or recipe.epochs * math.ceil(n_samples / recipe.step_samples)
     args.tokens = args.tokens or (recipe.tokens_cuda if device.type == "cuda" else recipe.tokens_cpu)
     return recipe
 
@@ -237,8 +237,8 @@ def main():
     calibration = []
     if recipe.calibrates:
         calibration = calibrate(model, train_set, calibration_texts, args.capacity, 2 * args.tokens)
-    groups = (Batch.of(group, device) for group in pack(test_set, args.tokens))
-    result = losses.evaluate(model, groups, teacher)
+    batches = (Batch.of(group, device) for group in pack(test_set, args.tokens))
+    result = losses.evaluate(model, batches, teacher)
     save_routers(model, path, calibration, command=args.command, held_out=json.dumps(result))
     if recipe.train == "all":
         remove_routers(model)

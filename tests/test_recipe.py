@@ -117,7 +117,8 @@ def test_the_papers_gradient_and_step_against_float64(granularity, tiny, samples
 
 def test_the_papers_values():
     assert (PAPER.loss, PAPER.gate, PAPER.pool, PAPER.train) == ("ce", "unbiased", "all", "routers")
-    assert (PAPER.price, PAPER.moves_price, PAPER.samples, PAPER.epochs, PAPER.clip) == (0, False, 64, 1, 1.0)
+    assert (PAPER.price, PAPER.moves_price, PAPER.clip) == (0, False, 1.0)
+    assert (PAPER.step_samples, PAPER.epochs) == (64, 1)
     assert not PAPER.own_text and not PAPER.calibrates and PAPER.target(0, 100, 0.5) == 0.5
     assert PAPER.gate_estimator(0, 100) is straight_through
     rates = [PAPER.learning_rate(step, 100, PAPER.lr) for step in range(100)]
