@@ -167,25 +167,25 @@ class MindSkip(nn.Module):
 
     def run_tokens(self, x, ctx, h, is_open):
         """The sublayer on the open tokens of x (B, T, C) only; keys and values of all; h = norm(x)."""
-        B, T, C = x.shape
+        T, attn = x.shape[1], self.attn
         is_open = is_open.cpu()                                          # (B, T); the one wait for the device
         columns = [row[:n].nonzero().squeeze(1) for row, n in zip(is_open, ctx.sizes)]
         n_open = sum(map(len, columns))
         self.count(n_open, ctx)
         if n_open == sum(ctx.sizes):
             return self.run(x, ctx, h)
-        if self.attn:
-            k, v = keys_values(self.attn, h, ctx)
+        if attn:
+            k, v = keys_values(attn, h, ctx)
         if n_open == 0:
             return x
 
         at = torch.cat([row * T + row_columns for row, row_columns in enumerate(columns)]).to(x.device)
         open_x = x.flatten(0, 1).index_select(0, at)                     # (N, C), row after row
         open_h = h.flatten(0, 1).index_select(0, at)
-        if self.attn:
-            q = queries(self.attn, open_h, ctx, at)                      # (H, N, D)
+        if attn:
+            q = queries(attn, open_h, ctx, at)                           # (H, N, D)
             y = attention_of_some(q[None], k, v, columns, at, T, ctx.mask)[0]
-            open_x = open_x + self.attn.o(merge_heads(y))
+            open_x = open_x + attn.o(merge_heads(y))
         else:
             open_x = open_x + self.sublayer.update(open_h)
         if self.part == "block":
@@ -231,9 +231,10 @@ def queries(attn, h, ctx, at):
     if attn.q_norm:
         q = attn.q_norm(q)
     T = ctx.cos.shape[-2]
-    if ctx.cos.dim() == 2:                                                              # (T, D)
-        return rotate(q, ctx.cos[at % T], ctx.sin[at % T])
-    return rotate(q, ctx.cos[at // T, 0, at % T], ctx.sin[at // T, 0, at % T])          # (B, 1, T, D)
+    where = at % T                                                                      # of cos (T, D)
+    if ctx.cos.dim() == 4:                                                              # (B, 1, T, D)
+        where = at // T, 0, where
+    return rotate(q, ctx.cos[where], ctx.sin[where])
 
 
 # --------------------------------------------------------------------------------------------- a routed model

@@ -153,7 +153,6 @@ def attention_of_some(q, k, v, columns, at, T, mask=None):
     D).
     """
     S = k.shape[2]
-    position = (at % T + (S - T)).int()
     y, done = torch.empty_like(q), 0
     for row, row_columns in enumerate(columns):
         for chunk in row_columns.split(CHUNK) if len(row_columns) else ():
@@ -166,7 +165,8 @@ def attention_of_some(q, k, v, columns, at, T, mask=None):
                 bias = mask[row if len(mask) > 1 else 0, 0, chunk.to(q.device), :end]        # (n, end)
             elif n > 1:                                                  # all see the keys up to `first`
                 key = torch.arange(first + 1, end, device=q.device, dtype=torch.int32)
-                bias = additive_mask(key <= position[done:done + n, None], q.dtype)     # (n, end - first - 1)
+                position = (at[done:done + n, None] % T + (S - T)).int()
+                bias = additive_mask(key <= position, q.dtype)                          # (n, end - first - 1)
             here = slice(done, done + n)
             y[:, :, here] = attention(q[:, :, here], k[row:row + 1, :, :end], v[row:row + 1, :, :end], bias)
             done += n
