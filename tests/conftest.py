@@ -1,5 +1,5 @@
 """Tiny random models in public formats, written by `transformers` and `tokenizers`, not by this project."""
-
+import copy
 import json
 import os
 import random
@@ -7,32 +7,24 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from model import Llama
+from router import add_routers, routers, save_routers
+from support.cli import run_script
+from support.data import read_samples
+from tokenizer import Tokenizer
+from weights import fetch_smollm2
+
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-TINY = dict(
-    vocab_size=320,
-    hidden_size=48,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    initializer_range=0.2,
-    rms_norm_eps=1e-5,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-LLAMA3_ROPE = dict(
-    rope_type="llama3",
-    rope_theta=500000.0,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=64,
-)
+TINY = dict(vocab_size=320, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=6,
+            num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, rms_norm_eps=1e-5,
+            bos_token_id=1, eos_token_id=2)
+LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0,
+                   high_freq_factor=4.0, original_max_position_embeddings=64)
 FAMILIES = {
     "grouped queries": dict(),
     "one head each": dict(num_key_value_heads=6),
@@ -71,29 +63,19 @@ SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 def train_tokenizer(pattern=None, digits=False, specials=SPECIALS):
     """A small byte-level BPE tokenizer: GPT-2's pattern, SmolLM2's (digits), or one that is given."""
-    from tokenizers import Regex
-
-    tok = Tokenizer(models.BPE())
+    tok = tokenizers.Tokenizer(models.BPE())
     if pattern:
-        tok.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(pattern), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        tok.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     elif digits:
-        tok.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
+        tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                     pre_tokenizers.ByteLevel(add_prefix_space=False)])
     else:
         tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=specials,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tok.train_from_iterator(CORPUS, trainer)
     return tok
 
@@ -110,21 +92,15 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm2():
     """The folder of the real default model."""
-    from weights import fetch_smollm2
-
     return fetch_smollm2()
 
 
 @pytest.fixture
 def router_file(tiny, tmp_path):
+    """router_file(granularity) -> a file of routers of layers 1 to 3, about half of whose gates are open."""
     def write(granularity):
-        from model import Llama
-        from router import add_routers, routers, save_routers
-
         model = add_routers(Llama.from_pretrained(tiny), granularity, "1-3")
-        for gate in routers(model).values():
-            gate.router.weight.data.normal_(0, 0.3)
-            gate.router.bias.data.zero_()
+        open_gates_at_random(model)
         save_routers(model, tmp_path / "r.safetensors")
         return tmp_path / "r.safetensors"
 
@@ -157,22 +133,16 @@ def arguments(tiny, tmp_path):
 
 @pytest.fixture
 def tok(tiny):
-    from tokenizer import Tokenizer
-
     return Tokenizer.from_pretrained(tiny)
 
 
 @pytest.fixture
 def samples(tok, tmp_path):
-    from support.data import read_samples
-
     return read_samples(write_data(tmp_path / "d.jsonl"), tok, 512)[0]
 
 
 def open_gates_at_random(model, scale=0.3):
     """Let about half of the gates be open."""
-    from router import routers
-
     for skip in routers(model).values():
         skip.router.weight.data.normal_(0, scale)
         if skip.router.bias is not None:
@@ -181,22 +151,30 @@ def open_gates_at_random(model, scale=0.3):
 
 
 def bound(reference, terms):
-    """How far apart two float32 computations of `reference` may be, whose sums have `terms` products each.
+    """How far apart two computations of `reference` may be, in its own precision, on any CPU.
 
-    Summed in another order, n products differ by at most n eps times the sum of their magnitudes, and
-    typically by sqrt(n) eps (Higham, Accuracy and Stability of Numerical Algorithms, 3.1). The errors of
-    layers add up: 16 covers those of the tiny models, with norms and softmax. What is guarded against is
-    larger by orders.
+    terms: how many products each of its sums has. In another order a sum of n products comes out differently
+    by sqrt(n) eps of its size, as a rule (Higham, Accuracy and Stability of Numerical Algorithms, 2.8 and
+    3.1). A pass of a tiny model is some 30 such sums one after another: independent errors add up to sqrt(30)
+    times one, and norms and softmax make them up to 3 times as large, hence 16. With AVX-512, with AVX2 and
+    without either the models stay within a quarter of this bound of their float64 copies. What the tests
+    guard against is larger by orders, and where it may not be, they look in float64 as well.
     """
-    eps = torch.finfo(torch.float32).eps
-    return 16 * eps * terms**0.5 * max(1.0, float(reference.abs().max()))
+    eps = torch.finfo(reference.dtype).eps
+    return 16 * eps * terms**0.5 * max(1.0, float(reference.detach().abs().max()))
+
+
+def in_float64(model):
+    """A copy of a model in float64, where rounding hides nothing; its routers stay in float32."""
+    twin = copy.deepcopy(model).double()
+    for skip in routers(twin).values():
+        skip.router.float()
+    return twin
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
     """call(main, *arguments) -> (exit status, what it said): a script's main as the command line runs it."""
-    from support.cli import run_script
-
     def run(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
         try:

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from conftest import is_one_sentence, write_tiny
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from bench import FIELDS, open_share, pattern, random_model
@@ -12,12 +13,10 @@ from router import GRANULARITIES, add_routers, capacity, load_routers, save_rout
 
 
 def test_bench_writes_every_variant(tiny, call, tmp_path):
-    status, said = call(
-        bench.main, "--model", tiny, "--device", "cpu", "--phase", "prefill,decode,train", "--batch", 3,
-        "--context", 40, "--capacity", "0.5,0.75", "--granularity", "attn_sequence,block_token",
-        "--rounds", 2,
-        "--against", "transformers,masked", "--json", tmp_path / "b.json",
-    )  # fmt: skip
+    status, said = call(bench.main, "--model", tiny, "--device", "cpu", "--phase", "prefill,decode,train",
+                        "--batch", 3, "--context", 40, "--capacity", "0.5,0.75", "--granularity",
+                        "attn_sequence,block_token", "--rounds", 2, "--against", "transformers,masked",
+                        "--json", tmp_path / "b.json")
     assert status == 0 and "efficiency" in said and "torch" in said
     table = json.loads((tmp_path / "b.json").read_text())
     assert all(set(row) == set(FIELDS) for row in table["rows"]) and table["machine"]["torch"]
@@ -37,14 +36,12 @@ def test_bench_writes_every_variant(tiny, call, tmp_path):
 
 def test_bench_with_a_router_file(tiny, call, router_file):
     status, said = call(bench.main, "--model", tiny, "--phase", "prefill", "--context", 40, "--rounds", 2,
-                        "--routers", router_file("attn_token"))  # fmt: skip
+                        "--routers", router_file("attn_token"))
     assert status == 0 and "routed        attn_token" in said
 
 
 def test_work_is_counted(tiny):
     """Operations as torch.utils.flop_counter has them; bytes of every weight once."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     model, idx = Llama.from_pretrained(tiny), torch.randint(0, 320, (2, 33))
     with torch.no_grad(), FlopCounterMode(display=False) as theirs, bench.Work() as ours:
         model(idx)
@@ -101,7 +98,7 @@ def test_random_model_runs(tmp_path):
     (["--context", 600], "context of 512"), (["--layers", "3", "--capacity", 0.5], "at least 0.750"),
     (["--random-weights"], "is not one of smollm2-135m"), (["--model", "/nowhere"], "no such model"),
     (["--routers", "/nowhere"], "missing"), (["--layers", "9"], "layers 0 to 3"),
-])  # fmt: skip
+])
 def test_bench_refuses(arguments, named, tiny, call):
     status, said = call(bench.main, "--model", tiny, "--rounds", 2, "--context", 40, *arguments)
     assert status == 1 and named in said and is_one_sentence(said)

@@ -26,10 +26,8 @@ def test_only_answers_count(tok, tmp_path):
         n, text = len(s.ids), tok.decode(s.ids)
         scored = [s.ids[t + 1] for t in range(n - 1) if batch.scored[b, t]]
         assert tok.decode(scored) == text.split("<|im_start|>assistant\n")[1].removesuffix("\n")
-        assert (
-            tok.decode(s.ids[: s.prompt]).endswith("<|im_start|>assistant\n")
-            and not batch.scored[b, n - 1 :].any()
-        )
+        assert tok.decode(s.ids[:s.prompt]).endswith("<|im_start|>assistant\n")
+        assert not batch.scored[b, n - 1:].any()
     assert len(batch.targets) == int(batch.scored.sum())
 
 
@@ -51,20 +49,13 @@ def test_formats(tok, tmp_path):
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
     one, two = (read_samples(tmp_path / name, tok, 512)[0] for name in ("a.json", "b.jsonl"))
     assert one == two and "Add.\n\n1 2<|im_end|>" in tok.decode(one[0].ids)
-    chat = {
-        "messages": [
-            {"role": "system", "content": "S"},
-            {"role": "user", "content": "U"},
-            {"role": "assistant", "content": "A"},
-            {"role": "user", "content": "V"},
-            {"role": "assistant", "content": "B"},
-            {"role": "user", "content": "unanswered"},
-        ]
-    }
+    chat = {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"},
+                         {"role": "assistant", "content": "A"}, {"role": "user", "content": "V"},
+                         {"role": "assistant", "content": "B"}, {"role": "user", "content": "unanswered"}]}
     (tmp_path / "c.jsonl").write_text(json.dumps(chat))
     (sample,), _ = read_samples(tmp_path / "c.jsonl", tok, 512)
     assert tok.decode([i for i, a in zip(sample.ids, sample.answer) if a]) == "A<|im_end|>B<|im_end|>"
-    assert tok.decode(sample.ids[: sample.prompt]).endswith("U<|im_end|>\n<|im_start|>assistant\n")
+    assert tok.decode(sample.ids[:sample.prompt]).endswith("U<|im_end|>\n<|im_start|>assistant\n")
     assert "unanswered" not in tok.decode(sample.ids)
     text = "The quick brown fox. " * 200
     (tmp_path / "d.txt").write_text(text)
@@ -105,7 +96,7 @@ def test_every_form_of_a_record(tok, tmp_path, capsys):
     ({"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}, "line 1: a part of 'content'"),
     ({"conversations": [{"from": "gpt"}]}, "'value'"), ({"prompt": "a"}, "'instruction'"),
     ({"instruction": "a", "output": None}, "'output'"),
-])  # fmt: skip
+])
 def test_records_that_are_refused(record, named, tok, tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps(record))
     with pytest.raises(InputError, match=named):
@@ -127,29 +118,23 @@ def test_long_samples_are_cut_and_counted(tok, tmp_path):
     assert cut == 2 and [len(s.ids) for s in samples][1::2] == [100, 100]
 
 
-@pytest.mark.parametrize(
-    "text, named",
-    [
-        (b"", "empty"),
-        (b"  \n\n", "empty"),
-        (b"\x89PNG\r\n\x1a\n\0\0\xff", "UTF-8"),
-        (b"{}\0{}", "binary"),
-        (b'{"instruction": "a", "output": "b"}\n{broken\n', "line 2"),
-        (b'{"instruction": "a", "output": "b"}\n\n[1]\n', "line 3: lacks the field 'instruction'"),
-        (b'{"instruction": "a"}', "line 1: lacks the field 'output'"),
-        (b'{"instruction": "a", "input": 3, "output": "b"}', "'input'"),
-        (b'{"output": "b"}', "'instruction'"),
-        (b'{"messages": []}', "assistant"),
-        (b'{"messages": [{"role": "assistant"}]}', "'content'"),
-        (b'{"messages": "hi"}', "'messages'"),
-        (b'{"text": 3}', "'text'"),
-        (b'[{"instruction": "a", "output": "b"}', "not valid JSON"),
-        (
-            b'[{"instruction": "a", "output": "b"}, {"instruction": "a"}]',
-            "record 2: lacks the field 'output'",
-        ),
-    ],
-)
+@pytest.mark.parametrize("text, named", [
+    (b"", "empty"),
+    (b"  \n\n", "empty"),
+    (b"\x89PNG\r\n\x1a\n\0\0\xff", "UTF-8"),
+    (b"{}\0{}", "binary"),
+    (b'{"instruction": "a", "output": "b"}\n{broken\n', "line 2"),
+    (b'{"instruction": "a", "output": "b"}\n\n[1]\n', "line 3: lacks the field 'instruction'"),
+    (b'{"instruction": "a"}', "line 1: lacks the field 'output'"),
+    (b'{"instruction": "a", "input": 3, "output": "b"}', "'input'"),
+    (b'{"output": "b"}', "'instruction'"),
+    (b'{"messages": []}', "assistant"),
+    (b'{"messages": [{"role": "assistant"}]}', "'content'"),
+    (b'{"messages": "hi"}', "'messages'"),
+    (b'{"text": 3}', "'text'"),
+    (b'[{"instruction": "a", "output": "b"}', "not valid JSON"),
+    (b'[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "record 2: lacks the field 'output'"),
+])
 def test_data_that_is_refused(text, named, tok, tmp_path):
     (tmp_path / "data").write_bytes(text)
     with pytest.raises(InputError, match=named):

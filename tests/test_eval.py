@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import is_one_sentence, train_tokenizer, write_tiny
+from conftest import is_one_sentence, open_gates_at_random, train_tokenizer, write_tiny
 
 import eval as evaluation
 from losses import Usage
 from model import Llama
-from router import GRANULARITIES, add_routers, routers, save_routers, trace
+from router import GRANULARITIES, add_routers, save_routers, trace
 from support.data import Batch, pack
 from support.tasks import QUESTIONS, TASKS, Scores, common_beginning, read_task, rows_of, size
 from tokenizer import Tokenizer
@@ -25,10 +25,8 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize("shots", [0, 2])
 def test_scores_are_the_harness(shots, smollm2, call, tmp_path):
     theirs = json.loads((HERE / f"lm_eval_{shots}.json").read_text())
-    status, said = call(
-        evaluation.main, "--tasks", ",".join(theirs), "--data-dir", QUESTIONS, "--num-fewshot", shots,
-        "--device", "cpu", "--json", tmp_path / "ours.json",
-    )  # fmt: skip
+    status, said = call(evaluation.main, "--tasks", ",".join(theirs), "--data-dir", QUESTIONS,
+                        "--num-fewshot", shots, "--device", "cpu", "--json", tmp_path / "ours.json")
     assert status == 0, said
     ours = json.loads((tmp_path / "ours.json").read_text())
     assert ours["capacity"] == 1 and set(ours["tasks"]) == set(theirs)
@@ -78,16 +76,14 @@ def brute_force(model, questions, tok):
             idx = torch.tensor([ids[cut:][:-1]])
             log_p = model(idx, prompt_lengths=torch.tensor([n - cut])).log_softmax(-1)[0]
             targets = torch.tensor(ids[cut:][1:])
-            out[-1].append(float(log_p.gather(1, targets[:, None])[n - cut - 1 :].sum()))
+            out[-1].append(float(log_p.gather(1, targets[:, None])[n - cut - 1:].sum()))
     return out
 
 
 def with_gates(model, granularity, pool="prompt"):
     add_routers(model, granularity, "1-3", pool=pool)
-    torch.manual_seed(1)
-    for gate in routers(model).values():
-        gate.router.weight.data.normal_(0, 0.5)
-        gate.router.bias.data.zero_()
+    torch.manual_seed(1)                                  # gates of which some are open in every task below
+    open_gates_at_random(model, 0.5)
 
 
 @pytest.mark.parametrize("kind", [None, *GRANULARITIES, "attn_sequence all"])
@@ -158,12 +154,10 @@ def test_routed_and_static_beside_dense(tiny, question_files, call, tmp_path):
     model = Llama.from_pretrained(tiny)
     with_gates(model, "attn_token")
     save_routers(model, tmp_path / "r.safetensors", [(0.3, 1.0), (0.5, 0.7), (0.8, 0.0)])
-    status, said = call(
-        evaluation.main, "--model", tiny, "--routers", tmp_path / "r.safetensors", "--static", 2,
-        "--shuffled", "--random", "--capacity", 0.7,
-        "--data-dir", question_files, "--limit", 2, "--text", HERE.parent / "data" / "instructions.jsonl",
-        "--last", 3, "--json", tmp_path / "o.json", "--num-fewshot", 0, "--device", "cpu",
-    )  # fmt: skip
+    status, said = call(evaluation.main, "--model", tiny, "--routers", tmp_path / "r.safetensors", "--static",
+                        2, "--shuffled", "--random", "--capacity", 0.7, "--data-dir", question_files,
+                        "--limit", 2, "--text", HERE.parent / "data" / "instructions.jsonl", "--last", 3,
+                        "--json", tmp_path / "o.json", "--num-fewshot", 0, "--device", "cpu")
     assert status == 0 and "average of 8" in said and "perplexity" in said
     table = json.loads((tmp_path / "o.json").read_text())
     assert table["static"]["capacity"] == pytest.approx(0.5)
@@ -185,7 +179,7 @@ def test_text_alone(tiny, call, tmp_path):
     save_routers(model, tmp_path / "r.safetensors")
     (tmp_path / "t.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     status, _ = call(evaluation.main, "--model", tiny, "--routers", tmp_path / "r.safetensors", "--text",
-                     tmp_path / "t.txt", "--json", tmp_path / "o.json")  # fmt: skip
+                     tmp_path / "t.txt", "--json", tmp_path / "o.json")
     table = json.loads((tmp_path / "o.json").read_text())
     assert status == 0 and table["tasks"] == {}
     assert table["text"]["dense_loss"] == table["dense"]["text"]["loss"]
@@ -264,48 +258,42 @@ def test_finished_tasks_are_kept(tiny, question_files, call, tmp_path, monkeypat
         return run(name, *rest)
     monkeypatch.setattr(evaluation, "run_task", interrupted)
     status, _ = call(evaluation.main, "--model", tiny, "--tasks", "rte,piqa", "--data-dir", question_files,
-                     "--json", tmp_path / "o.json")  # fmt: skip
+                     "--json", tmp_path / "o.json")
     assert status == 130 and list(json.loads((tmp_path / "o.json").read_text())["tasks"]) == ["rte"]
 
 
 # -------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--tasks", "piqa,quiz"], ["quiz", "winogrande"]),
-        (["--tasks", "piqa", "--data-dir", "nowhere"], ["piqa", "validation.jsonl", "nowhere"]),
-        (["--tasks", "piqa", "--limit", -1], ["--limit", "-1"]),
-        (["--tasks", "piqa", "--num-fewshot", -2], ["--num-fewshot"]),
-        (["--tasks", "arc_challenge", "--num-fewshot", 40], ["40", "train.jsonl", "--num-fewshot"]),
-        (["--tasks", "rte", "--routers", "none.safetensors"], ["none.safetensors"]),
-        (["--tasks", "rte", "--shuffled"], ["--routers"]),
-        (["--tasks", "rte", "--random"], ["--routers"]),
-        (["--tasks", "rte", "--capacity", 0.5], ["--routers"]),
-        (["--tasks", "rte", "--static", 9], ["--static", "4 layers"]),
-        (["--text", "nothing.txt"], ["nothing.txt"]),
-    ],
-)
+@pytest.mark.parametrize("flags, words", [
+    (["--tasks", "piqa,quiz"], ["quiz", "winogrande"]),
+    (["--tasks", "piqa", "--data-dir", "nowhere"], ["piqa", "validation.jsonl", "nowhere"]),
+    (["--tasks", "piqa", "--limit", -1], ["--limit", "-1"]),
+    (["--tasks", "piqa", "--num-fewshot", -2], ["--num-fewshot"]),
+    (["--tasks", "arc_challenge", "--num-fewshot", 40], ["40", "train.jsonl", "--num-fewshot"]),
+    (["--tasks", "rte", "--routers", "none.safetensors"], ["none.safetensors"]),
+    (["--tasks", "rte", "--shuffled"], ["--routers"]),
+    (["--tasks", "rte", "--random"], ["--routers"]),
+    (["--tasks", "rte", "--capacity", 0.5], ["--routers"]),
+    (["--tasks", "rte", "--static", 9], ["--static", "4 layers"]),
+    (["--text", "nothing.txt"], ["nothing.txt"]),
+])
 def test_bad_flags(flags, words, tiny, question_files, call):
     flags = flags if "--data-dir" in flags or "--text" in flags else [*flags, "--data-dir", question_files]
     status, said = call(evaluation.main, "--model", tiny, *flags)
     assert status == 1 and is_one_sentence(said) and all(word in said for word in words), said
 
 
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ('{"goal": "a", ', ["line 2", "JSON"]),
-        ('{"goal": "a", "sol1": "b", "label": 0}', ["line 2", "sol2"]),
-        ('{"goal": "a", "sol1": "b", "sol2": "c"}', ["line 2", "label"]),
-        ('{"goal": "a", "sol1": "b", "sol2": "c", "label": 2}', ["line 2", "answer"]),
-        ('{"goal": "a", "sol1": "b", "sol2": "c", "label": "x"}', ["line 2", "answer"]),
-        ('{"goal": "a", "sol1": "b", "sol2": "", "label": 1}', ["line 2", "empty"]),
-        ('{"goal": "a", "sol1": 5, "sol2": "c", "label": 1}', ["line 2"]),
-        ("[1, 2]", ["line 2"]),
-    ],
-)
+@pytest.mark.parametrize("line, words", [
+    ('{"goal": "a", ', ["line 2", "JSON"]),
+    ('{"goal": "a", "sol1": "b", "label": 0}', ["line 2", "sol2"]),
+    ('{"goal": "a", "sol1": "b", "sol2": "c"}', ["line 2", "label"]),
+    ('{"goal": "a", "sol1": "b", "sol2": "c", "label": 2}', ["line 2", "answer"]),
+    ('{"goal": "a", "sol1": "b", "sol2": "c", "label": "x"}', ["line 2", "answer"]),
+    ('{"goal": "a", "sol1": "b", "sol2": "", "label": 1}', ["line 2", "empty"]),
+    ('{"goal": "a", "sol1": 5, "sol2": "c", "label": 1}', ["line 2"]),
+    ("[1, 2]", ["line 2"]),
+])
 def test_bad_lines(line, words, tiny, question_files, call):
     path = question_files / "piqa" / "validation.jsonl"
     first = path.read_text().splitlines()[0]

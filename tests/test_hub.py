@@ -91,7 +91,7 @@ def test_fetched_once_and_reused_offline(name, hub, tmp_path):
 @pytest.mark.parametrize("name, words", [
     ("owner/gated", ["accept the terms"]), ("owner/none", ["no such model on the hub"]),
     ("owner/model@v9", ["no revision v9"]),
-])  # fmt: skip
+])
 def test_refused(name, words, hub, tmp_path):
     done = sample(name, hub, tmp_path)
     assert done.returncode == 1 and is_one_sentence(done.stderr), done.stderr

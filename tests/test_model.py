@@ -1,17 +1,15 @@
 """The dense model, against transformers."""
-
 import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, bound, write_tiny
+from conftest import FAMILIES, bound, in_float64, write_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model import Config, Llama, rope_frequencies
-from model import Llama as LlamaModel
 from weights import SMOLLM2_FILE, InputError
 
 
@@ -21,34 +19,32 @@ def test_logits_equal_transformers(family, tmp_path):
     model = Llama.from_pretrained(tmp_path)
     idx = torch.randint(0, 320, (2, 150))  # beyond the window, and beyond Llama 3.1's original context
     with torch.no_grad():
-        assert (model(idx) - reference(idx).logits).abs().max() < 1e-4
+        expected = reference(idx).logits
+        assert (model(idx) - expected).abs().max() < bound(expected, 96)
     if family == "sharded":
         assert len(list(tmp_path.glob("*.safetensors"))) > 3
 
 
 def test_real_model_equals_transformers_reading_the_same_gguf(smollm2):
     reference = AutoModelForCausalLM.from_pretrained(smollm2, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
-    idx = torch.randint(0, 49152, (2, 100), generator=torch.Generator().manual_seed(0))
+    idx = torch.randint(0, 49152, (2, 100))
     with torch.no_grad():
         expected = reference(idx).logits
-        assert (Llama.from_pretrained("smollm2-135m")(idx) - expected).abs().max() < 1e-4
-        assert (Llama.from_pretrained(smollm2 / SMOLLM2_FILE)(idx) - expected).abs().max() < 1e-4
+        for name in "smollm2-135m", smollm2 / SMOLLM2_FILE:
+            assert (Llama.from_pretrained(name)(idx) - expected).abs().max() < bound(expected, 576)
 
 
 def test_padding_changes_no_row(tiny):
     model = Llama.from_pretrained(tiny)
     idx, lengths = torch.randint(0, 320, (5, 40)), torch.tensor([40, 7, 23, 1, 39])
+    other = torch.where(torch.arange(40) < lengths[:, None], idx, 5)                  # with other padding
     with torch.no_grad():
-        together = model(idx, lengths)
-        for b, n in enumerate(lengths.tolist()):
-            assert (together[b, :n] - model(idx[b : b + 1, :n])[0]).abs().max() < bound(together, 96)
-            noise = idx.clone()
-            noise[b, n:] = 5
-            assert torch.equal(model(noise, lengths)[b, :n], together[b, :n])
-        exact = model.double()                                 # where rounding hides nothing
-        together = exact(idx, lengths)
-        for b, n in enumerate(lengths.tolist()):
-            assert (together[b, :n] - exact(idx[b : b + 1, :n])[0]).abs().max() < 1e-10
+        for net in model, in_float64(model):
+            together, again = net(idx, lengths), net(other, lengths)
+            for b, n in enumerate(lengths.tolist()):
+                alone = net(idx[b:b + 1, :n])[0]
+                assert (together[b, :n] - alone).abs().max() < bound(together, 96)
+                assert torch.equal(again[b, :n], together[b, :n])
 
 
 @pytest.mark.parametrize("family", ["grouped queries", "Mistral with a window"])
@@ -64,20 +60,14 @@ def test_generate_equals_recomputing_everything(family, tmp_path):
             for _ in range(20):
                 row = torch.cat((row, model(row[None])[0, -1].argmax()[None]))
         assert torch.equal(out[b, : n + 20], row)
-        assert not out[b, n + 20 :].any()
+        assert not out[b, n + 20:].any()
 
 
 def test_generate_equals_transformers(tiny):
     model, reference = Llama.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
     idx = torch.randint(3, 320, (3, 12))
-    expected = reference.generate(
-        idx,
-        attention_mask=torch.ones_like(idx),
-        max_new_tokens=16,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    expected = reference.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=16,
+                                  do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(model.generate(idx, max_new_tokens=16), expected)
 
 
@@ -116,7 +106,8 @@ def test_a_folder_is_written_as_it_was_read(tiny, tmp_path):
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     with torch.no_grad():
         idx = torch.arange(20)[None]
-        assert (model(idx) - reference(idx).logits).abs().max() < 1e-4
+        expected = reference(idx).logits
+        assert (model(idx) - expected).abs().max() < bound(expected, 96)
 
 
 def test_sampling(tiny):
@@ -124,7 +115,6 @@ def test_sampling(tiny):
     idx = torch.randint(3, 320, (1, 10)).expand(400, 10)
     greedy = model.generate(idx[:1], max_new_tokens=4)
     assert torch.equal(model.generate(idx[:1], max_new_tokens=4, temperature=0.7, top_k=1), greedy)
-    torch.manual_seed(0)
     drawn = model.generate(idx, max_new_tokens=1, temperature=2.0, top_k=3)[:, -1]
     with torch.no_grad():
         logits, likeliest = model(idx[:1])[0, -1].topk(3)
@@ -149,16 +139,13 @@ def test_out_of_memory_names_the_cache_and_what_to_lower(tiny, monkeypatch):
         model.generate(torch.ones(3, 10, dtype=torch.int64), max_new_tokens=30)
 
 
-@pytest.mark.parametrize(
-    "what, arguments",
-    [
-        ("empty", dict(idx=torch.zeros(1, 0, dtype=torch.int64))),
-        ("context", dict(idx=torch.zeros(1, 500, dtype=torch.int64), max_new_tokens=13)),
-        ("max_new_tokens", dict(idx=torch.zeros(1, 5, dtype=torch.int64), max_new_tokens=0)),
-        ("lengths", dict(idx=torch.zeros(2, 5, dtype=torch.int64), lengths=torch.tensor([5, 6]))),
-        ("lengths", dict(idx=torch.zeros(2, 5, dtype=torch.int64), lengths=torch.tensor([5]))),
-    ],
-)
+@pytest.mark.parametrize("what, arguments", [
+    ("empty", dict(idx=torch.zeros(1, 0, dtype=torch.int64))),
+    ("context", dict(idx=torch.zeros(1, 500, dtype=torch.int64), max_new_tokens=13)),
+    ("max_new_tokens", dict(idx=torch.zeros(1, 5, dtype=torch.int64), max_new_tokens=0)),
+    ("lengths", dict(idx=torch.zeros(2, 5, dtype=torch.int64), lengths=torch.tensor([5, 6]))),
+    ("lengths", dict(idx=torch.zeros(2, 5, dtype=torch.int64), lengths=torch.tensor([5]))),
+])
 def test_generate_refuses(what, arguments, tiny):
     with pytest.raises(InputError, match=what):
         Llama.from_pretrained(tiny).generate(**arguments)
@@ -169,19 +156,16 @@ def test_forward_refuses_more_than_the_context(tiny):
         Llama.from_pretrained(tiny)(torch.zeros(1, 513, dtype=torch.int64))
 
 
-@pytest.mark.parametrize(
-    "key, value, named",
-    [
-        ("model_type", "gpt_neox", "gpt_neox"),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "yarn"),
-        ("attention_bias", True, "attention_bias"),
-        ("hidden_act", "gelu", "gelu"),
-        ("hidden_size", None, "hidden_size"),
-        ("intermediate_size", 64, r"gate_proj.*\(96, 48\).*\(64, 48\)"),
-        ("num_hidden_layers", 3, r"layers\.3\."),
-        ("num_hidden_layers", 5, r"layers\.4\..*missing"),
-    ],
-)
+@pytest.mark.parametrize("key, value, named", [
+    ("model_type", "gpt_neox", "gpt_neox"),
+    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "yarn"),
+    ("attention_bias", True, "attention_bias"),
+    ("hidden_act", "gelu", "gelu"),
+    ("hidden_size", None, "hidden_size"),
+    ("intermediate_size", 64, r"gate_proj.*\(96, 48\).*\(64, 48\)"),
+    ("num_hidden_layers", 3, r"layers\.3\."),
+    ("num_hidden_layers", 5, r"layers\.4\..*missing"),
+])
 def test_config_that_does_not_fit_is_refused_by_name(key, value, named, tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -190,29 +174,21 @@ def test_config_that_does_not_fit_is_refused_by_name(key, value, named, tiny, tm
         del config[key]
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=named):
-        LlamaModel.from_pretrained(tmp_path / "m")
+        Llama.from_pretrained(tmp_path / "m")
 
 
 def test_older_config_spelling(tiny):
     """transformers 4 wrote rope_theta and rope_scaling where 5 writes rope_parameters."""
-    old = dict(
-        model_type="llama",
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        hidden_size=8,
-        intermediate_size=8,
-        vocab_size=9,
-        rope_theta=5e5,
-        rope_scaling=dict(type="llama3", factor=8.0),
-    )
+    old = dict(model_type="llama", num_hidden_layers=1, num_attention_heads=2, hidden_size=8, vocab_size=9,
+               intermediate_size=8, rope_theta=5e5, rope_scaling=dict(type="llama3", factor=8.0))
     config = Config.from_hf(old)
     assert config.rope_theta == 5e5 and config.rope_scaling["factor"] == 8.0 and config.n_kv_head == 2
 
 
 LLAMA31_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3",
-                "original_max_position_embeddings": 8192}  # fmt: skip
+                "original_max_position_embeddings": 8192}
 KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
-        "vocab_size", "max_position_embeddings")  # fmt: skip
+        "vocab_size", "max_position_embeddings")
 PUBLIC = {  # what their config.json say, as far as it concerns a loader
     "Llama 2 7B": ((4096, 11008, 32, 32, 32, 32000, 4096), {"rope_scaling": None}),
     "Llama 3 8B": ((4096, 14336, 32, 32, 8, 128256, 8192), {"rope_theta": 5e5, "attention_bias": False}),
@@ -223,7 +199,7 @@ PUBLIC = {  # what their config.json say, as far as it concerns a loader
         "tie_word_embeddings": True}),
     "TinyLlama": ((2048, 5632, 32, 22, 4, 32000, 2048), {"rope_scaling": None}),
     "Mistral 7B v0.1": ((4096, 14336, 32, 32, 8, 32000, 32768), {"rope_theta": 1e4, "sliding_window": 4096}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -234,7 +210,7 @@ def test_public_configs_old_and_new_spelling(name):
     theirs = (MistralConfig if family == "mistral" else LlamaConfig)(**keys)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert (ours.n_layer, ours.n_embd, ours.max_context) == (
-        theirs.num_hidden_layers, theirs.hidden_size, theirs.max_position_embeddings)  # fmt: skip
+        theirs.num_hidden_layers, theirs.hidden_size, theirs.max_position_embeddings)
     again = Config.from_hf(theirs.to_dict())
     same = {"rope_scaling": None}
     assert replace(again, **same) == replace(ours, **same)

@@ -13,11 +13,11 @@ from support.tasks import QUESTIONS
 def test_plot_draws_runs_and_evaluations(tiny, call, router_file, tmp_path):
     run = tmp_path / "metrics.jsonl"
     run.write_text("".join(json.dumps({"step": i, "loss": 1 / (i + 1), "capacity": 1 - i / 30, "target": 0.8,
-                                       "lr": 0.1}) + "\n" for i in range(10)))  # fmt: skip
+                                       "lr": 0.1}) + "\n" for i in range(10)))
     scores = tmp_path / "scores.json"
     call(evaluation.main, "--model", tiny, "--routers", router_file("attn_token"), "--static", 1,
          "--data-dir", QUESTIONS, "--tasks", "piqa,rte", "--limit", 2, "--text",
-         DEFAULT_DATA, "--last", 2, "--json", scores)  # fmt: skip
+         DEFAULT_DATA, "--last", 2, "--json", scores)
     keep = json.loads(scores.read_text())["keep"]
     assert list(keep) == ["piqa", "rte", str(DEFAULT_DATA)]
     for of in keep.values():

@@ -5,6 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from model import Llama
+from router import capacity, load_routers
+from tokenizer import Tokenizer
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -34,18 +40,14 @@ def test_the_fork_runs(arguments, tmp_path):
 
 
 def test_links_lead_somewhere():
-    for name in "README.md", "data/README.md", "routers/README.md", "docs/METHOD.md", "docs/RESULTS.md":
-        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text("utf-8")):
-            assert target.startswith("https://arxiv.org/") or ((ROOT / name).parent / target).exists(), target
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[!.]*/README.md")]
+    assert len(pages) >= 5
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
+            assert target.startswith("https://arxiv.org/") or (page.parent / target).exists(), target
 
 
 def test_tuned_routers_load_and_do_what_they_say(smollm2):
-    import torch
-
-    from model import Llama
-    from router import capacity, load_routers
-    from tokenizer import Tokenizer
-
     tok, model = Tokenizer.from_pretrained("smollm2-135m"), Llama.from_pretrained("smollm2-135m")
     ids = torch.tensor([tok.encode_chat([{"role": "user", "content": "Why is the sky blue?"}])[0]])
     files = sorted((ROOT / "routers").glob("*.safetensors"))
@@ -53,7 +55,7 @@ def test_tuned_routers_load_and_do_what_they_say(smollm2):
     for file in files:
         meta = load_routers(model, file)
         out = model.generate(ids, max_new_tokens=40)
-        assert 0.5 < capacity(model) < 1 and len(tok.decode(out[0, ids.shape[1] :]).split()) > 15
+        assert 0.5 < capacity(model) < 1 and len(tok.decode(out[0, ids.shape[1]:]).split()) > 15
         assert meta["command"].strip() in (ROOT / "routers" / "README.md").read_text("utf-8")
         asked = re.search(r"--capacity ([\d.]+)", meta["command"])
         assert abs(json.loads(meta["held_out"])["capacity"] - float(asked[1] if asked else 0.8)) < 0.03

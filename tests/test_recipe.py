@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import open_gates_at_random
+from conftest import open_gates_at_random, write_data
 from safetensors import safe_open
 
 import losses
@@ -14,7 +14,7 @@ import train_router
 from model import Llama
 from recipe import DEFAULT, PAPER, Price, calibrate, choose, own_text, ramp
 from router import add_routers, capacity, routers, straight_through, trace
-from support.data import Batch, pieces
+from support.data import Batch, pieces, read_samples
 
 # ------------------------------------------------------------------------------------------------------ PAPER
 
@@ -88,7 +88,7 @@ def test_the_papers_gradient_and_step_against_float64(granularity, tiny, samples
     assert 0.2 < capacity(model) < 0.9                                      # the penalty acts, gates differ
     with torch.no_grad():
         penalty = PAPER.penalty(model, price, target)
-    assert float(loss + penalty) == pytest.approx(float(loss64), rel=1e-5) and float(penalty) > 0
+    assert float(loss + penalty) == pytest.approx(loss64.item(), rel=1e-5) and float(penalty) > 0
     for i, skip in routers(model).items():
         assert skip.router.bias is None
         error = skip.router.weight.grad[0].double() - expected[i]
@@ -98,21 +98,29 @@ def test_the_papers_gradient_and_step_against_float64(granularity, tiny, samples
     model.zero_grad(set_to_none=True)
     before = {i: skip.router.weight.detach().double()[0] for i, skip in routers(model).items()}
     recipe = dataclasses.replace(PAPER, price=price)
-    lines = []
+    lines, state = [], {}
     run = SimpleNamespace(checkpoint=None, n_steps=1, steps=lambda: range(1), check_finite=lambda *_: None,
-                          log=lambda step, **numbers: lines.append(numbers), is_due=lambda step: False)
+                          log=lambda step, **numbers: lines.append(numbers), is_due=lambda step: True,
+                          save=lambda step, tensors: state.update(tensors))
     train_router.tune(model, iter([[(0, batch)]]), recipe, target, run)
     total = math.sqrt(sum(float(g.square().sum()) for g in expected.values()))
     assert total > 1 and lines[0]["lr"] == 1e-5 and lines[0]["lambda"] == price
+    shrunk = grown = 0.0
     for i, skip in routers(model).items():
         g = expected[i] / (total + 1e-6)                                    # clipped to norm 1
         m, v = 0.1 * g, 0.001 * g.square()
+        for key, moment in ("m", m), ("v", v):
+            error = state[f"layers.{i}.attn.router.weight.{key}"][0] - moment
+            assert error.abs().max() < 2e-4 * moment.abs().max()
         step = 1e-5 * (m / (1 - 0.9)) / ((v / (1 - 0.999)).sqrt() + 1e-8)
         moved = skip.router.weight.detach().double()[0] - before[i]
         clear = g.abs() > 1e-5                                              # not rounding's sign
         assert clear.double().mean() > 0.9
         assert (moved + step)[clear].abs().max() < 1e-7                     # float32 has 3e-8 at 0.3
         assert moved.abs().max() < 1.01e-5
+        shrunk += ((moved + step) * before[i])[clear].sum()
+        grown += before[i].square().sum()
+    assert abs(shrunk / grown) < 2e-8                                       # no weight decay
 
 
 def test_the_papers_values():
@@ -160,6 +168,28 @@ def test_the_papers_recipe_from_end_to_end(arguments, call, tmp_path, monkeypatc
     status, said = call(train_router.main, *run, "--recipe", "paper", "--granularity", "attn_sequence",
                         "--loss", "kl", "--estimator", "harm")
     assert status == 1 and "with a bias" in said
+
+
+def test_an_epoch_of_the_paper_takes_each_sample_once(arguments, call, tok, tmp_path, monkeypatch):
+    """200 samples, of which 40 are held out: steps of 64, 64 and 32, at the rates of the schedule."""
+    data, steps, make_source = write_data(tmp_path / "data.jsonl", 200), [], train_router.make_source
+
+    def recording(*given):
+        source, n_kinds = make_source(*given)
+        return (steps.append(batches) or batches for batches in source), n_kinds
+
+    monkeypatch.setattr(train_router, "make_source", recording)
+    run = [a for a in arguments if a not in ("--steps", 12)]
+    assert call(train_router.main, *run, "--recipe", "paper", "--penalty", 0.1)[0] == 0
+    rows = []
+    for batches in steps:
+        rows.append([ids[:n].tolist() for _, batch in batches for ids, n in zip(batch.idx, batch.lengths)])
+    assert [len(some) for some in rows] == [64, 64, 32]
+    expected = [sample.ids for sample in read_samples(data, tok, 512)[0][:-40]]
+    assert sorted(sum(rows, [])) == sorted(expected)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == pytest.approx([1e-5, 1e-5, 5e-6])     # 3 % are less than a step
+    assert {line["target"] for line in lines} == {0.7}                             # as asked, from the start
 
 
 # ---------------------------------------------------------------------------------------------------- DEFAULT
@@ -218,10 +248,9 @@ def test_the_model_writes_text_to_learn_from(granularity, tiny, samples):
 
 def test_the_price_settles_where_demand_meets_the_target():
     """Capacity that falls as the price rises, with noise: the target is met, at the price that meets it."""
-    price, noise = Price(2.0), torch.Generator().manual_seed(0)
-    used = []
+    price, used = Price(2.0), []
     for _ in range(300):
-        used.append(1 - 0.1 * price.level + 0.01 * float(torch.randn((), generator=noise)))
+        used.append(1 - 0.1 * price.level + 0.01 * float(torch.randn(())))
         price.update(used[-1] - 0.7)
         assert price.now >= 0 and price.level >= 0
     assert sum(used[-50:]) / 50 == pytest.approx(0.7, abs=0.005) and price.level == pytest.approx(3, abs=0.1)
@@ -232,7 +261,7 @@ def test_calibration_tells_which_threshold_gives_a_capacity(granularity, tiny, s
     model = Llama.from_pretrained(tiny)
     add_routers(model, granularity)
     open_gates_at_random(model)
-    text = torch.randint(0, 320, (24, 256), generator=torch.Generator().manual_seed(1))
+    text = torch.randint(0, 320, (24, 256))
     table = sorted(calibrate(model, samples, text, 0.6, 800))
     used = [capacity for _, capacity in table]
     assert used == sorted(used, reverse=True) and used[0] > 0.6 > used[-1]

@@ -1,8 +1,7 @@
 """The gate, the routed sublayer and what skipping saves, against float64 references and brute force."""
-
 import pytest
 import torch
-from conftest import bound, write_tiny
+from conftest import bound, in_float64, write_tiny
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -70,7 +69,7 @@ def test_gate_and_its_gradients_against_float64(granularity, tiny):
     ctx = model.context(idx, LENGTHS, PROMPTS)
     x = run_layers(model.layers[:2], model.embed(idx), ctx).detach()
     before = model.layers[2].attn(x, ctx).detach() if part == "mlp" else x
-    up = torch.randn(before.shape, generator=torch.Generator().manual_seed(2))
+    up = torch.randn(before.shape)
     y = gate(before, ctx)
     (y * up).sum().backward()
 
@@ -84,8 +83,7 @@ def test_gate_and_its_gradients_against_float64(granularity, tiny):
     g = (s >= 0.5).double()
     wide = g[:, None, None] if g.dim() == 1 else g[..., None]
     assert 0 < g.mean() < 1
-    exact = b64 + wide * f
-    assert (y - exact).abs().max() < bound(exact, 48)
+    assert (y - (b64 + wide * f)).abs().max() < bound(y, 48)
     dg = (up * f).sum((1, 2) if g.dim() == 1 else 2)
     ds = dg * s * (1 - s)
     dw = (ds[..., None] * h).sum(tuple(range(h.dim() - 1)))
@@ -131,9 +129,11 @@ def test_closed_gates_leave_the_residual_stream_bit_for_bit(granularity, trainin
 def test_padding_and_neighbours_change_no_row(granularity, tiny):
     model, idx = routed(tiny, granularity), tokens()
     with torch.no_grad():
-        together = model(idx, LENGTHS, PROMPTS)
-        for b, (n, p) in enumerate(zip(LENGTHS, PROMPTS)):
-            assert (together[b, :n] - model(idx[b : b + 1, :n], prompt_lengths=p[None])[0]).abs().max() < 1e-4
+        for net in model, in_float64(model):
+            together = net(idx, LENGTHS, PROMPTS)
+            for b, (n, p) in enumerate(zip(LENGTHS, PROMPTS)):
+                alone = net(idx[b:b + 1, :n], prompt_lengths=p[None])[0]
+                assert (together[b, :n] - alone).abs().max() < bound(together, 96)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -151,6 +151,9 @@ def test_the_mode_alone_says_whether_to_mask_or_to_skip(granularity, tiny):
     routers_too = 4 * 2 * 48 * (8 if granularity.endswith("sequence") else 8 * 40)
     assert counts[True, True] == counts[True, False] == counter.get_total_flops() + routers_too
     assert counts[False, True] == counts[False, False] < counter.get_total_flops()
+    for skip in routers(model).values():
+        skip.estimator = None                             # the gate of training, and of nothing else
+    model(idx, LENGTHS, PROMPTS)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -175,11 +178,12 @@ def test_skipping_equals_computing_and_masking(granularity, family, gates, tmp_p
     model = routed(tmp_path, granularity, bias={"half": 0.0, "open": 100.0, "closed": -100.0}[gates])
     for rows in range(8), [0]:
         idx, n, p = tokens()[rows], LENGTHS[rows], PROMPTS[rows]
-        masked, there = model.train()(idx, n, p), capacity(model)
-        with torch.no_grad():
-            skipped, here = model.eval()(idx, n, p), capacity(model)
-        keep = torch.arange(idx.shape[1]) < n[:, None]
-        assert (masked - skipped)[keep].abs().max() < 1e-4
+        is_real = torch.arange(idx.shape[1]) < n[:, None]
+        for net in model, in_float64(model):
+            masked, there = net.train()(idx, n, p), capacity(net)
+            with torch.no_grad():
+                skipped, here = net.eval()(idx, n, p), capacity(net)
+            assert (masked - skipped)[is_real].abs().max() < bound(skipped, 96)
         assert there == pytest.approx(here) and (len(rows) == 1 or 0 < here < 1 or gates != "half")
 
 
@@ -195,13 +199,12 @@ def test_generate_equals_recomputing_with_the_prompts_decision(granularity, fami
         row = idx[b, :n]
         with torch.no_grad():
             for _ in range(16):
-                row = torch.cat(
-                    (row, model(row[None], prompt_lengths=LENGTHS[b : b + 1])[0, -1].argmax()[None])
-                )
-            model(row[None, :-1], prompt_lengths=LENGTHS[b : b + 1])
+                logits = model(row[None], prompt_lengths=LENGTHS[b:b + 1])[0, -1]
+                row = torch.cat((row, logits.argmax()[None]))
+            model(row[None, :-1], prompt_lengths=LENGTHS[b:b + 1])
         assert torch.equal(out[b, : n + 16], row)
         opened += capacity(model) * (1 if granularity.endswith("sequence") else n + 15)
-        assert torch.equal(model.generate(idx[b : b + 1, :n], max_new_tokens=16)[0], row)
+        assert torch.equal(model.generate(idx[b:b + 1, :n], max_new_tokens=16)[0], row)
     total = 8 if granularity.endswith("sequence") else int(LENGTHS.sum()) + 8 * 15
     assert used == pytest.approx(opened / total, abs=1e-6)
 
@@ -227,9 +230,7 @@ def flops(model, idx):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_matrix_products_fall_by_exactly_what_is_skipped(granularity, tiny, monkeypatch):
-    monkeypatch.setattr(
-        kernels, "CHUNK", 1
-    )  # a query then attends to the keys up to its own, and to no other
+    monkeypatch.setattr(kernels, "CHUNK", 1)     # a query then attends to the keys up to its own, no other
     model, idx = routed(tiny, granularity), tokens(B=4)
     with dense(model):
         attention, linear = flops(model, idx)
@@ -239,18 +240,12 @@ def test_matrix_products_fall_by_exactly_what_is_skipped(granularity, tiny, monk
     assert attention == 2 * 2 * L * B * 6 * T * T * D
     with trace(model) as decisions:
         attention_left, linear_left = flops(model, idx)
-    positions = [  # of the open tokens, in every layer
-        t for (is_open,) in decisions.values() for t in is_open.nonzero()[:, -1].tolist()
-    ]
+    positions = []                                                       # of the open tokens, in every layer
+    for (is_open,) in decisions.values():
+        positions += is_open.nonzero()[:, -1].tolist()
     closed = round((1 - capacity(model)) * L * B * T)  # tokens times layers not run
-    saved = {
-        "attn_sequence": q_o + k_v,
-        "attn_token": q_o,
-        "mlp_sequence": mlp,
-        "mlp_token": mlp,
-        "block_sequence": q_o + k_v + mlp,
-        "block_token": q_o + mlp,
-    }[granularity]
+    saved = {"attn_sequence": q_o + k_v, "attn_token": q_o, "mlp_sequence": mlp, "mlp_token": mlp,
+             "block_sequence": q_o + k_v + mlp, "block_token": q_o + mlp}[granularity]
     cost_of_routers = 2 * C * L * B * (1 if granularity.endswith("sequence") else T)
     assert 0 < closed < L * B * T
     assert linear_left == linear - closed * saved + cost_of_routers
@@ -264,11 +259,12 @@ def test_matrix_products_fall_by_exactly_what_is_skipped(granularity, tiny, monk
 
 def test_only_open_tokens_reach_attention(tiny, monkeypatch):
     model, idx, seen = routed(tiny, "attn_token", layers="1"), tokens(), []
-    monkeypatch.setattr(
-        router,
-        "attention_of_some",
-        lambda q, *rest: seen.append(q.shape[2]) or kernels.attention_of_some(q, *rest),
-    )
+
+    def spy(q, *rest):
+        seen.append(q.shape[2])
+        return kernels.attention_of_some(q, *rest)
+
+    monkeypatch.setattr(router, "attention_of_some", spy)
     with torch.no_grad():
         model(idx, LENGTHS)
     assert sum(seen) == int(routers(model)[1].opened) and 0 < sum(seen) < int(LENGTHS.sum())
@@ -276,10 +272,12 @@ def test_only_open_tokens_reach_attention(tiny, monkeypatch):
 
 def test_chunks_of_queries_change_nothing(tiny, monkeypatch):
     model = routed(tiny, "attn_token")
+    both = model, in_float64(model)
     with torch.no_grad():
-        whole = model(tokens(), LENGTHS)
+        whole = [net(tokens(), LENGTHS) for net in both]
         monkeypatch.setattr(kernels, "CHUNK", 3)
-        assert (real(model(tokens(), LENGTHS)) - real(whole)).abs().max() < 1e-4
+        for net, expected in zip(both, whole):
+            assert (real(net(tokens(), LENGTHS)) - real(expected)).abs().max() < bound(expected, 96)
 
 
 def test_the_gate_reads_the_prompt_only(tiny):
@@ -324,26 +322,18 @@ def test_routers_stay_float32_in_a_bfloat16_model(tiny):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_save_and_load(granularity, tiny, tmp_path):
-    model = routed(tiny, granularity, layers="0,2-3", threshold=0.45, pool="all")
+    model = routed(tiny, granularity, layers="0,2-3", bias=0.2, threshold=0.45, pool="all")
     save_routers(model, tmp_path / "r.safetensors", command="made by a test")
     with safe_open(tmp_path / "r.safetensors", "pt") as file:
         assert set(file.keys()) == {f"layers.{i}.{n}" for i in (0, 2, 3) for n in ("weight", "bias")}
-        assert file.get_tensor("layers.2.weight").shape == (1, 48) and file.get_tensor(
-            "layers.2.bias"
-        ).shape == (1,)
-        assert {
-            "granularity",
-            "layers",
-            "threshold",
-            "pool",
-            "model",
-            "calibration",
-        } <= file.metadata().keys()
+        assert file.get_tensor("layers.2.weight").shape == (1, 48)
+        assert file.get_tensor("layers.2.bias").shape == (1,)
+        keys = {"granularity", "layers", "threshold", "pool", "model", "calibration"}
+        assert keys <= file.metadata().keys()
     again = add_routers(Llama.from_pretrained(tiny), "mlp_token")  # what it had before is replaced
     assert load_routers(again, tmp_path / "r.safetensors")["command"] == "made by a test"
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
-        n for n, _ in again.named_parameters() if ".router." in n
-    }
+    train = {name for name, p in again.named_parameters() if p.requires_grad}
+    assert train == {name for name, _ in again.named_parameters() if ".router." in name}
     with torch.no_grad():
         assert torch.equal(real(model(tokens(), LENGTHS)), real(again(tokens(), LENGTHS)))
 
@@ -382,7 +372,7 @@ def test_a_kind_of_gate_is_one_entry_and_its_name_is_in_the_file(tiny, tmp_path,
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_files_of_before_gate_and_kv_were_stored_load_as_they_did(granularity, tiny, tmp_path):
-    model = routed(tiny, granularity)
+    model = routed(tiny, granularity, bias=0.2)
     save_routers(model, tmp_path / "new.safetensors")
     with safe_open(tmp_path / "new.safetensors", "pt") as file:
         meta = {key: value for key, value in file.metadata().items() if key not in ("gate", "kv")}

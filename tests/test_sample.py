@@ -5,12 +5,13 @@ import torch
 import sample
 from model import Llama
 from router import GRANULARITIES
+from tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_sample_draws_what_was_skipped(granularity, tiny, call, router_file):
     status, said = call(sample.main, "the quick", "--model", tiny, "--dtype", "float32",
-                        "--max-new-tokens", 12, "--routers", router_file(granularity))  # fmt: skip
+                        "--max-new-tokens", 12, "--routers", router_file(granularity))
     assert status == 0 and "--- dense" in said and "--- routed" in said and "overall capacity" in said
     if granularity.endswith("token"):
         lines = [line for line in said.splitlines() if line[:5].strip().isdigit()]
@@ -25,13 +26,11 @@ def test_sample_draws_what_was_skipped(granularity, tiny, call, router_file):
 
 
 def test_sample_without_routers_is_the_greedy_continuation(tiny, call):
-    from tokenizer import Tokenizer
-
     tok, model = Tokenizer.from_pretrained(tiny), Llama.from_pretrained(tiny)
     ids = torch.tensor([[tok.bos_id] * (tok.bos_id is not None) + tok.encode("def f(x)")])
     expected = tok.decode(t for t in model.generate(ids, 12)[0, ids.shape[1]:].tolist() if t != tok.eos_id)
     status, said = call(sample.main, "def f(x)", "--plain", "--model", tiny, "--dtype", "float32",
-                        "--max-new-tokens", 12)  # fmt: skip
+                        "--max-new-tokens", 12)
     assert status == 0 and expected.split("<|im_end|>")[0].strip("\ufffd\n ")[:8] in said
 
 
@@ -40,7 +39,7 @@ def test_sample_without_routers_is_the_greedy_continuation(tiny, call):
     (["hi", "--max-new-tokens", 600], "context of 512"), (["hi", "--temperature", -1], "--temperature"),
     (["hi", "--top-k", 0], "--top-k"),
     (["hi", "--capacity", 0.5], "--routers"), (["hi", "--routers", "/nowhere"], "missing"),
-])  # fmt: skip
+])
 def test_sample_refuses(arguments, named, tiny, call):
     status, said = call(sample.main, *arguments, "--model", tiny)
     assert status == 1 and named in said

