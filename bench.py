@@ -39,10 +39,10 @@ from router import (
     capacity,
     closed,
     load_routers,
+    mindskips,
     parse_layers,
     remove_routers,
     routed_share,
-    routers,
 )
 from support.cli import common_arguments, device_and_dtype, numbers, run_script, words
 from support.data import DEFAULT_DATA, Batch, Sample
@@ -91,7 +91,7 @@ def open_share(model, share, seed):
 
     At token level every step of decoding has a pattern of its own. Patterns are made in the warm-up and kept.
     """
-    skips = list(routers(model).values())
+    skips = list(mindskips(model).values())
 
     def override_of(layer, skip):
         def override(score, ctx):
@@ -145,7 +145,7 @@ class Variant:
             add_routers(model, self.granularity, self.args.layers)
             open_share(model, self.asked, self.args.seed)
         if self.name == "none":
-            for skip in routers(model).values():
+            for skip in mindskips(model).values():
                 skip.override = closed
         if self.name == "train_all":
             model.requires_grad_(True)

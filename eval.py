@@ -26,7 +26,7 @@ from tqdm import tqdm
 from harm import measure
 from losses import CHUNK, Usage, evaluate, log_probabilities
 from model import Cache, Llama, run_layers
-from router import add_routers, closed, load_routers, remove_routers, routed_share, routers
+from router import add_routers, closed, load_routers, mindskips, remove_routers, routed_share
 from support.cli import check_at_least, common_arguments, device_and_dtype, run_script
 from support.data import DEFAULT_DATA, HELD_OUT, Batch, batches, pack, read_samples
 from support.kernels import additive_mask
@@ -111,7 +111,7 @@ def score(model, rows, beginning, out):
         ll = log_probabilities(model, x[part]).gather(1, targets[part, None])[:, 0]
         for (question, place), value in zip(owners[part], ll.tolist()):
             out[question][place] += value
-    return sum(ctx.sizes)
+    return sum(ctx.host_lengths)
 
 
 @torch.no_grad()
@@ -119,7 +119,7 @@ def log_likelihoods(model, questions, tok, budget, usages):
     """[[log-likelihood of each choice in nats] for each question], how many contexts were cut, and how many
     tokens were run; what the gates did is added to usages."""
     model.eval()
-    skips = routers(model).values()
+    skips = mindskips(model).values()
     by_sequence = any(skip.scope == "sequence" for skip in skips)
     rows = rows_of(questions, tok, model.config.max_context,
                    apart=by_sequence and any(skip.router.pool == "all" for skip in skips))
@@ -171,7 +171,7 @@ def override_real(model, change):
             score[real] = change(layer, score[real])
             return score
         return override
-    for layer, skip in routers(model).items():
+    for layer, skip in mindskips(model).items():
         skip.override = override_of(layer)
 
 
@@ -232,7 +232,7 @@ def make_variants(model, tok, args, device):
         setters |= {"routed": routed, "shuffled": shuffled}
     if args.random:
         capacity = capacity_of_file(meta, args.routers) if args.capacity is None else args.capacity
-        share = routed_share(capacity, len(routers(model)), model.config.n_layer)
+        share = routed_share(capacity, len(mindskips(model)), model.config.n_layer)
 
         def random():
             load()
@@ -248,7 +248,7 @@ def make_variants(model, tok, args, device):
 
         def static():
             add_routers(model, "attn_token", layers)
-            for skip in routers(model).values():
+            for skip in mindskips(model).values():
                 skip.override = closed
         setters["static"] = static
     return setters

@@ -11,7 +11,7 @@ import torch
 
 from losses import kl, log_probabilities
 from model import run_layers
-from router import dense, overall_capacity, routers
+from router import dense, mindskips, overall_capacity
 
 RIDGE = 20.0        # of the regression, in units of the inputs' mean squared distance from their mean
 
@@ -28,7 +28,7 @@ def measure(model, batch):
     Returns the harm (B, G) in nats, what each router read (B, G, C), whether its gate is open (B, G), and the
     KL of each sequence's answer (B,), all float32. Gates at token level should be all open.
     """
-    skips = routers(model)
+    skips = mindskips(model)
     ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
     row = torch.arange(len(batch.idx), device=batch.idx.device)[:, None].expand_as(batch.scored)[batch.scored]
     with dense(model):
@@ -86,7 +86,7 @@ def fit(model, harm, inputs, capacity, biases_only=False):
 
     The root makes the few largest harms weigh less; which gates are closed depends on the order alone.
     """
-    skips, root = list(routers(model).values()), harm.double().clamp(min=0).sqrt()
+    skips, root = list(mindskips(model).values()), harm.double().clamp(min=0).sqrt()
     lines, predicted = [], []
     for x, y in zip(inputs.double().unbind(1), root.unbind(1)):
         w, intercept = ridge_regression(x, y)
@@ -114,7 +114,7 @@ def tune(model, source, recipe, capacity, run):
     the others as they stand, and fits the routers to all that was measured. Arguments as in
     train_router.tune."""
     model.eval()
-    n_gates, biases_only = len(routers(model)), recipe.train == "bias"
+    n_gates, biases_only = len(mindskips(model)), recipe.train == "bias"
     state = {"harm": torch.zeros(0, n_gates), "inputs": torch.zeros(0, n_gates, model.config.n_embd)}
     if run.checkpoint:
         state = run.checkpoint

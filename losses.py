@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from model import run_layers
-from router import dense, overall_capacity, routers
+from router import dense, mindskips, overall_capacity
 
 CHUNK = 128      # tokens whose logits exist at once
 
@@ -31,13 +31,13 @@ def cross_entropy(log_q, targets, log_p):
     return F.nll_loss(log_q, targets, reduction="none")
 
 
-kl.reads_dense = True                        # the others are called with log_p = None, and save that pass
+kl.reads_log_p = True                        # the others are called with log_p = None, and save that pass
 LOSSES = {"kl": kl, "ce": cross_entropy}     # to add a loss, add it here
 
 
 def reads_dense(loss):
     """Whether a loss, by its name, reads log_p."""
-    return getattr(LOSSES[loss], "reads_dense", False)
+    return getattr(LOSSES[loss], "reads_log_p", False)
 
 
 def log_probabilities(model, x):
@@ -52,7 +52,7 @@ def two_passes(model, batch, teacher=None):
     all_train = model.embed.weight.requires_grad                     # all weights, not only the routers'
     first = 0                                                        # layers below run once, for both passes
     if not all_train and (teacher is None or teacher is model):
-        first = min(routers(model), default=len(model.layers))
+        first = min(mindskips(model), default=len(model.layers))
     ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
     with torch.set_grad_enabled(all_train and torch.is_grad_enabled()):
         below = run_layers(model.layers[:first], model.embed(batch.idx), ctx)
@@ -64,13 +64,13 @@ def two_passes(model, batch, teacher=None):
     return run_layers(model.layers[first:], below, ctx)[batch.scored], reference
 
 
-def backward(model, batch, loss, weight=1.0, penalty=None, teacher=None):
+def backward(model, batch, loss, weight=1.0, regularizer=None, teacher=None):
     """Add the gradients of a batch to what trains; returns `weight` times the sum of its tokens' losses, a
     tensor.
 
-    loss: a name in LOSSES. penalty: a function without arguments, called after the forward pass; its result,
-    a scalar computed from the gates, is differentiated too, but is not in what is returned. teacher: the
-    dense model, if not the model.
+    loss: a name in LOSSES. regularizer: a function without arguments, called after the forward pass; its
+    result, a scalar computed from the gates, is differentiated too, but is not in what is returned. teacher:
+    the dense model, if not the model.
     """
     teacher = teacher or model
     x, reference = two_passes(model, batch, teacher if reads_dense(loss) else None)
@@ -87,8 +87,8 @@ def backward(model, batch, loss, weight=1.0, penalty=None, teacher=None):
         total = total + chunk_loss.detach()
         del log_p, log_q, chunk_loss                                          # before the next of their size
     outputs, gradients = [x], [leaf.grad]
-    if penalty is not None:
-        outputs, gradients = [x, penalty()], [leaf.grad, None]
+    if regularizer is not None:
+        outputs, gradients = [x, regularizer()], [leaf.grad, None]
     torch.autograd.backward(outputs, gradients)
     return total
 
@@ -100,7 +100,7 @@ class Usage:
         self.model, self.opened, self.seen = model, Counter(), Counter()
 
     def add(self):
-        for i, skip in routers(self.model).items():
+        for i, skip in mindskips(self.model).items():
             self.opened[i] += int(skip.opened)
             self.seen[i] += skip.seen
 

@@ -148,7 +148,7 @@ class Context:
     cos: torch.Tensor                            # (T, D), or (B, 1, T, D) where rows differ in positions
     sin: torch.Tensor
     lengths: torch.Tensor                        # (B,) real tokens of each row in this pass, then padding
-    sizes: list[int]                             # the same numbers, where the host can read them
+    host_lengths: list[int]                      # the same numbers, where the host can read them
     prompt_lengths: torch.Tensor | None = None   # (B,) how many of them are the prompt; None in a step
     longest_prompt: int = 0                      # the largest of those
     mask: torch.Tensor | None = None             # (B or 1, 1, T, S) added to attention's scores; None: causal
@@ -291,8 +291,8 @@ class Llama(nn.Module):
             age = t[:, None] - t                                              # (T, T), query minus key
             mask = additive_mask((age >= 0) & (age < window), self.embed.weight.dtype)[None, None]
         cos, sin = self.angles_of(slice(0, T), T)
-        return Context(cos=cos, sin=sin, mask=mask, cache=cache, lengths=lengths, sizes=lengths.tolist(),
-                       prompt_lengths=prompt_lengths, longest_prompt=int(prompt_lengths.max()))
+        return Context(cos=cos, sin=sin, lengths=lengths, host_lengths=lengths.tolist(), mask=mask,
+                       prompt_lengths=prompt_lengths, longest_prompt=int(prompt_lengths.max()), cache=cache)
 
     def step_context(self, cache, positions, device):
         """The Context of a step that continues `cache` by one token per row, at `positions` (a list)."""
@@ -301,7 +301,8 @@ class Llama(nn.Module):
             return self.ragged_context(cache, torch.tensor(positions, device=device), end)
         cos, sin = self.angles_of(slice(end - 1, end), end)
         ones = torch.ones(B, dtype=torch.int64, device=device)
-        return Context(cos=cos, sin=sin, cache=cache, lengths=ones, sizes=[1] * B, decoding=True, end=end)
+        return Context(cos=cos, sin=sin, lengths=ones, host_lengths=[1] * B, cache=cache, decoding=True,
+                       end=end)
 
     def ragged_context(self, cache, positions, end):
         """The same for any positions (B,), by a mask over the keys below `end`, which lies above all of them.
@@ -315,8 +316,8 @@ class Llama(nn.Module):
         cos, sin = self.angles_of(positions, end)                               # (B, D)
         cos, sin = cos[:, None, None], sin[:, None, None]                     # (B, 1, 1, D)
         ones = torch.ones_like(positions)
-        return Context(cos=cos, sin=sin, mask=mask, cache=cache, lengths=ones, sizes=[1] * B, decoding=True,
-                       end=end, positions=positions)
+        return Context(cos=cos, sin=sin, lengths=ones, host_lengths=[1] * B, mask=mask, cache=cache,
+                       decoding=True, end=end, positions=positions)
 
     def angles_of(self, positions, end):
         """cos and sin as `rotate` wants them, in the model's dtype, at positions that all lie below `end`."""
@@ -371,7 +372,7 @@ class Llama(nn.Module):
                         if bool(done.all()):
                             break
                     if i + 1 < max_new_tokens:
-                        x = step(token, [n + i for n in ctx.sizes])           # (B, C)
+                        x = step(token, [n + i for n in ctx.host_lengths])           # (B, C)
             return out
         finally:
             self.train(was_training)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from losses import reads_dense
 from model import run_layers
-from router import open_shares, overall_capacity, routed_share, routers, straight_through, trace
+from router import mindskips, open_shares, overall_capacity, routed_share, straight_through, trace
 from support.data import PLAIN_PROMPT, Batch, Sample, alternating, epochs, pack, pieces
 
 OWN_TEXTS, OWN_TOKENS = 96, 256       # texts that the model writes, and tokens of each
@@ -44,12 +44,12 @@ class Recipe:
     pool: str                           # what the gate of a sequence reads: "prompt" or "all"
     loss: str                           # of losses.LOSSES
     train: str                          # what trains: "routers", "bias" or "all"
-    estimator: str                      # "ramp" or "straight-through" gradient of the gates; "harm": harm.py
-    penalty: callable                   # (model, price, target capacity) -> what is added to the loss
-    price: float                        # lambda, the price of capacity, at first; the flag is --penalty
-    moves_price: bool                   # whether lambda follows the capacity, by dual ascent
+    method: str                         # "ramp" or "straight-through": gradient of the gates; "harm": harm.py
+    regularizer: callable               # (model, lambda, target capacity) -> what is added to the loss
+    penalty: float                      # lambda, the price of capacity, at first
+    moves_penalty: bool                 # whether lambda follows the capacity, by dual ascent
     falls_until: float                  # the target falls from 1 to --capacity over this share of the steps
-    own_text: bool                      # whether text that the model writes is learned from too
+    learns_own_text: bool               # whether text that the model writes is learned from too
     calibrates: bool                    # whether the threshold is moved afterwards
     lr: float                           # peak learning rate of the routers
     bias_lr: float | None               # of their biases, if another
@@ -82,27 +82,27 @@ class Recipe:
     def gate_estimator(self, step, steps):
         """The gate of a training step, (score, threshold) -> gate: the straight-through step, or a ramp whose
         width falls over the first four fifths of the run."""
-        if self.estimator == "straight-through":
+        if self.method == "straight-through":
             return straight_through
         first, last = self.ramp
         return partial(ramp, width=first * (last / first) ** min(1.0, 1.25 * step / steps))
 
 
 PAPER = Recipe(
-    name="paper", gate="unbiased", pool="all", loss="ce", train="routers", estimator="straight-through",
-    penalty=excess_per_layer, price=0.0, moves_price=False, falls_until=0.0, own_text=False, calibrates=False,
-    lr=1e-5, bias_lr=None, model_lr=1e-5, betas=(0.9, 0.999), warmup=0.03, final_lr=0.0, clip=1.0,
-    epochs=1, step_samples=64)
+    name="paper", gate="unbiased", pool="all", loss="ce", train="routers", method="straight-through",
+    regularizer=excess_per_layer, penalty=0.0, moves_penalty=False, falls_until=0.0,
+    learns_own_text=False, calibrates=False, lr=1e-5, bias_lr=None, model_lr=1e-5, betas=(0.9, 0.999),
+    warmup=0.03, final_lr=0.0, clip=1.0, epochs=1, step_samples=64)
 
 DEFAULT = Recipe(
-    name="default", gate="linear", pool="prompt", loss="kl", train="routers", estimator="ramp",
-    penalty=price_overall, price=2.0, moves_price=True, falls_until=0.5, own_text=True, calibrates=True,
-    lr=0.002, bias_lr=None, model_lr=1e-5, betas=(0.9, 0.95), warmup=0.05, final_lr=0.02, clip=None,
-    steps=160)
+    name="default", gate="linear", pool="prompt", loss="kl", train="routers", method="ramp",
+    regularizer=price_overall, penalty=2.0, moves_penalty=True, falls_until=0.5,
+    learns_own_text=True, calibrates=True, lr=0.002, bias_lr=None, model_lr=1e-5, betas=(0.9, 0.95),
+    warmup=0.05, final_lr=0.02, clip=None, steps=160)
 
 # DEFAULT elsewhere. At sequence level BY_HARM measures; SEQUENCE, for another loss or all weights, follows a
 # gradient, with fast biases, which first find the layers to close for all. ONLY_BIASES: --train bias, tokens
-BY_HARM = replace(DEFAULT, estimator="harm", steps=48, tokens_cpu=768, tokens_cuda=2048, lr=0.0003)
+BY_HARM = replace(DEFAULT, method="harm", steps=48, tokens_cpu=768, tokens_cuda=2048, lr=0.0003)
 SEQUENCE = replace(DEFAULT, lr=0.0003, bias_lr=0.02)
 ONLY_BIASES = replace(DEFAULT, bias_lr=0.02)
 
@@ -117,7 +117,7 @@ def choose(name, granularity, **values):
     wanted = replace(recipe, **given)
     if recipe is DEFAULT and granularity.endswith("sequence"):
         can_measure = wanted.loss == "kl" and wanted.train != "all"
-        by_harm = given.get("estimator", "harm" if can_measure else "ramp") == "harm"
+        by_harm = given.get("method", "harm" if can_measure else "ramp") == "harm"
         recipe = BY_HARM if by_harm else SEQUENCE
     elif recipe is DEFAULT and wanted.train == "bias":
         recipe = ONLY_BIASES
@@ -155,7 +155,7 @@ def own_text(model, recipe, samples, seed):
 
     Returns token ids (n, T) to calibrate on and Samples to learn from; None for what the recipe does not use.
     """
-    learns = recipe.own_text and reads_dense(recipe.loss)
+    learns = recipe.learns_own_text and reads_dense(recipe.loss)
     if not learns and not recipe.calibrates:
         return None, None
     torch.manual_seed(seed)
@@ -166,7 +166,7 @@ def own_text(model, recipe, samples, seed):
     model.cache = None
     if not learns:
         return texts, None
-    if recipe.estimator == "harm":               # one decision per piece: pieces as long as a mean answer
+    if recipe.method == "harm":                  # one decision per piece: pieces as long as a mean answer
         tokens = max(8, sum(sum(s.answer) for s in samples) // len(samples))
     return texts[:CALIBRATION_SAMPLES], pieces(texts[CALIBRATION_SAMPLES:], tokens)
 
@@ -200,7 +200,7 @@ def answers_capacity(model, batches):
                 is_open = is_open[batch.scored.cpu()]
             n_open += int(is_open.sum())
             n_seen += len(is_open)
-    n_routed = len(routers(model))
+    n_routed = len(mindskips(model))
     return overall_capacity([n_open / n_seen] * n_routed, model.config.n_layer)
 
 
@@ -225,7 +225,7 @@ def calibrate(model, samples, texts, capacity, tokens):
     other text opens other gates. First a grid of thresholds, then bisection. The head does not run.
     """
     model.eval()
-    skips = list(routers(model).values())
+    skips = list(mindskips(model).values())
     gates_read_prompts = skips[0].scope == "sequence" and skips[0].router.pool == "prompt"
     kinds = calibration_batches(gates_read_prompts, samples, texts, tokens, model.embed.weight.device)
     measured = []

@@ -84,7 +84,7 @@ class MindSkip(nn.Module):
     def __init__(self, sublayer, granularity, n_embd, threshold=0.5, pool="prompt", gate="linear"):
         super().__init__()
         self.part, self.scope = granularity.split("_")
-        self.sublayer, self.threshold, self.gate = sublayer, threshold, gate
+        self.sublayer, self.threshold, self.kind = sublayer, threshold, gate
         self.router = GATES[gate](n_embd, self.scope, pool).to(next(sublayer.parameters()).device)
         self.estimator = straight_through    # (score, threshold) -> the gate in training, with its gradient
         self.override = None                 # (score, ctx) -> the scores to use instead: forces decisions
@@ -132,7 +132,7 @@ class MindSkip(nn.Module):
 
     def count(self, n_open, ctx):
         """Note how many of this pass's gates are open, padding excluded (in training with the gradient)."""
-        n_seen = sum(ctx.sizes) if self.scope == "token" else len(ctx.lengths)
+        n_seen = sum(ctx.host_lengths) if self.scope == "token" else len(ctx.lengths)
         if ctx.decoding:
             n_open, n_seen = self.opened + n_open, self.seen + n_seen
         self.opened, self.seen = n_open, n_seen
@@ -169,10 +169,10 @@ class MindSkip(nn.Module):
         """The sublayer on the open tokens of x (B, T, C) only; keys and values of all; h = norm(x)."""
         T, attn = x.shape[1], self.attn
         is_open = is_open.cpu()                                          # (B, T); the one wait for the device
-        columns = [row[:n].nonzero().squeeze(1) for row, n in zip(is_open, ctx.sizes)]
+        columns = [row[:n].nonzero().squeeze(1) for row, n in zip(is_open, ctx.host_lengths)]
         n_open = sum(map(len, columns))
         self.count(n_open, ctx)
-        if n_open == sum(ctx.sizes):
+        if n_open == sum(ctx.host_lengths):
             return self.run(x, ctx, h)
         if attn:
             k, v = keys_values(attn, h, ctx)
@@ -238,7 +238,7 @@ def queries(attn, h, ctx, at):
 
 
 # --------------------------------------------------------------------------------------------- a routed model
-def routers(model):
+def mindskips(model):
     """{layer: its MindSkip} of a model, in order."""
     modules = ((i, module) for i, layer in enumerate(model.layers) for module in layer.modules())
     return {i: module for i, module in modules if isinstance(module, MindSkip)}
@@ -247,7 +247,7 @@ def routers(model):
 @contextmanager
 def dense(model):
     """Within it the model is the dense one."""
-    skips = routers(model).values()
+    skips = mindskips(model).values()
     for skip in skips:
         skip.bypass = True
     try:
@@ -260,7 +260,7 @@ def dense(model):
 @contextmanager
 def trace(model):
     """Within it decisions are kept: {layer: [one bool tensor per forward pass, (B,) or (B, T)]}."""
-    skips = routers(model)
+    skips = mindskips(model)
     for skip in skips.values():
         skip.trace = []
     try:
@@ -302,7 +302,7 @@ def add_routers(model, granularity="attn_token", layers="all", threshold=0.5, po
 
 def remove_routers(model):
     """Put every sublayer back in its place."""
-    for i, skip in routers(model).items():
+    for i, skip in mindskips(model).items():
         place(model, i, skip.part, skip.sublayer)
 
 
@@ -319,7 +319,7 @@ def routed_share(capacity, n_routed, n_layer):
 
 def open_shares(model):
     """[each routed layer's mean gate] since the last prompt: in training soft, with its gradient."""
-    skips = routers(model).values()
+    skips = mindskips(model).values()
     if any(skip.seen is None for skip in skips):
         raise RuntimeError("capacity: run the model first; it tells what its last forward pass did")
     return [skip.opened / skip.seen for skip in skips]
@@ -344,11 +344,11 @@ def save_routers(model, path, calibration=None, **notes):
     """Write the routers to a safetensors file: tensors layers.N.weight (1, n_embd), layers.N.bias (1,), or
     what the kind of gate has, and as metadata what they are for. calibration: [(threshold, the overall
     capacity measured with it)], from which `load_routers` reads other capacities; notes: strings to keep."""
-    skips = routers(model)
+    skips = mindskips(model)
     if not skips:
         raise InputError("save_routers: the model has no routers; add_routers first")
     first = next(iter(skips.values()))
-    meta = {"gate": first.gate, "granularity": f"{first.part}_{first.scope}",
+    meta = {"gate": first.kind, "granularity": f"{first.part}_{first.scope}",
             "layers": ",".join(map(str, skips)), "pool": first.router.pool, "kv": "all",
             "threshold": repr(first.threshold), "model": json.dumps(shape_of(model)),
             "calibration": json.dumps(sorted(calibration or [])), **notes}
@@ -387,7 +387,7 @@ def load_routers(model, path, capacity=None):
                          f" has {json.dumps(shape_of(model))}")
     add_routers(model, meta["granularity"], meta["layers"], float(meta["threshold"]), meta["pool"],
                 meta["gate"], meta["kv"])
-    for i, skip in routers(model).items():
+    for i, skip in mindskips(model).items():
         for name, parameter in skip.router.named_parameters():
             key = f"layers.{i}.{name}"
             if key not in file.keys() or tuple(file.get_slice(key).get_shape()) != tuple(parameter.shape):

@@ -9,7 +9,7 @@ import time
 import torch
 
 from model import Llama
-from router import capacity, dense, load_routers, routers, trace
+from router import capacity, dense, load_routers, mindskips, trace
 from support.cli import common_arguments, device_and_dtype, run_script
 from tokenizer import Tokenizer
 from weights import InputError
@@ -44,7 +44,7 @@ def generate(model, tok, ids, args):
 
 def show_skipped(model, gates, prompt, width):
     """What ran: one mark per layer at sequence level, a map of layers and tokens at token level."""
-    n_layer, scope = model.config.n_layer, next(iter(routers(model).values())).scope
+    n_layer, scope = model.config.n_layer, next(iter(mindskips(model).values())).scope
     if scope == "sequence":
         print("layers 0 to", n_layer - 1, "for this prompt (█ ran, · skipped, = has no router)\n")
         for i in range(n_layer):

@@ -22,7 +22,7 @@ import harm
 import losses
 from model import Llama
 from recipe import RECIPES, Price, calibrate, choose, make_source, own_text
-from router import GATES, GRANULARITIES, add_routers, capacity, remove_routers, routers, save_routers
+from router import GATES, GRANULARITIES, add_routers, capacity, mindskips, remove_routers, save_routers
 from support.cli import check_at_least, common_arguments, device_and_dtype, parse_layers, run_script
 from support.data import DEFAULT_DATA, HELD_OUT, Batch, pack, read_samples
 from support.run import Run, check_output
@@ -36,7 +36,7 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
     price of its own, and a step pays the mean over its batches. run: a Run, which says what steps remain and
     keeps what they give; teacher: see losses.backward."""
     optimizer = make_optimizer(model, recipe)
-    prices = [Price(recipe.price, recipe.moves_price) for _ in range(n_kinds)]
+    prices = [Price(recipe.penalty, recipe.moves_penalty) for _ in range(n_kinds)]
     if run.checkpoint:
         restore(model, optimizer, prices, run.checkpoint, run.start)
     for step in run.steps():
@@ -44,14 +44,14 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
         target = recipe.target(step, run.n_steps, capacity_wanted)
         weight = 1 / sum(len(batch.targets) for _, batch in batches)
         model.train()
-        for skip in routers(model).values():
+        for skip in mindskips(model).values():
             skip.estimator = recipe.gate_estimator(step, run.n_steps)
 
         loss, paid = 0.0, []
         capacities = [[] for _ in prices]
         for kind, batch in batches:
-            penalty = partial(recipe.penalty, model, prices[kind].now / len(batches), target)
-            loss += losses.backward(model, batch, recipe.loss, weight, penalty, teacher)
+            regularizer = partial(recipe.regularizer, model, prices[kind].now / len(batches), target)
+            loss += losses.backward(model, batch, recipe.loss, weight, regularizer, teacher)
             capacities[kind].append(capacity(model))
             paid.append(prices[kind].now)
 
@@ -86,7 +86,7 @@ def make_optimizer(model, recipe):
     if recipe.train == "all":
         model.requires_grad_(True)
     if recipe.train == "bias":
-        for skip in routers(model).values():
+        for skip in mindskips(model).values():
             skip.router.weight.requires_grad_(False)
     groups = {}
     for name, parameter in trained(model).items():
@@ -136,7 +136,7 @@ def parse_arguments():
     p.add_argument("--gate", choices=GATES, help="kind of gate")
     p.add_argument("--loss", choices=losses.LOSSES, help="KL from the dense model, or cross-entropy")
     p.add_argument("--train", choices=("routers", "bias", "all"), help="which weights learn")
-    p.add_argument("--estimator", choices=("ramp", "straight-through", "harm"),
+    p.add_argument("--method", choices=("ramp", "straight-through", "harm"),
                    help="gradient of the gates: a ramp's or the score's; or harm: regression, no gradient")
     p.add_argument("--steps", type=int)
     p.add_argument("--lr", type=float, help="learning rate of the routers")
@@ -151,16 +151,16 @@ def parse_arguments():
 
 def make_recipe(args, n_samples, device):
     """The Recipe, and in args the values that follow from it. Refuses what does not go together."""
-    keys = "gate", "loss", "train", "estimator", "lr", "pool", "steps"
+    keys = "gate", "loss", "train", "method", "lr", "pool", "steps"
     values = {key: getattr(args, key) for key in keys}
-    recipe = choose(args.recipe, args.granularity, price=args.penalty, **values)
+    recipe = choose(args.recipe, args.granularity, penalty=args.penalty, **values)
     can_measure = args.granularity.endswith("sequence") and recipe.loss == "kl" and recipe.train != "all"
-    if recipe.estimator == "harm" and (not can_measure or recipe.gate == "unbiased"):
-        raise InputError("--estimator harm: only for gates at sequence level, with a bias, --loss kl and a"
+    if recipe.method == "harm" and (not can_measure or recipe.gate == "unbiased"):
+        raise InputError("--method harm: only for gates at sequence level, with a bias, --loss kl and a"
                          " frozen model")
     for key in keys:
         setattr(args, key, getattr(recipe, key))
-    args.penalty = recipe.price
+    args.penalty = recipe.penalty
     args.steps = recipe.steps or recipe.epochs * math.ceil(n_samples / recipe.step_samples)
     args.tokens = args.tokens or (recipe.tokens_cuda if device.type == "cuda" else recipe.tokens_cpu)
     return recipe
@@ -229,7 +229,7 @@ def main():
     run = Run(args, partial(save_routers, model, path, command=args.command))
     for _ in range(run.start):                       # the data of the steps that were done before
         next(source)
-    if recipe.estimator == "harm":
+    if recipe.method == "harm":
         harm.tune(model, source, recipe, args.capacity, run)
     else:
         tune(model, source, recipe, args.capacity, run, n_kinds, teacher)

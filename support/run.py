@@ -32,7 +32,7 @@ class Run:
     """
 
     SAME_ON_RESUME = ("model", "dtype", "seed", "data", "granularity", "layers", "capacity", "recipe", "gate",
-                      "train", "loss", "estimator", "steps", "lr", "penalty", "tokens", "accumulate", "pool",
+                      "train", "loss", "method", "steps", "lr", "penalty", "tokens", "accumulate", "pool",
                       "held_out")
 
     def __init__(self, args, save_result):

@@ -13,7 +13,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model import Llama
-from router import add_routers, routers, save_routers
+from router import add_routers, mindskips, save_routers
 from support.cli import run_script
 from support.data import read_samples
 from tokenizer import Tokenizer
@@ -143,7 +143,7 @@ def samples(tok, tmp_path):
 
 def open_gates_at_random(model, scale=0.3):
     """Let about half of the gates be open."""
-    for skip in routers(model).values():
+    for skip in mindskips(model).values():
         skip.router.weight.data.normal_(0, scale)
         if skip.router.bias is not None:
             skip.router.bias.data.zero_()
@@ -167,7 +167,7 @@ def bound(reference, terms):
 def in_float64(model):
     """A copy of a model in float64, where rounding hides nothing; its routers stay in float32."""
     twin = copy.deepcopy(model).double()
-    for skip in routers(twin).values():
+    for skip in mindskips(twin).values():
         skip.router.float()
     return twin
 

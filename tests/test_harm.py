@@ -5,7 +5,7 @@ from conftest import open_gates_at_random
 
 from harm import RIDGE, fit, measure
 from model import Llama
-from router import add_routers, capacity, dense, routers
+from router import add_routers, capacity, dense, mindskips
 from support.data import DEFAULT_DATA, Batch, read_samples
 from tokenizer import Tokenizer
 
@@ -39,7 +39,7 @@ def test_harm_of_open_gates_is_that_of_removing_the_attention(tiny, groups):
 def test_harm_among_mixed_decisions(part, tiny, groups):
     """Each gate closed and opened by hand, for all sequences at once, the others as they decide."""
     model, batch = add_routers(Llama.from_pretrained(tiny), f"{part}_sequence"), groups[0]
-    gates, is_open = routers(model), torch.zeros(1)
+    gates, is_open = mindskips(model), torch.zeros(1)
 
     def run():
         with torch.no_grad():
@@ -71,7 +71,7 @@ def test_fit_is_ridge_regression_with_the_capacity_asked_for(share, tiny):
     harm = (x @ truth + torch.randn(70, 4) * 0.1 - torch.arange(4)).clamp(min=0) ** 2
     fit(model, harm, x, share)
     logits, predicted = [], []
-    for n, gate in enumerate(routers(model).values()):
+    for n, gate in enumerate(mindskips(model).values()):
         a, y = x[:, n].double(), harm[:, n].double().sqrt()
         centred = a - a.mean(0)
         ridge = RIDGE * centred.square().sum(1).mean() * torch.eye(48)
@@ -88,6 +88,6 @@ def test_biases_alone_are_the_same_for_every_sequence(tiny):
     model = add_routers(Llama.from_pretrained(tiny), "attn_sequence")
     harm = torch.rand(20, 4) + torch.tensor([3.0, 0.0, 2.0, 1.0])
     fit(model, harm, torch.randn(20, 4, 48), 0.5, biases_only=True)
-    gates = list(routers(model).values())
+    gates = list(mindskips(model).values())
     assert [float(gate.router.bias.detach()) > 0 for gate in gates] == [True, False, True, False]
     assert not any(gate.router.weight.any() for gate in gates)

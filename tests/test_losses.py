@@ -8,7 +8,7 @@ from conftest import open_gates_at_random
 import losses
 from model import Llama
 from recipe import price_overall
-from router import add_routers, capacity, dense, open_shares, routers
+from router import add_routers, capacity, dense, mindskips, open_shares
 from support.data import Batch, pack
 
 
@@ -44,9 +44,9 @@ def test_chunked_backward_equals_the_plain_one(train, kind, layers, tiny, sample
         log_p = dense_logits(model, batch)[:, :-1].log_softmax(-1)
         plain = (log_p.exp() * (log_p - log_q)).sum(-1)
     plain = plain[mask].mean()
-    (plain + 3.0 * sum(open_shares(model), 4 - len(routers(model))) / 4).backward()
+    (plain + 3.0 * sum(open_shares(model), 4 - len(mindskips(model))) / 4).backward()
     assert float(loss) == pytest.approx(plain.item(), rel=1e-4)
-    assert len(grads) == (2 * len(routers(model)) if train == "routers" else len(list(model.parameters())))
+    assert len(grads) == (2 * len(mindskips(model)) if train == "routers" else len(list(model.parameters())))
     for name, p in model.named_parameters():
         if p.grad is not None:
             assert (p.grad - grads[name]).abs().max() < 1e-4 * p.grad.abs().max() + 1e-7

@@ -13,7 +13,7 @@ import losses
 import train_router
 from model import Llama
 from recipe import DEFAULT, PAPER, Price, calibrate, choose, own_text, ramp
-from router import add_routers, capacity, routers, straight_through, trace
+from router import add_routers, capacity, mindskips, straight_through, trace
 from support.data import Batch, pieces, read_samples
 
 # ------------------------------------------------------------------------------------------------------ PAPER
@@ -80,24 +80,24 @@ def test_the_papers_gradient_and_step_against_float64(granularity, tiny, samples
 
     with trace(model.train()) as decisions:
         loss = losses.backward(model, batch, PAPER.loss, 1 / len(batch.targets),
-                               lambda: PAPER.penalty(model, price, target))
+                               lambda: PAPER.regularizer(model, price, target))
     real = torch.arange(batch.idx.shape[1]) < batch.lengths[:, None]
     for i, (is_open,) in decisions.items():
         same = is_open.double() == gates64[i]
         assert (same[real] if granularity == "attn_token" else same).all()
     assert 0.2 < capacity(model) < 0.9                                      # the penalty acts, gates differ
     with torch.no_grad():
-        penalty = PAPER.penalty(model, price, target)
+        penalty = PAPER.regularizer(model, price, target)
     assert float(loss + penalty) == pytest.approx(loss64.item(), rel=1e-5) and float(penalty) > 0
-    for i, skip in routers(model).items():
+    for i, skip in mindskips(model).items():
         assert skip.router.bias is None
         error = skip.router.weight.grad[0].double() - expected[i]
         assert error.abs().max() < 1e-4 * expected[i].abs().max()
 
     # one step of the loop, from here: all steps are one, so that the warm-up is over at once
     model.zero_grad(set_to_none=True)
-    before = {i: skip.router.weight.detach().double()[0] for i, skip in routers(model).items()}
-    recipe = dataclasses.replace(PAPER, price=price)
+    before = {i: skip.router.weight.detach().double()[0] for i, skip in mindskips(model).items()}
+    recipe = dataclasses.replace(PAPER, penalty=price)
     lines, state = [], {}
     run = SimpleNamespace(checkpoint=None, n_steps=1, steps=lambda: range(1), check_finite=lambda *_: None,
                           log=lambda step, **numbers: lines.append(numbers), is_due=lambda step: True,
@@ -106,7 +106,7 @@ def test_the_papers_gradient_and_step_against_float64(granularity, tiny, samples
     total = math.sqrt(sum(float(g.square().sum()) for g in expected.values()))
     assert total > 1 and lines[0]["lr"] == 1e-5 and lines[0]["lambda"] == price
     shrunk = grown = 0.0
-    for i, skip in routers(model).items():
+    for i, skip in mindskips(model).items():
         g = expected[i] / (total + 1e-6)                                    # clipped to norm 1
         m, v = 0.1 * g, 0.001 * g.square()
         for key, moment in ("m", m), ("v", v):
@@ -125,9 +125,9 @@ def test_the_papers_gradient_and_step_against_float64(granularity, tiny, samples
 
 def test_the_papers_values():
     assert (PAPER.loss, PAPER.gate, PAPER.pool, PAPER.train) == ("ce", "unbiased", "all", "routers")
-    assert (PAPER.price, PAPER.moves_price, PAPER.clip) == (0, False, 1.0)
+    assert (PAPER.penalty, PAPER.moves_penalty, PAPER.clip) == (0, False, 1.0)
     assert (PAPER.step_samples, PAPER.epochs) == (64, 1)
-    assert not PAPER.own_text and not PAPER.calibrates and PAPER.target(0, 100, 0.5) == 0.5
+    assert not PAPER.learns_own_text and not PAPER.calibrates and PAPER.target(0, 100, 0.5) == 0.5
     assert PAPER.gate_estimator(0, 100) is straight_through
     rates = [PAPER.learning_rate(step, 100, PAPER.lr) for step in range(100)]
     for step, rate in enumerate(rates):                                     # 3 % warm-up, then a cosine to 0
@@ -139,7 +139,7 @@ def test_the_papers_values():
 def test_the_papers_gates_begin_on_the_threshold_and_open(tiny):
     model = add_routers(Llama.from_pretrained(tiny), "attn_token", gate="unbiased")
     h = torch.randn(2, 5, 48)
-    for skip in routers(model).values():
+    for skip in mindskips(model).values():
         assert [name for name, _ in skip.router.named_parameters()] == ["weight"]
         assert (skip.score(h, None) == 0.5).all()
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_the_papers_recipe_from_end_to_end(arguments, call, tmp_path, monkeypatc
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert status == 0 and len(lines) == 3 and all(line["lambda"] == 0.5 for line in lines)
     status, said = call(train_router.main, *run, "--recipe", "paper", "--granularity", "attn_sequence",
-                        "--loss", "kl", "--estimator", "harm")
+                        "--loss", "kl", "--method", "harm")
     assert status == 1 and "with a bias" in said
 
 
@@ -197,14 +197,14 @@ def test_an_epoch_of_the_paper_takes_each_sample_once(arguments, call, tok, tmp_
 
 def test_which_form_of_the_default_is_chosen():
     assert choose("default", "attn_token") == DEFAULT
-    assert choose("default", "attn_sequence").estimator == "harm"
+    assert choose("default", "attn_sequence").method == "harm"
     assert choose("default", "attn_sequence").steps == 48
-    for values in dict(loss="ce"), dict(train="all"), dict(estimator="ramp"):
+    for values in dict(loss="ce"), dict(train="all"), dict(method="ramp"):
         recipe = choose("default", "mlp_sequence", **values)
-        assert recipe.estimator == "ramp" and recipe.bias_lr == 0.02 and recipe.lr == 0.0003
+        assert recipe.method == "ramp" and recipe.bias_lr == 0.02 and recipe.lr == 0.0003
     assert choose("default", "attn_token", train="bias").bias_lr == 0.02
     assert choose("default", "attn_token", steps=7, lr=None).steps == 7
-    assert choose("paper", "attn_sequence", price=0.1) == dataclasses.replace(PAPER, price=0.1)
+    assert choose("paper", "attn_sequence", penalty=0.1) == dataclasses.replace(PAPER, penalty=0.1)
 
 
 def test_ramp_is_half_open_at_the_threshold_and_ends_as_the_step():
@@ -267,7 +267,7 @@ def test_calibration_tells_which_threshold_gives_a_capacity(granularity, tiny, s
     assert used == sorted(used, reverse=True) and used[0] > 0.6 > used[-1]
     best = min(table, key=lambda pair: abs(pair[1] - 0.6))
     assert abs(best[1] - 0.6) < (0.05 if granularity.endswith("token") else 0.15)
-    assert {gate.threshold for gate in routers(model).values()} == {best[0]}
+    assert {gate.threshold for gate in mindskips(model).values()} == {best[0]}
     if granularity == "attn_token":  # by brute force: answers' tokens, both kinds of text with equal weight
         shares = []
         for kind in samples[:24], pieces(text, 256):

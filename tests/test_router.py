@@ -16,11 +16,11 @@ from router import (
     capacity,
     dense,
     load_routers,
+    mindskips,
     open_shares,
     overall_capacity,
     parse_layers,
     routed_share,
-    routers,
     save_routers,
     straight_through,
     trace,
@@ -37,7 +37,7 @@ def routed(folder, granularity, layers="all", bias=0.0, seed=0, **options):
     """A tiny model with random gates, about half of them open (bias 0)."""
     model = add_routers(Llama.from_pretrained(folder), granularity, layers, **options)
     generator = torch.Generator().manual_seed(seed)
-    for gate in routers(model).values():
+    for gate in mindskips(model).values():
         gate.router.weight.data.normal_(0, 0.3, generator=generator)
         gate.router.bias.data.fill_(bias)
     return model
@@ -64,7 +64,7 @@ def test_straight_through_is_the_step_forward_and_the_score_backward():
 def test_gate_and_its_gradients_against_float64(granularity, tiny):
     """y = x + g f(norm(x)); dL/dw = sum over gates of (dL/dy . f) s (1 - s) pool(norm(x)); in float64."""
     model = routed(tiny, granularity, layers="2").train()
-    gate = routers(model)[2]
+    gate = mindskips(model)[2]
     idx, part = tokens(), gate.part
     ctx = model.context(idx, LENGTHS, PROMPTS)
     x = run_layers(model.layers[:2], model.embed(idx), ctx).detach()
@@ -120,7 +120,7 @@ def test_closed_gates_leave_the_residual_stream_bit_for_bit(granularity, trainin
     model = routed(tiny, granularity, bias=-100.0).train(training)
     x, ctx = torch.randn(8, 40, 48), model.context(tokens(), LENGTHS, PROMPTS)
     with torch.set_grad_enabled(training):
-        assert torch.equal(routers(model)[1](x, ctx), x)
+        assert torch.equal(mindskips(model)[1](x, ctx), x)
         model(tokens(), LENGTHS, PROMPTS)
     assert capacity(model) == 0
 
@@ -151,7 +151,7 @@ def test_the_mode_alone_says_whether_to_mask_or_to_skip(granularity, tiny):
     routers_too = 4 * 2 * 48 * (8 if granularity.endswith("sequence") else 8 * 40)
     assert counts[True, True] == counts[True, False] == counter.get_total_flops() + routers_too
     assert counts[False, True] == counts[False, False] < counter.get_total_flops()
-    for skip in routers(model).values():
+    for skip in mindskips(model).values():
         skip.estimator = None                             # the gate of training, and of nothing else
     model(idx, LENGTHS, PROMPTS)
 
@@ -159,12 +159,12 @@ def test_the_mode_alone_says_whether_to_mask_or_to_skip(granularity, tiny):
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_an_override_forces_decisions(granularity, tiny):
     model = routed(tiny, granularity)
-    for skip in routers(model).values():
+    for skip in mindskips(model).values():
         skip.override = router.closed
     with torch.no_grad():
         model(tokens(), LENGTHS, PROMPTS)
         assert capacity(model) == 0
-        for skip in routers(model).values():
+        for skip in mindskips(model).values():
             skip.override = lambda score, ctx: torch.ones_like(score)
         model(tokens(), LENGTHS, PROMPTS)
     assert capacity(model) == 1
@@ -267,7 +267,7 @@ def test_only_open_tokens_reach_attention(tiny, monkeypatch):
     monkeypatch.setattr(router, "attention_of_some", spy)
     with torch.no_grad():
         model(idx, LENGTHS)
-    assert sum(seen) == int(routers(model)[1].opened) and 0 < sum(seen) < int(LENGTHS.sum())
+    assert sum(seen) == int(mindskips(model)[1].opened) and 0 < sum(seen) < int(LENGTHS.sum())
 
 
 def test_chunks_of_queries_change_nothing(tiny, monkeypatch):
@@ -285,7 +285,7 @@ def test_the_gate_reads_the_prompt_only(tiny):
     other[:, 12:] = tokens(seed=9)[:, 12:]
     for pool, same in ("prompt", True), ("all", False):
         model = routed(tiny, "attn_sequence", layers="0", pool=pool)
-        gate, scores = routers(model)[0], []
+        gate, scores = mindskips(model)[0], []
         for ids in idx, other:
             ctx = model.context(ids, None, torch.full((8,), 12))
             scores.append(gate.score(gate.norm(model.embed(ids)), ctx))
@@ -315,7 +315,7 @@ def test_capacity_counts_layers_without_a_router_as_open(tiny):
 
 def test_routers_stay_float32_in_a_bfloat16_model(tiny):
     model = add_routers(Llama.from_pretrained(tiny, dtype=torch.bfloat16), "attn_token")
-    gate = routers(model)[0]
+    gate = mindskips(model)[0]
     assert gate.router.weight.dtype == torch.float32
     assert gate.score(torch.randn(1, 3, 48).bfloat16(), model.context(tokens(1, 3))).dtype == torch.float32
 
@@ -353,7 +353,7 @@ def test_a_kind_of_gate_is_one_entry_and_its_name_is_in_the_file(tiny, tmp_path,
     path = tmp_path / "r.safetensors"
     monkeypatch.setitem(router.GATES, "shifted", Shifted)
     model = routed(tiny, "attn_token", gate="shifted")
-    for skip in routers(model).values():
+    for skip in mindskips(model).values():
         skip.router.shift.data.normal_(0, 0.2)
     save_routers(model, path)
     with safe_open(path, "pt") as file:
@@ -393,7 +393,7 @@ def test_the_threshold_is_a_dial(tiny, tmp_path):
     save_routers(model, path, [(0.5, 0.6), (0.1, 0.9), (0.9, 0.3)])
     for asked, threshold in (0.6, 0.5), (0.75, 0.3), (0.3, 0.9), (0.9, 0.1), (0.45, 0.7), (None, 0.5):
         load_routers(model, path, asked)
-        assert [gate.threshold for gate in routers(model).values()] == pytest.approx([threshold] * 4)
+        assert [gate.threshold for gate in mindskips(model).values()] == pytest.approx([threshold] * 4)
     with pytest.raises(InputError, match="0.300 to 0.900, not 0.95"):
         load_routers(model, path, 0.95)
     save_routers(model, path)

@@ -22,7 +22,7 @@ import train_router
 from losses import evaluate
 from model import Llama
 from recipe import DEFAULT, Price, choose
-from router import GRANULARITIES, add_routers, load_routers, routers, straight_through
+from router import GRANULARITIES, add_routers, load_routers, mindskips, straight_through
 from support.data import Batch, pack, read_samples
 from support.run import Run
 from support.tasks import QUESTIONS
@@ -51,7 +51,7 @@ def test_a_run_writes_what_it_should(granularity, arguments, call, tmp_path, tin
         assert all(line["lambda"] >= 0 for line in lines)
     model = Llama.from_pretrained(tiny)
     meta = load_routers(model, tmp_path / "out" / "routers.safetensors")
-    assert meta["granularity"] == granularity and len(routers(model)) == 4
+    assert meta["granularity"] == granularity and len(mindskips(model)) == 4
     assert (tmp_path / "out" / "routers.safetensors").stat().st_size < 10_000
     assert not list((tmp_path / "out").glob("*.tmp"))
 
@@ -70,7 +70,7 @@ def test_only_biases_train(arguments, call, tmp_path, tiny):
     assert set(held_out["keep"].values()) == {0.0, 1.0}
     model = Llama.from_pretrained(tiny)
     load_routers(model, tmp_path / "out" / "routers.safetensors")
-    gates = routers(model).values()
+    gates = mindskips(model).values()
     assert len({round(float(gate.router.bias.detach()), 3) for gate in gates}) == 4
     assert not any(gate.router.weight.any() for gate in gates)
 
@@ -195,7 +195,7 @@ def test_gates_are_ramps_that_narrow_over_a_run(arguments, call, monkeypatch):
     estimators, real = [], train_router.losses.backward
 
     def spy(model, *rest):
-        estimators.append({skip.estimator for skip in routers(model).values()})
+        estimators.append({skip.estimator for skip in mindskips(model).values()})
         return real(model, *rest)
 
     monkeypatch.setattr(train_router.losses, "backward", spy)
@@ -205,17 +205,17 @@ def test_gates_are_ramps_that_narrow_over_a_run(arguments, call, monkeypatch):
     widths = [width for some in widths for width in some]
     assert widths == sorted(widths, reverse=True) and (widths[0], widths[-1]) == DEFAULT.ramp
     estimators.clear()
-    assert call(main, *arguments, "--estimator", "straight-through")[0] == 0
+    assert call(main, *arguments, "--method", "straight-through")[0] == 0
     assert estimators == [{straight_through}] * len(estimators)
 
 
 def test_a_price_moves_once_a_step_by_the_mean_of_its_batches(tiny, monkeypatch):
     """Two kinds of text, each with its price; the loss is weighted by tokens, the penalty by batches."""
     model, used, seen, lines = add_routers(Llama.from_pretrained(tiny)), iter([0.9, 0.5, 0.7, 0.7]), [], []
-    recipe = choose("default", "attn_token", price=2.0, falls_until=0.0)
+    recipe = choose("default", "attn_token", penalty=2.0, falls_until=0.0)
 
-    def backward(model, batch, loss, weight, penalty, teacher):
-        seen.append((weight, penalty.args[1], model.layers[0].attn.estimator.keywords["width"]))
+    def backward(model, batch, loss, weight, regularizer, teacher):
+        seen.append((weight, regularizer.args[1], model.layers[0].attn.estimator.keywords["width"]))
         return torch.tensor(0.25)
 
     monkeypatch.setattr(train_router.losses, "backward", backward)
@@ -248,7 +248,7 @@ def test_a_price_moves_once_a_step_by_the_mean_of_its_batches(tiny, monkeypatch)
     (["--layers", "2-4"], "layers 0 to 3"),
     (["--layers", "last:9"], "layers 0 to 3"),
     (["--steps", 0], "--steps"),
-    (["--estimator", "harm"], "only for gates at sequence level"),
+    (["--method", "harm"], "only for gates at sequence level"),
     (["--lr", -1], "--lr"),
     (["--tokens", 0], "--tokens"),
     (["--out", "/dev/null/out"], "cannot be written"),
