@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from weights import InputError
+from weights import InputError, reason
 
 DEFAULT_DATA = Path(__file__).parent.parent / "data" / "instructions.jsonl"
 HELD_OUT = 64         # samples at the end of a file that are kept for the final table
@@ -24,33 +24,45 @@ class Sample:
 
 
 def read_samples(path, tok, context):
-    """Samples of a JSON or JSONL file of instructions, chats or texts (see FORMS), or of plain text.
+    """Samples of a JSON or JSONL file of instructions, chats or texts (see FORMS), or of plain text: what is
+    named .txt or .md, or begins with neither [ nor {.
 
     Returns (samples, how many were cut to `context` tokens), and prints how many records were read in which
-    form. InputError names the line or the field that is wrong.
+    form, and how many have nothing to learn from. InputError names the line or the field that is wrong.
     """
-    try:
-        text = Path(path).read_text("utf-8-sig")
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; give JSON, JSONL or plain text") from None
-    if not text.strip() or "\0" in text:
-        raise InputError(f"{path}: {'binary' if text.strip() else 'empty'}; give JSON, JSONL or plain text")
-    if text.lstrip()[0] not in "[{":
+    text = read_text(path)
+    if Path(path).suffix in (".txt", ".md") or text.lstrip()[0] not in "[{":
         return plain_samples(text, tok, min(PLAIN_PIECE, context)), 0
-    samples, cut, forms = [], 0, Counter()
+    samples, cut, forms, empty = [], 0, Counter(), 0
     for where, record in records(text, path):
         form, record_samples = sample_of(record, where, tok, context)
         forms[form] += 1
+        n = len(samples)
         for sample in record_samples:
             cut += len(sample.ids) > context
             sample = Sample(sample.ids[:context], sample.answer[:context], min(sample.prompt, context))
             if any(sample.answer):
                 samples.append(sample)
+        empty += len(samples) == n
     counts = ", ".join(f"{n:,} as {form}" for form, n in forms.items())
+    if empty:
+        counts += f"; {empty:,} have nothing to learn from (no answer within {context} tokens, or a text of" \
+                  f" {PLAIN_PROMPT} tokens or fewer)"
     print(f"{path}: records read: {counts}", file=sys.stderr)
     return samples, cut
+
+
+def read_text(path):
+    """A UTF-8 file of text, with or without a byte-order mark. InputError where it is none, or empty."""
+    try:
+        text = Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text; give JSON, JSONL or plain text") from None
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read ({reason(e)})") from None
+    if not text.strip() or "\0" in text:
+        raise InputError(f"{path}: {'binary' if text.strip() else 'empty'}; give JSON, JSONL or plain text")
+    return text
 
 
 def records(text, path):
@@ -58,14 +70,14 @@ def records(text, path):
     if text.lstrip().startswith("["):
         try:
             yield from ((f"{path}, record {i}", record) for i, record in enumerate(json.loads(text), 1))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise InputError(f"{path}: not valid JSON ({e})") from None
         return
     for i, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield f"{path}, line {i}", json.loads(line)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise InputError(f"{path}, line {i}: not valid JSON ({e})") from None
 
 
@@ -88,8 +100,12 @@ def sample_of(record, where, tok, context):
         raise InputError(f"{where}: none of its messages has the role 'assistant'")
     while messages[-1]["role"] != "assistant":
         messages.pop()
-    ids, answer = tok.encode_chat(messages)
-    return form, [Sample(ids, answer, max(answer.index(True), 1))]
+    try:
+        ids, answer = tok.encode_chat(messages)
+    except InputError as e:
+        raise InputError(f"{where}: {e}") from None
+    prompt = answer.index(True) if True in answer else len(ids)
+    return form, [Sample(ids, answer, max(prompt, 1))]
 
 
 def field(record, name, where, kind=str):
@@ -131,7 +147,7 @@ def messages_of(record, form, where):
 
 def plain_samples(text, tok, piece):
     """A text in pieces; the first 64 tokens of each stand in for a prompt and are not learned from."""
-    ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(text)
+    ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(text, special=False)
     samples = []
     for i in range(0, len(ids), piece):
         piece_ids = ids[i:i + piece]

@@ -3,7 +3,6 @@ import base64
 import json
 import random
 import shutil
-import sys
 
 import gguf
 import pytest
@@ -12,8 +11,9 @@ from conftest import CORPUS, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tokenizer import LLAMA3_SPECIAL, Tokenizer, byte_alphabet
+from tokenizer import LLAMA3_SPECIAL, Tokenizer
 from weights import LLAMA3_SPLIT as LLAMA3
 from weights import QWEN2_SPLIT as QWEN2
 from weights import InputError
@@ -137,43 +137,42 @@ def test_nfc_normalizer_and_bos_from_the_post_processor(tmp_path):
     assert [0, *ours.encode("cafe\u0301")] == theirs.encode("cafe\u0301").ids
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_sentencepiece_goes_to_tokenizers_or_is_refused(installed, tmp_path, monkeypatch):
+def test_sentencepiece(tmp_path):
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     theirs.decoder = tokenizers.decoders.Metaspace()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>"])
     theirs.train_from_iterator(CORPUS, trainer)
     folder_with(tmp_path, json.loads(theirs.to_str()), {"bos_token": "<s>", "add_bos_token": True})
-    if not installed:
-        monkeypatch.setitem(sys.modules, "tokenizers", None)
-        with pytest.raises(InputError, match="pip install tokenizers"):
-            Tokenizer.from_pretrained(tmp_path)
-        return
     ours = Tokenizer.from_pretrained(tmp_path)
     assert ours.encode("The quick fox") == theirs.encode("The quick fox").ids and ours.bos_id == 1
     assert ours.decode(ours.encode("The quick fox")) == "The quick fox"
     assert ours.encode("<s>") == [1] and ours.encode("<s>", special=False) != [1]
 
 
-def test_llama3_tokenizer_model(tmp_path):
+def llama3_folder(tmp_path):
+    """(A folder with a tokenizer.model, the same vocabulary in `tokenizers`)."""
     theirs = train_tokenizer(LLAMA3, specials=[])
-    spec = json.loads(theirs.to_str())["model"]
-    table = byte_alphabet()
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     lines = []
-    for token, i in spec["vocab"].items():
-        lines.append(base64.b64encode(bytes(table[c] for c in token)) + b" %d" % i)
+    for token, i in theirs.get_vocab().items():
+        lines.append(base64.b64encode(bytes(byte_of[c] for c in token)) + b" %d" % i)
     folder_with(tmp_path, {})
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
-    (tmp_path / "config.json").write_text('{"bos_token_id": 320, "eos_token_id": 321}')
-    ours = Tokenizer.from_pretrained(tmp_path)
-    n = len(spec["vocab"])
+    return tmp_path, theirs
+
+
+def test_llama3_tokenizer_model(tmp_path):
+    folder, theirs = llama3_folder(tmp_path)
+    n = theirs.get_vocab_size()
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": n, "eos_token_id": n + 1}))
+    ours = Tokenizer.from_pretrained(folder)
     for text in strings(500):
         text = text.replace("<|", "<")
         assert ours.encode(text) == theirs.encode(text).ids
     assert ours.encode("<|begin_of_text|>a<|eot_id|>") == [n, *theirs.encode("a").ids, n + 9]
-    assert len(LLAMA3_SPECIAL) == 256 and ours.bos_id == 320
+    assert len(LLAMA3_SPECIAL) == 256 and (ours.bos_id, ours.eos_ids) == (n, [n + 1])
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0")
     with pytest.raises(InputError, match="SentencePiece"):
         Tokenizer.from_pretrained(tmp_path)
@@ -200,8 +199,102 @@ def test_tokenizer_of_a_gguf(pre, tmp_path):
 
 
 def test_incomplete_tokenizer_json(tmp_path):
-    with pytest.raises(InputError, match="incomplete"):
+    with pytest.raises(InputError, match="cannot be read"):
         Tokenizer.from_pretrained(folder_with(tmp_path, {"model": {"type": "BPE"}}))
+
+
+def added(*tokens):
+    """A trained tokenizer with more added tokens."""
+    spec = json.loads(train_tokenizer().to_str())
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    n = len(spec["model"]["vocab"])
+    spec["added_tokens"] += [plain | {"id": n + i} | token for i, token in enumerate(tokens)]
+    return spec
+
+
+@pytest.mark.parametrize("spec, text", [
+    (added({"content": "<tool>"}, {"content": "<tool>_call"}, {"content": "<tool>_ca"}),
+     "<tool>_call x<tool>_c"),
+    (added(*({"content": " " * k, "special": False} for k in (2, 3, 4))), "a    b   c  d "),
+    (added({"content": "<|sep|>", "lstrip": True, "rstrip": True}), "a <|sep|>\n\nb<|sep|>"),
+    (added({"content": "fox", "single_word": True}), "foxes fox, fox"),
+    (added({"content": "caf\u00e9", "normalized": True}) | {"normalizer": {"type": "NFC"}},
+     "a cafe\u0301 caf\u00e9"),
+    (added({"content": "<think>", "special": False}), "<think>\nso</think>"),
+    (added() | {"normalizer": {"type": "Lowercase"}}, "The QUICK Fox"),
+    (added() | {"truncation": dict(max_length=3, strategy="LongestFirst", stride=0, direction="Right")},
+     "The quick brown fox jumps"),
+])
+def test_added_tokens_normalizers_and_truncation(spec, text, tmp_path):
+    """As `tokenizers` reads the file; a text is never cut."""
+    ours = Tokenizer.from_pretrained(folder_with(tmp_path, spec))
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    theirs.no_truncation()
+    for special in True, False:
+        theirs.encode_special_tokens = not special
+        assert ours.encode(text, special) == theirs.encode(text, add_special_tokens=False).ids
+
+
+def test_a_pattern_with_gaps_loses_nothing(tmp_path):
+    spec = json.loads(train_tokenizer(r" ?[^(\s|[.,!?])]+").to_str())
+    ours = Tokenizer.from_pretrained(folder_with(tmp_path, spec))
+    for text in "one, two.\n", " (three) | four!?", "\n\n":
+        assert ours.decode(ours.encode(text)) == text
+        assert ours.encode(text) == tokenizers.Tokenizer.from_str(json.dumps(spec)).encode(text).ids
+
+
+def test_half_an_emoji_and_runs_of_anything(tiny, tmp_path):
+    folder, _ = llama3_folder(tmp_path)
+    for tok in Tokenizer.from_pretrained(tiny), Tokenizer.from_pretrained(folder):
+        assert tok.encode("hi \ud83d") == tok.encode("hi ?")
+        assert tok.encode("\udc80", special=False) == tok.encode("?")
+        for run in " ", "a", "\n", "é", "x ":
+            assert tok.decode(tok.encode(run * 50_000 + "x")) == run * 50_000 + "x"
+
+
+@pytest.mark.parametrize("files, ids", [
+    ({"config.json": {"eos_token_id": [0, 2]}}, [0, 2]),
+    ({"config.json": {"eos_token_id": 2}, "tokenizer_config.json": {"eos_token": "<|im_start|>"}}, [1, 2]),
+    ({"config.json": {}, "tokenizer_config.json": {"eos_token": {"content": "<|im_end|>"}}}, [2]),
+    ({"config.json": {}, "tokenizer_config.json": {"eos_token": None}}, []),
+])
+def test_all_that_may_end_a_text(files, ids, tmp_path):
+    folder_with(tmp_path, json.loads(train_tokenizer().to_str()))
+    for name, value in files.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    tok = Tokenizer.from_pretrained(tmp_path)
+    assert tok.eos_ids == ids and tok.eos_id == (ids[0] if ids else None)
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"model": {"type": "BPE"}}, "tokenizer"), ({"added_tokens": "x"}, "cannot be read"),
+    ({"added_tokens": [{"id": 10**20, "content": "x"}]}, "cannot be read"),
+    ({"model": []}, "cannot be read"),
+    ({"pre_tokenizer": dict(type="Split", pattern={"Regex": "(["}, behavior="Isolated", invert=False)},
+     "cannot be read"),
+    ({"pre_tokenizer": {"type": "Nothing"}}, "cannot be read"), ({"decoder": 3}, "cannot be read"),
+])
+def test_tokenizer_files_that_are_refused(change, named, tmp_path):
+    spec = json.loads(train_tokenizer().to_str()) | change
+    with pytest.raises(InputError, match=named):
+        Tokenizer.from_pretrained(folder_with(tmp_path, spec))
+
+
+@pytest.mark.parametrize("config, named", [
+    ({"eos_token": ["x"]}, "eos_token"), ({"bos_token": 3}, "bos_token"),
+    ({"chat_template": 3}, "chat_template"),
+    ({"pad_token": {"content": 1}}, "pad_token"), ({"chat_template": [{"name": 1}, 2]}, "chat_template"),
+    ({"add_bos_token": "false"}, "add_bos_token"),
+])
+def test_tokenizer_configs_that_are_refused(config, named, tmp_path):
+    with pytest.raises(InputError, match=named):
+        Tokenizer.from_pretrained(folder_with(tmp_path, json.loads(train_tokenizer().to_str()), config))
+
+
+def test_null_is_absent(tmp_path):
+    nothing = dict.fromkeys(("add_bos_token", "bos_token", "eos_token", "chat_template", "pad_token"))
+    tok = Tokenizer.from_pretrained(folder_with(tmp_path, json.loads(train_tokenizer().to_str()), nothing))
+    assert tok.bos_id is None and tok.encode_chat([{"role": "user", "content": "a"}])[0][0] == 1
 
 
 CHAT = [{"role": "user", "content": "Hi <|im_end|>"}, {"role": "assistant", "content": "Hello."},
@@ -220,19 +313,17 @@ def test_chatml(pair):
 
 
 def test_llama3_and_plain_chat(tmp_path):
-    special = {token: 256 + i for i, token in enumerate(LLAMA3_SPECIAL)}
-    ours = Tokenizer(LLAMA3, [bytes([b]) for b in range(256)], range(256), special)
-    ours.bos_id, ours.eos_id = 256, 256 + 9
-    assert ours.decode(ours.encode_chat(CHAT[:2])[0]) == (
+    ours = Tokenizer.from_pretrained(llama3_folder(tmp_path)[0])
+    ids, answer = ours.encode_chat(CHAT[:2])
+    assert ours.decode(ids) == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi <|im_end|><|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|>"
-    )
-    base = Tokenizer(LLAMA3, [bytes([b]) for b in range(256)], range(256), {"<s>": 256, "</s>": 257})
-    base.bos_id, base.eos_id = 256, 257
-    assert (
-        base.decode(base.encode_chat(CHAT[:2])[0])
-        == "<s><|user|>\nHi <|im_end|></s>\n<|assistant|>\nHello.</s>\n"
-    )
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|>")
+    assert ours.decode([i for i, a in zip(ids, answer) if a]) == "Hello.<|eot_id|>"
+    folder = folder_with(tmp_path, json.loads(train_tokenizer(specials=["<s>", "</s>"]).to_str()),
+                         {"bos_token": "<s>", "eos_token": "</s>"})
+    base = Tokenizer.from_pretrained(folder)
+    assert base.decode(base.encode_chat(CHAT[:2])[0]) == \
+        "<s><|user|>\nHi <|im_end|></s>\n<|assistant|>\nHello.</s>\n"
 
 
 SYSTEM_TEMPLATE = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
@@ -262,12 +353,3 @@ def test_the_models_own_template(file, tiny, tmp_path):
         assert spoken == ("Hello.<|im_end|>\n" if len(messages) > 1 else "")
     with pytest.raises(InputError, match="nobody may speak"):
         ours.encode_chat([{"role": "nobody", "content": "x"}])
-
-
-def test_without_jinja_the_built_in_template(tiny, tmp_path, monkeypatch):
-    shutil.copytree(tiny, tmp_path / "m")
-    plain = Tokenizer.from_pretrained(tmp_path / "m").encode_chat(CHAT)
-    (tmp_path / "m" / "chat_template.jinja").write_text(SYSTEM_TEMPLATE)
-    assert Tokenizer.from_pretrained(tmp_path / "m").encode_chat(CHAT) != plain
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert Tokenizer.from_pretrained(tmp_path / "m").encode_chat(CHAT) == plain

@@ -1,0 +1,181 @@
+"""Chat templates: Jinja from strangers, run in a sandbox, with an end to its time and memory."""
+import json
+import re
+import signal
+import threading
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from weights import InputError, reason
+
+SECONDS, MEGABYTES, CHARACTERS = 10, 512, 10**7     # that a template may take, and write, for one chat
+FIRST, END = "\U0010fffe", "\U0010ffff"   # around what a template says is the assistant's: no characters
+
+# what stands before and after a role, at the end of a content, and between messages, where a model ships no
+# template of its own; {% generation %} is transformers' mark of an answer
+BUILT_IN = """\
+{{ start }}{% for m in messages %}{{ before }}{{ m.role }}{{ after }}{% if m.role == 'assistant' %}\
+{% generation %}{{ m.content }}{{ end }}{% endgeneration %}{% else %}{{ m.content }}{{ end }}{% endif %}\
+{{ between }}{% endfor %}{% if add_generation_prompt %}{{ before }}assistant{{ after }}{% endif %}"""
+CHATML = dict(start="", before="<|im_start|>", after="\n", end="<|im_end|>", between="\n")
+LLAMA3 = dict(start="<|begin_of_text|>", before="<|start_header_id|>", after="<|end_header_id|>\n\n",
+              end="<|eot_id|>", between="")
+
+
+class Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(["**"])          # the one operation that no timer interrupts
+
+    def call_binop(self, context, operator, left, right):
+        raise TemplateError("powers are not for templates")
+
+
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}: the assistant's part."""
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("marked"), [], [], body).set_lineno(line)
+
+    def marked(self, caller):
+        return FIRST + caller() + END
+
+
+class ChatTemplate:
+    """render(messages) -> (text, [(first, last + 1) character of each answer]).
+
+    today: the date that the template reads, a datetime; None: that of the clock.
+    """
+    today = None
+
+    @classmethod
+    def of(cls, template, special, marks):
+        """The model's template, or the one that its special tokens are made for: ChatML, Llama 3's, or a
+        plain one. template: the source, a list of sources by name, or None; special: texts of special
+        tokens; marks: {"bos_token": text, ...} for the template to read."""
+        if isinstance(template, list) and all(isinstance(named, dict) for named in template):
+            template = {str(named.get("name")): named.get("template") for named in template}.get("default")
+        if template and not isinstance(template, str):
+            raise InputError("tokenizer_config.json: chat_template should be a string, or a list of templates"
+                             " with their names")
+        if template:
+            return cls(template, special, marks)
+        parts = dict(start=marks.get("bos_token", ""), before="<|", after="|>\n",
+                     end=marks.get("eos_token", ""), between="\n")
+        if CHATML["before"] in special:
+            parts = CHATML
+        elif LLAMA3["before"] in special:
+            parts = LLAMA3
+        return cls(BUILT_IN, special, parts)
+
+    def __init__(self, source, special, values):
+        self.source, self.values = source, dict(values, tools=None, documents=None)
+        self.end_mark = re.compile(r"\s*(?:" + "|".join(map(re.escape, special)) + ")")
+        self.marks_answers = re.search(r"{%-?\s*generation\b", source)
+        environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+        environment.globals |= {"raise_exception": refuse, "strftime_now": self.strftime}
+        environment.filters["tojson"] = tojson
+        self.environment, self.compiled = environment, None
+
+    def strftime(self, form):
+        return (self.today or datetime.now()).strftime(form)
+
+    def render(self, messages):
+        """InputError where the template refuses the chat, or fails."""
+        opens = messages[-1]["role"] != "assistant"
+        if self.marks_answers:
+            messages = [m | {"content": unmarked(m["content"])[0]} for m in messages]
+            return unmarked(self.text_of(messages, opens))
+        text = self.text_of(messages, opens)
+        return text, self.answers(messages, text)
+
+    def text_of(self, messages, opens):
+        """A chat's text; opens: whether an answer is opened at its end."""
+        try:
+            with bounded(SECONDS, MEGABYTES):
+                if self.compiled is None:
+                    self.compiled = self.environment.from_string(self.source)
+                text = self.compiled.render(messages=messages, add_generation_prompt=opens, **self.values)
+            if len(text) > CHARACTERS:
+                raise ValueError(f"it writes {len(text):,} characters")
+            return text
+        except Exception as e:                        # whatever a stranger's program may run into
+            raise InputError(f"the model's chat template refuses this chat ({reason(e)})") from None
+
+    def answers(self, messages, text):
+        """Where the answers lie: between the text up to an opened answer and the text up to its end. Where a
+        template writes a message otherwise once another follows, its content is looked for."""
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, after = self.beginning(messages[:i], True), self.beginning(messages[:i + 1], False)
+            if before and after and text.startswith(after) and after.startswith(before):
+                spans.append((len(before), len(after)))
+                continue
+            content = message["content"].strip()
+            first = text.find(content, spans[-1][1] if spans else 0)
+            if first >= 0 and content:
+                end = first + len(content)
+                mark = self.end_mark.match(text, end)
+                spans.append((first, mark.end() if mark else end))
+        return spans
+
+    def beginning(self, messages, opens):
+        """text_of a chat's first messages; "" where the template refuses them."""
+        try:
+            return self.text_of(messages, opens) if messages else ""
+        except InputError:
+            return ""
+
+
+def unmarked(text):
+    """(text, spans) of a text with FIRST and END around what is the assistant's."""
+    parts, spans, first, length = re.split(f"([{FIRST}{END}])", text), [], 0, 0
+    for part in parts:
+        if part == FIRST:
+            first = length
+        elif part == END:
+            spans.append((first, length))
+        else:
+            length += len(part)
+    return "".join(part for part in parts if part not in (FIRST, END)), spans
+
+
+def refuse(why):
+    raise TemplateError(why)
+
+
+def tojson(value, **options):
+    return json.dumps(value, ensure_ascii=False, **options)
+
+
+@contextmanager
+def bounded(seconds, megabytes):
+    """Within it TimeoutError is raised after some seconds, and MemoryError where that much more memory is
+    wanted; both in the main thread of a Linux process only."""
+    statm = Path("/proc/self/statm")
+    if threading.current_thread() is not threading.main_thread() or not statm.exists():
+        yield
+        return
+    import resource  # Unix alone has it
+
+    def stop(*_):
+        raise TimeoutError(f"it takes more than {seconds} s")
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(statm.read_text().split()[0]) * resource.getpagesize()
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, hard))
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGALRM, before)
