@@ -10,6 +10,7 @@ Notable:
 import base64
 import json
 import re
+from contextlib import contextmanager
 from functools import cached_property
 
 import tiktoken
@@ -24,6 +25,17 @@ LLAMA3_SPECIAL = [
     "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(3, 248))]
 
 MARKS = "bos_token", "eos_token", "unk_token", "pad_token"      # keys of tokenizer_config.json
+
+
+@contextmanager
+def told(sentence):
+    """What the packages' Rust code raises, a panic included, as an InputError; it has no narrower kind."""
+    try:
+        yield
+    except BaseException as e:
+        if isinstance(e, InputError) or not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise InputError(f"{sentence} ({reason(e)})") from None
 
 
 class TokenizersFile:
@@ -84,11 +96,7 @@ class TiktokenFile:
         return TiktokenFile(self.path, names)
 
     def encode(self, text):
-        try:
-            ids = self.encoding.encode(text, allowed_special="all")
-        except ValueError as e:
-            raise InputError(f"a text that tiktoken cannot encode ({reason(e)}); shorten its runs of"
-                             " spaces") from None
+        ids = self.encoding.encode(text, allowed_special="all")
         starts = self.encoding.decode_with_offsets(ids)[1]
         return ids, list(zip(starts, [*starts[1:], len(text)]))
 
@@ -133,12 +141,8 @@ class Tokenizer:
         config = found["config"]
         if "ranks" in found:
             return cls(TiktokenFile(found["ranks"]), config)
-        marks = [mark(config, key) for key in MARKS]
-        try:
-            file = TokenizersFile(found["json"], marks)
-        except Exception as e:       # the package raises no narrower kind
-            raise InputError(f"{checkpoint.path}: its tokenizer cannot be read by `tokenizers`"
-                             f" ({reason(e)}); get tokenizer.json again") from None
+        with told(f"{checkpoint.path}: its tokenizer cannot be read by `tokenizers`; get it again"):
+            file = TokenizersFile(found["json"], [mark(config, key) for key in MARKS])
         return cls(file, config)
 
     def encode(self, text, special=True):
@@ -149,11 +153,13 @@ class Tokenizer:
     def encode_spans(self, text, guarded=False):
         """As TokenizersFile.encode. guarded: special tokens are recognized by their guards alone."""
         text = text.encode("utf-8", "replace").decode()       # a lone surrogate has no bytes: it becomes "?"
-        return (self.guarded if guarded else self.file).encode(text)
+        with told("the model's tokenizer cannot encode this text"):
+            return (self.guarded if guarded else self.file).encode(text)
 
     def decode(self, ids):
         """The text of token ids (special tokens included); bytes that are not UTF-8 become U+FFFD."""
-        return self.file.decode([int(i) for i in ids])
+        with told("the model's tokenizer cannot decode these token ids"):
+            return self.file.decode([int(i) for i in ids])
 
     def encode_chat(self, messages):
         """Token ids of a chat, and for each whether it belongs to an assistant's answer (its end mark

@@ -30,7 +30,13 @@ from safetensors.torch import save as safetensors_bytes
 
 
 class InputError(ValueError):
-    """Bad input, in one sentence: what is wrong, where, what to do. Scripts print it and exit with 1."""
+    """Bad input, in one sentence: what is wrong, where, what to do. Scripts print it and exit with 1. It is
+    one line of at most LONGEST characters, whatever it quotes."""
+    LONGEST = 600
+
+    def __str__(self):
+        sentence, half = " ".join(super().__str__().split()), self.LONGEST // 2
+        return sentence if len(sentence) <= 2 * half else f"{sentence[:half]} ... {sentence[-half:]}"
 
 
 def open_checkpoint(name_or_path):
@@ -82,11 +88,22 @@ def reason(error):
     return getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
 
 
+def read_text(path):
+    """A UTF-8 file, with or without a byte-order mark. InputError where it is missing or something else."""
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    except (OSError, ValueError) as e:               # ValueError: a path with a null character
+        raise InputError(f"{path}: cannot be read ({reason(e)})") from None
+
+
 def read_json(path):
     """The object in a JSON file. InputError where it is missing, unreadable or something else."""
+    text = read_text(path)
     try:
-        value = json.loads(Path(path).read_text("utf-8-sig"))
-    except (OSError, ValueError) as e:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({reason(e)})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: should hold one JSON object")
@@ -172,7 +189,7 @@ class Folder:
         if (self.path / "tokenizer_config.json").exists():
             found["config"] |= read_json(self.path / "tokenizer_config.json")
         if (self.path / "chat_template.jinja").exists():
-            found["config"]["chat_template"] = (self.path / "chat_template.jinja").read_text("utf-8-sig")
+            found["config"]["chat_template"] = read_text(self.path / "chat_template.jinja")
         if (self.path / "tokenizer.json").exists():
             return found | {"json": read_json(self.path / "tokenizer.json")}
         if (self.path / "tokenizer.model").exists():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from weights import InputError, reason
+from weights import InputError, read_text
 
 DEFAULT_DATA = Path(__file__).parent.parent / "data" / "instructions.jsonl"
 HELD_OUT = 64         # samples at the end of a file that are kept for the final table
@@ -31,6 +31,8 @@ def read_samples(path, tok, context):
     form, and how many have nothing to learn from. InputError names the line or the field that is wrong.
     """
     text = read_text(path)
+    if not text.strip() or "\0" in text:
+        raise InputError(f"{path}: {'binary' if text.strip() else 'empty'}; give JSON, JSONL or plain text")
     if Path(path).suffix in (".txt", ".md") or text.lstrip()[0] not in "[{":
         return plain_samples(text, tok, min(PLAIN_PIECE, context)), 0
     samples, cut, forms, empty = [], 0, Counter(), 0
@@ -50,19 +52,6 @@ def read_samples(path, tok, context):
                   f" {PLAIN_PROMPT} tokens or fewer)"
     print(f"{path}: records read: {counts}", file=sys.stderr)
     return samples, cut
-
-
-def read_text(path):
-    """A UTF-8 file of text, with or without a byte-order mark. InputError where it is none, or empty."""
-    try:
-        text = Path(path).read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; give JSON, JSONL or plain text") from None
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read ({reason(e)})") from None
-    if not text.strip() or "\0" in text:
-        raise InputError(f"{path}: {'binary' if text.strip() else 'empty'}; give JSON, JSONL or plain text")
-    return text
 
 
 def records(text, path):

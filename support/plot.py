@@ -12,16 +12,12 @@ from pathlib import Path
 from support.cli import run_script
 from support.data import records
 from support.tasks import TASKS
-from weights import InputError
+from weights import InputError, read_text
 
 
 def read(path):
     """What a script wrote: a list of steps of a run, or the scores of an evaluation."""
-    try:
-        text = Path(path).read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read ({e})") from None
-    found = [record for _, record in records(text, path)]
+    found = [record for _, record in records(read_text(path), path)]
     if found and all(isinstance(step, dict) and {"step", "loss", "capacity", "target"} <= step.keys()
                      for step in found):
         return found

@@ -16,6 +16,7 @@ from support.data import (
     pieces,
     read_samples,
 )
+from support.template import ChatTemplate
 from weights import InputError
 
 
@@ -101,6 +102,50 @@ def test_records_that_are_refused(record, named, tok, tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps(record))
     with pytest.raises(InputError, match=named):
         read_samples(tmp_path / "d.jsonl", tok, 512)
+
+
+def test_what_has_nothing_to_learn_from_is_counted(tok, tmp_path, capsys):
+    rows = [{"text": "short"}, {"prompt": "x " * 200, "completion": "cut off"},
+            {"prompt": "a", "completion": "b"}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples, _ = read_samples(tmp_path / "d.jsonl", tok, 100)
+    said = capsys.readouterr().err
+    assert len(samples) == 1 and "1 as text, 2 as prompt; 2 have nothing to learn from" in said
+    silent = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    tok.template = ChatTemplate.of(silent, tok.special, {})                # it shows no answers
+    (tmp_path / "d.jsonl").write_text((json.dumps(rows[2]) + "\n") * 3)
+    assert read_samples(tmp_path / "d.jsonl", tok, 100) == ([], 0)
+    assert "3 have nothing to learn from" in capsys.readouterr().err
+
+
+def test_a_chat_that_its_template_refuses_is_named_by_its_line(tok, tmp_path):
+    strict = ("{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+              "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content }}{% endfor %}")
+    tok.template = ChatTemplate.of(strict, tok.special, {})
+    chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    rows = [{"messages": chat}, {"messages": chat[:1] + chat}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="d.jsonl, line 2: .*roles must alternate"):
+        read_samples(tmp_path / "d.jsonl", tok, 100)
+
+
+@pytest.mark.parametrize("text", ["[1] A note.\n", "{curly} text ", "[INST] x ", '{"text": 3}\n'])
+def test_a_name_tells_plain_text(text, tok, tmp_path):
+    for name in "d.txt", "d.md":
+        (tmp_path / name).write_text(text * 200)
+        samples, _ = read_samples(tmp_path / name, tok, 512)
+        assert tok.decode(samples[0].ids) in text * 200
+    (tmp_path / "d.json").write_text(text * 200)
+    with pytest.raises(InputError, match="valid JSON|'text'"):
+        read_samples(tmp_path / "d.json", tok, 512)
+
+
+def test_special_tokens_in_text_are_text(tok, tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": "the fox <|endoftext|> <|im_end|> " * 40}))
+    (tmp_path / "d.txt").write_text("the fox <|endoftext|> <|im_end|> " * 40)
+    for name in "d.jsonl", "d.txt":
+        samples, _ = read_samples(tmp_path / name, tok, 512)
+        assert samples and not any({*s.ids} & {*tok.special.values()} for s in samples)
 
 
 def test_pieces_of_text():
