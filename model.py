@@ -126,13 +126,16 @@ class Cache:
         return k, v
 
     def store_step(self, layer, k, v, ctx):
-        """Store one token per row, (B, K, 1, D), each at its position."""
-        keys, values = self.k[layer], self.v[layer]
+        """Store the latest T tokens of each row, (B, K, T, D), the last at this step's position."""
+        keys, values, T = self.k[layer], self.v[layer], k.shape[2]
         if ctx.positions is None:                    # every row is at the same position
-            keys[:, :, ctx.end - 1:ctx.end] = k
-            values[:, :, ctx.end - 1:ctx.end] = v
+            keys[:, :, ctx.end - T:ctx.end] = k
+            values[:, :, ctx.end - T:ctx.end] = v
         else:
-            positions = ctx.positions[:, None, None, None].expand_as(k)
+            positions = ctx.positions[:, None]
+            if T > 1:
+                positions = positions + torch.arange(1 - T, 1, device=k.device)
+            positions = positions[:, None, :, None].expand_as(k)
             keys.scatter_(2, positions, k)
             values.scatter_(2, positions, v)
         return keys[:, :, :ctx.end], values[:, :, :ctx.end]

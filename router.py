@@ -20,6 +20,7 @@ The gate of a sequence reads the mean over its prompt (pool="all": over the whol
 on.
 """
 import json
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -31,9 +32,10 @@ from torch import nn
 
 from model import merge_heads, rotate, split_heads
 from support.cli import parse_layers
-from support.kernels import attention_of_some, linear, recomputed
+from support.kernels import attention_of_some, recomputed
 from weights import InputError, open_safetensors, write_file
 
+WAITING = 32        # steps whose keys and values may wait
 GRANULARITIES = [f"{part}_{scope}" for part in ("attn", "mlp", "block") for scope in ("sequence", "token")]
 
 
@@ -166,19 +168,26 @@ class MindSkip(nn.Module):
         return x.index_copy(0, rows, self.run(x[rows], select_rows(ctx, rows), h[rows]))
 
     def run_tokens(self, x, ctx, h, is_open):
-        """The sublayer on the open tokens of x (B, T, C) only; keys and values of all; h = norm(x)."""
-        T, attn = x.shape[1], self.attn
-        is_open = is_open.cpu()                                          # (B, T); the one wait for the device
-        columns = [row[:n].nonzero().squeeze(1) for row, n in zip(is_open, ctx.host_lengths)]
+        """The sublayer on the open tokens of x (B, T, C) only; h = norm(x). Keys and values of closed tokens
+        are needed too: those of steps wait in the cache, to be computed with the next open one."""
+        attn, columns = self.attn, open_columns(is_open, ctx)
         n_open = sum(map(len, columns))
         self.count(n_open, ctx)
+        waits = attn and ctx.decoding and n_open == 0
+        if attn and ctx.decoding:
+            waiting = waiting_tokens(ctx.cache)[self]
+            if waits:
+                waiting.append((h, ctx))
+            if waiting and (n_open or len(waiting) == WAITING):
+                compute_waiting(attn, waiting)
         if n_open == sum(ctx.host_lengths):
             return self.run(x, ctx, h)
-        if attn:
+        if attn and not waits:
             k, v = keys_values(attn, h, ctx)
         if n_open == 0:
             return x
 
+        T = x.shape[1]
         at = torch.cat([row * T + row_columns for row, row_columns in enumerate(columns)]).to(x.device)
         open_x = x.flatten(0, 1).index_select(0, at)                     # (N, C), row after row
         open_h = h.flatten(0, 1).index_select(0, at)
@@ -198,6 +207,19 @@ def open_rows(cache):
     return vars(cache).setdefault("open_rows", {})
 
 
+def waiting_tokens(cache):
+    """{MindSkip: [(h, ctx) of each step whose keys and values are yet to be computed]}, carried likewise."""
+    return vars(cache).setdefault("waiting", defaultdict(list))
+
+
+def open_columns(is_open, ctx):
+    """[each row's open columns], on the host, from is_open (B, T), padding excluded."""
+    is_open = is_open.cpu()                                              # the one wait for the device
+    if ctx.decoding and not bool(is_open.any()):
+        return [()] * len(is_open)
+    return [row[:n].nonzero().squeeze(1) for row, n in zip(is_open, ctx.host_lengths)]
+
+
 # ----------------------------------------------------------------------------------- gathered rows and tokens
 def select_rows(ctx, rows):
     """The Context of some rows of the batch, given by their indices (n,)."""
@@ -208,15 +230,21 @@ def select_rows(ctx, rows):
     return replace(ctx, **{name: select(getattr(ctx, name)) for name in names})
 
 
-def project(attn, h, outputs):
-    """Some outputs of attn.qkv, a slice, as heads: (..., T, C) -> (..., heads, T, D)."""
-    bias = None if attn.qkv.bias is None else attn.qkv.bias[outputs]
-    return split_heads(linear(h, attn.qkv.weight[outputs], bias), attn.head_dim)
+def compute_waiting(attn, waiting):
+    """Store the keys and values of the steps that wait, see waiting_tokens: one product for all of them."""
+    h = torch.cat([h for h, _ in waiting], 1)                                           # (B, n, C)
+    angles = {}
+    for name in "cos", "sin":
+        of_steps = [getattr(ctx, name).expand(len(h), 1, 1, -1) for _, ctx in waiting]
+        angles[name] = torch.cat(of_steps, 2)                                           # (B, 1, n, D)
+    last = waiting[-1][1]
+    keys_values(attn, h, replace(last, **angles))
+    waiting.clear()
 
 
 def keys_values(attn, h, ctx):
     """Keys and values of all tokens, (B, K, S, D) each, stored in the cache if there is one; h (B, T, C)."""
-    y = project(attn, h, slice(attn.n_head * attn.head_dim, None))                     # (B, 2K, T, D)
+    y = split_heads(attn.qkv(h, first=attn.n_head * attn.head_dim), attn.head_dim)      # (B, 2K, T, D)
     k, v = y[:, :attn.n_kv_head], y[:, attn.n_kv_head:]
     if attn.k_norm:
         k = attn.k_norm(k)
@@ -227,7 +255,7 @@ def keys_values(attn, h, ctx):
 def queries(attn, h, ctx, at):
     """Queries (H, N, D) of gathered tokens h (N, C), which are number `at` (N,) of the pass's B * T
     tokens."""
-    q = project(attn, h, slice(attn.n_head * attn.head_dim))
+    q = split_heads(attn.qkv(h, end=attn.n_head * attn.head_dim), attn.head_dim)
     if attn.q_norm:
         q = attn.q_norm(q)
     T = ctx.cos.shape[-2]

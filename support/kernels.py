@@ -24,6 +24,9 @@ ONEDNN = torch.backends.mkldnn.is_available()
 CHUNK = 128         # queries whose scores exist at once
 KEY_MULTIPLE = 32   # a chunk's keys are rounded up to this multiple, so that shapes recur
 
+# cuDNN's attention plans every new shape for 25 to 40 ms, and a generation meets a new one with each token
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def recomputed(f, *args):
     """f(*args), whose intermediate results are computed again in the backward pass instead of being kept."""
@@ -59,12 +62,19 @@ def linear(x, weight, bias=None):
 
 
 class Linear(nn.Linear):
-    packed_weight = None           # within packed_weights(): the weight as oneDNN lays it out
+    packed = None      # within packed_weights(): {outputs: that part of the weight as oneDNN lays it out}
+    rows = 1           # of the products that it is laid out for
 
-    def forward(self, x):
-        if self.packed_weight is not None:
-            return onednn_linear(x, self.packed_weight, self.bias)
-        return linear(x, self.weight, self.bias)
+    def forward(self, x, first=0, end=None):
+        """F.linear; first, end: only these outputs."""
+        outputs = slice(first, end)
+        bias = None if self.bias is None else self.bias[outputs]
+        if self.packed is None:
+            return linear(x, self.weight[outputs], bias)
+        if (first, end) not in self.packed:
+            part = self.weight.detach()[outputs]
+            self.packed[first, end] = torch.ops.mkldnn._reorder_linear_weight(part, self.rows)
+        return onednn_linear(x, self.packed[first, end], bias)
 
 
 def should_pack(n_bytes, device, dtype):
@@ -79,8 +89,8 @@ def should_pack(n_bytes, device, dtype):
 
 @contextmanager
 def packed_weights(model, rows):
-    """Within it every Linear has its weight a second time, laid out for products of `rows` rows, if that
-    pays.
+    """Within it every Linear has what is used of its weight a second time, laid out for products of `rows`
+    rows, if that pays.
 
     The copies live no longer than the context: nothing can be stale after a weight was changed.
     """
@@ -89,11 +99,11 @@ def packed_weights(model, rows):
     try:
         if should_pack(n_bytes, layers[0].weight.device, layers[0].weight.dtype):
             for layer in layers:
-                layer.packed_weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+                layer.packed, layer.rows = {}, rows
         yield
     finally:
         for layer in layers:
-            layer.packed_weight = None
+            layer.packed = None
 
 
 # ------------------------------------------------------------------------------------------------- attention
@@ -118,6 +128,9 @@ def attention(q, k, v, mask=None, causal=False):
     if mask is not None and mask.shape[-1] < k.shape[2]:
         mask = F.pad(mask, (k.shape[2] - mask.shape[-1], 0))
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        grouped = False            # the flash kernel alone knows groups, and it knows no mask and no float32
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from conftest import bound
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import Llama
@@ -64,7 +65,7 @@ def test_packed_weights_have_the_product_and_last_as_long_as_a_generation(tiny, 
     model, idx = Llama.from_pretrained(tiny, dtype=torch.bfloat16), torch.arange(12).view(3, 4)
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     with torch.no_grad(), packed_weights(model, 3):
-        assert all(layer.packed_weight is not None for layer in layers)
+        assert all(layer.packed == {} for layer in layers)
         for layer in layers:
             for shape in (3, layer.in_features), (3, 1, layer.in_features):
                 x = torch.randn(shape).bfloat16()
@@ -73,8 +74,10 @@ def test_packed_weights_have_the_product_and_last_as_long_as_a_generation(tiny, 
                 exact = x.double() @ layer.weight.double().T
                 assert torch.allclose(y.double(), exact, rtol=2**-8, atol=1e-4)
                 assert counter.get_total_flops() == 2 * x.numel() * layer.out_features
+                assert torch.equal(layer(x, 8, 40), y[..., 8:40])
+                assert set(layer.packed) == {(0, None), (8, 40)}
     before = model.generate(idx, 8)
-    assert all(layer.packed_weight is None for layer in layers)
+    assert all(layer.packed is None for layer in layers)
     copied = copy.deepcopy(model)
     for layer in layers:
         layer.weight.data.neg_()                     # which no counter of versions would tell
@@ -82,7 +85,7 @@ def test_packed_weights_have_the_product_and_last_as_long_as_a_generation(tiny, 
     assert not torch.equal(changed, before) and torch.equal(copied.generate(idx, 8), before)
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
     with packed_weights(model, 3):                           # too large for a machine of 10,000 bytes
-        assert all(layer.packed_weight is None for layer in layers)
+        assert all(layer.packed is None for layer in layers)
 
 
 @pytest.mark.parametrize("T, S", [(300, 300), (50, 90), (1, 40)])
@@ -106,3 +109,32 @@ def test_attention_of_some_queries_against_all_of_them(masks, T, S):
     expected = torch.cat([whole[b, :, c] for b, c in enumerate(columns)], 1)[None]
     found = attention_of_some(chosen, k, v, columns, at, T, mask)
     assert (found - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype, masked, T, heads, groups", [
+    (torch.bfloat16, False, 40, 2, True),          # flash, which reads each key head once
+    (torch.bfloat16, True, 40, 6, False),          # memory-efficient: heads repeated, no scores written out
+    (torch.float32, False, 40, 6, False),
+    (torch.float32, True, 40, 6, False),
+    (torch.bfloat16, False, 1, 2, False),          # one token: its query heads are rows of their key head
+    (torch.float32, True, 1, 2, False),
+])
+def test_which_attention_kernel_cuda_takes(dtype, masked, T, heads, groups, monkeypatch):
+    """On tensors without memory. Where heads are grouped and there is a mask, or float32, PyTorch would take
+    the kernel that materializes all scores."""
+    calls, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        calls.append((q, k, v, options))
+        return real(q, k, v, **options)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    with FakeTensorMode():
+        q = torch.empty(3, 6, T, 16, device="cuda", dtype=dtype)
+        k = torch.empty(3, 2, 40, 16, device="cuda", dtype=dtype)
+        mask = torch.empty(1, 1, T, 40, device="cuda", dtype=dtype) if masked else None
+        assert attention(q, k, k, mask, causal=not masked and T > 1).shape == q.shape
+    (q, k, v, options), = calls
+    assert k.shape[1] == v.shape[1] == heads and q.shape[1] == (2 if T == 1 else 6)
+    assert options.get("enable_gqa", False) == groups

@@ -257,6 +257,26 @@ def test_matrix_products_fall_by_exactly_what_is_skipped(granularity, tiny, monk
         assert attention_left == sum(2 * 2 * 6 * D * (t + 1) for t in positions)
 
 
+@pytest.mark.parametrize("granularity", ["attn_token", "block_token"])
+def test_keys_and_values_of_closed_steps_wait(granularity, tiny, monkeypatch):
+    """A closed step multiplies by no weight of its sublayer; what waited is computed with the next open step
+    or after WAITING steps, and changes no token."""
+    model, idx = routed(tiny, granularity, layers="1-3"), tokens()
+    whole, products, decisions = model.generate(idx, 20, lengths=LENGTHS), [], []
+    monkeypatch.setattr(router, "WAITING", 3)
+    assert torch.equal(model.generate(idx, 20, lengths=LENGTHS), whole)
+    monkeypatch.setattr(router, "WAITING", 1)                             # none waits
+    assert torch.equal(model.generate(idx, 20, lengths=LENGTHS), whole)
+    monkeypatch.setattr(router, "WAITING", 5)
+    skip = mindskips(model)[2]
+    skip.override = lambda score, ctx: torch.full_like(score, decisions[-1] if ctx.decoding else 1.0)
+    skip.attn.qkv.register_forward_hook(lambda layer, args, y: products.append(y.shape[-2]))
+    model.generate(idx[:1], 14, on_token=lambda _: decisions.append(len(decisions) in (2, 4, 11)))
+    # steps 0 1 wait, 2 opens, 3 waits, 4 opens, 5 to 9 are computed when there are five, 10 waits, 11 opens
+    qkv_and_kv = [idx.shape[1], 2, 1, 1, 1, 5, 1, 1]
+    assert products == qkv_and_kv
+
+
 def test_only_open_tokens_reach_attention(tiny, monkeypatch):
     model, idx, seen = routed(tiny, "attn_token", layers="1"), tokens(), []
 
