@@ -16,6 +16,7 @@ from losses import reads_dense
 from model import run_layers
 from router import mindskips, open_shares, overall_capacity, routed_share, straight_through, trace
 from support.data import PLAIN_PROMPT, Batch, Sample, alternating, epochs, pack, pieces
+from support.graph import release
 
 OWN_TEXTS, OWN_TOKENS = 96, 256       # texts that the model writes, and tokens of each
 CALIBRATION_SAMPLES = 24              # of the training samples, and of the texts, for the threshold
@@ -164,6 +165,7 @@ def own_text(model, recipe, samples, seed):
     with tqdm(total=tokens - 1, desc="the model writes", unit="token", leave=False) as bar:
         texts = model.generate(first, tokens - 1, temperature=1.0, on_token=lambda _: bar.update())
     model.cache = None
+    release(model)
     if not learns:
         return texts, None
     if recipe.method == "harm":                  # one decision per piece: pieces as long as a mean answer

@@ -1,5 +1,6 @@
 """Replayed steps of generation, all but the capture itself."""
 import copy
+import gc
 import weakref
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ def test_replayed_steps_give_the_same_tokens(granularity, family, tmp_path, monk
             x = self.step()
             return x, lambda: x.copy_(self.step())
 
+    monkeypatch.setattr(graph, "COLUMNS", 16)
     write_tiny(tmp_path, family)
     model = routed(tmp_path, granularity) if granularity else Llama.from_pretrained(tmp_path)
     prompts = [tokens(seed=1), tokens(seed=2), tokens(seed=1), tokens(seed=1)[:3]]
@@ -60,6 +62,36 @@ def test_a_graph_is_not_used_after_the_angles_that_it_reads_were_replaced(tmp_pa
     assert len(tables) == 3 and replays[2] is replays[3]
     assert replays[0].angles[0] is not model.angles[0] and replays[2].angles[0] is model.angles[0]
     assert all(table() is not None for table in tables)        # alive as long as their graphs are kept
+
+
+def test_one_graph_serves_prompts_of_many_lengths_and_is_released(tiny, monkeypatch):
+    """Ten prompts of ten lengths, one capture; positions are copied once for each generation."""
+    captures, copies, real = [], [], graph.torch.tensor
+
+    class Eager(graph.Replay):
+        def capture(self):
+            captures.append(weakref.ref(self.positions))
+            x = self.step()
+            return x, lambda: x.copy_(self.step())
+
+    def tensor(values, **options):
+        copies.append(values)
+        return real(values, **options)
+
+    model = Llama.from_pretrained(tiny)
+    prompts = [torch.randint(0, 320, (2, n)) for n in range(20, 30)]
+    expected = [model.generate(prompt, 7) for prompt in prompts]
+    monkeypatch.setattr(graph, "Replay", Eager)
+    monkeypatch.setattr(graph, "can_replay", lambda model: True)
+    monkeypatch.setattr(graph.torch, "tensor", tensor)
+    for prompt, out in zip(prompts, expected):
+        copies.clear()
+        assert torch.equal(model.generate(prompt, 7), out)
+        assert copies.count([prompt.shape[1]] * 2) == 1 and [prompt.shape[1] + 1] * 2 not in copies
+    assert len(captures) == 1 and captures[0]() is not None
+    graph.release(model)
+    gc.collect()                                                # Eager is a cycle
+    assert captures[0]() is None and model not in graph.graphs_of
 
 
 def test_only_steps_without_decisions_are_replayed_and_only_on_cuda(tiny):
