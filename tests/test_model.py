@@ -180,7 +180,9 @@ def test_config_that_does_not_fit_is_refused_by_name(key, value, named, tiny, tm
 def test_older_config_spelling(tiny):
     """transformers 4 wrote rope_theta and rope_scaling where 5 writes rope_parameters."""
     old = dict(model_type="llama", num_hidden_layers=1, num_attention_heads=2, hidden_size=8, vocab_size=9,
-               intermediate_size=8, rope_theta=5e5, rope_scaling=dict(type="llama3", factor=8.0))
+               intermediate_size=8, rope_theta=5e5,
+               rope_scaling=dict(type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                 original_max_position_embeddings=8192))
     config = Config.from_hf(old)
     assert config.rope_theta == 5e5 and config.rope_scaling["factor"] == 8.0 and config.n_kv_head == 2
 
