@@ -61,8 +61,8 @@ class Config:
         n_kv_head = size("num_key_value_heads", default=n_head, high=n_head)
         head_dim = size("head_dim", default=n_embd // n_head, high=2**12)
         if n_head % n_kv_head or head_dim % 2 or not head_dim:
-            raise InputError(f"{where}: {n_head} heads of queries, {n_kv_head} of keys and values and a"
-                             f" head_dim of {head_dim} do not fit together")
+            raise InputError(f"{where}: num_attention_heads {n_head}, num_key_value_heads {n_kv_head} and"
+                             f" head_dim {head_dim} do not fit together")
         rope_theta, rope_scaling = read_rope(hf, where, head_dim // 2)
         return cls(
             n_layer=size("num_hidden_layers", high=1000), n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd,

@@ -131,7 +131,7 @@ class Folder(Checkpoint):
             method = method or found and found.get("quant_method", key)
         method = method or next(filter(QUANTIZED.search, self.names), None)
         if method:
-            raise InputError(f"{self.path}: its weights are quantized ({reprlib.repr(method)}), which is not"
+            raise InputError(f"{self.path}: its weights are quantized ({method!r:.80}), which is not"
                              " supported; get the model in bfloat16 or float16, or as GGUF")
 
     def find_tensors(self):
@@ -144,8 +144,9 @@ class Folder(Checkpoint):
             listed = read_value(read_json(index, self.remedy), index, "weight_map", dict)
             for name in listed:
                 file = read_value(listed, index, name, str)
-                if file != Path(file).name:
-                    raise InputError(f"{index}: names {file!r}, which is not a file of this folder itself")
+                if file != Path(file).name or not file.isprintable() or len(file) > 255:
+                    raise InputError(f"{index}: names {file!r:.80}, which is not a file of this folder"
+                                     " itself")
             files = sorted(set(listed.values()))
         if not files:
             raise InputError(f"{self.path}: has no *.safetensors; pickled weights (.bin, .pth) are not"
@@ -177,7 +178,10 @@ class Folder(Checkpoint):
         config = self.config | read_json(where, self.remedy, missing={})
         if template.exists():
             config["chat_template"] = read_text(template, self.remedy)
-        read_value(config, where, "chat_template", (str, list), None)
+        if isinstance(read_value(config, where, "chat_template", (str, list), None), list):
+            for named in read_list(config, where, "chat_template", dict):
+                read_value(named, where, "name", str)
+                read_value(named, where, "template", str)
         read_value(config, where, "add_bos_token", bool, None)
         read_value(config, where, "bos_token_id", int, None, -1, LARGEST_ID)
         for key in "bos_token", "eos_token":
