@@ -35,6 +35,7 @@ from support.files import (
     Checkpoint,
     InputError,
     locked,
+    open_gguf,
     open_safetensors,
     read_json,
     read_list,
@@ -100,29 +101,35 @@ def fetch_from_hub(name):
 
 WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 QUANTIZED = re.compile(r"\.(qweight|W_q|weight_packed|weight_scale(_inv)?|absmax|SCB|quant_state|scales)\b")
+
+
 class Folder(Checkpoint):
     """A folder in the Hugging Face layout: config.json, one or several *.safetensors, tokenizer files."""
 
     def __init__(self, path, remedy="get it again"):
         self.path, self.remedy = Path(path), remedy
-        self.files = sorted(file.name for file in self.path.glob("*.safetensors"))
+        try:
+            self.files = {name for name in os.listdir(path) if not name.startswith(".")}
+        except OSError as e:
+            raise InputError(f"{path}: cannot be read ({reason(e)})") from None
         self.refuse_other_layouts()
         self.config = read_json(self.path / "config.json", remedy)
         self.stored = self.find_tensors()
         self.refuse_quantized()
 
     def refuse_other_layouts(self):
-        only_adapter = not self.files and (self.path / "adapter_config.json").exists()
-        if only_adapter or self.files == ["adapter_model.safetensors"]:
+        weights = [file for file in self.files if file.endswith(".safetensors")]
+        if weights == ["adapter_model.safetensors"] or not weights and "adapter_config.json" in self.files:
             raise InputError(f"{self.path}: an adapter without its model; merge it into the model that its"
                              " adapter_config.json names (peft's merge_and_unload) and give that")
-        if (self.path / "config.json").exists():
+        if "config.json" in self.files:
             return
-        if (self.path / "params.json").exists():
+        if "params.json" in self.files:
             raise InputError(f"{self.path}: Meta's own layout, whose weights are pickles, is not loaded; get"
                              " the model's Hugging Face version, config.json with *.safetensors")
-        for file in self.path.glob("*.gguf"):
-            raise InputError(f"{self.path}: has no config.json; give the file itself, {file}")
+        for file in self.files:
+            if file.endswith(".gguf"):
+                raise InputError(f"{self.path}: has no config.json; give the file itself, {self.path / file}")
 
     def refuse_quantized(self):
         method = None
@@ -137,10 +144,11 @@ class Folder(Checkpoint):
     def find_tensors(self):
         """{tensor name: ((file, its name there), shape)}, without the prefixes that wrappers such as
         torch.compile and DataParallel leave. A model.safetensors is whole, whatever an old index says."""
-        index, listed, files = self.path / "model.safetensors.index.json", {}, self.files
+        index, listed = self.path / "model.safetensors.index.json", {}
+        files = sorted(file for file in self.files if file.endswith(".safetensors"))
         if "model.safetensors" in files:
             files = ["model.safetensors"]
-        elif index.exists():
+        elif index.name in self.files:
             listed = read_value(read_json(index, self.remedy), index, "weight_map", dict)
             for name in listed:
                 file = read_value(listed, index, name, str)
@@ -155,13 +163,15 @@ class Folder(Checkpoint):
         for file in files:
             opened = open_safetensors(self.path / file, self.remedy)
             for name in opened.keys():
+                if listed and listed.get(name) != file:
+                    continue
                 plain = WRAPPERS.sub("", name)
                 if plain in stored:
                     (other, _), _ = stored[plain]
                     raise InputError(f"{self.path}: {other} and {file} both have {plain!r}; keep one of them")
                 stored[plain] = (file, name), tuple(opened.get_slice(name).get_shape())
         for name, file in listed.items():
-            if stored.get(WRAPPERS.sub("", name), [None])[0] != (file, name):
+            if WRAPPERS.sub("", name) not in stored:
                 raise InputError(f"{index}: says that {name!r} is in {file}, which lacks it; {self.remedy}")
         return stored
 
@@ -174,10 +184,11 @@ class Folder(Checkpoint):
             raise InputError(f"{self.path / file}: tensor {name} cannot be read ({reason(e)})") from None
 
     def tokenizer(self):
-        where, template = self.path / "tokenizer_config.json", self.path / "chat_template.jinja"
-        config = self.config | read_json(where, self.remedy, missing={})
-        if template.exists():
-            config["chat_template"] = read_text(template, self.remedy)
+        where, config = self.path / "tokenizer_config.json", dict(self.config)
+        if where.name in self.files:
+            config |= read_json(where, self.remedy)
+        if "chat_template.jinja" in self.files:
+            config["chat_template"] = read_text(self.path / "chat_template.jinja", self.remedy)
         if isinstance(read_value(config, where, "chat_template", (str, list), None), list):
             for named in read_list(config, where, "chat_template", dict):
                 read_value(named, where, "name", str)
@@ -188,14 +199,14 @@ class Folder(Checkpoint):
             token = read_value(config, where, key, (str, dict), None)
             if isinstance(token, dict):
                 read_value(token, where, "content", str)
-        where = self.path / "generation_config.json"
-        generation = read_json(where, self.remedy, missing={})
-        ends = {*read_list(self.config, self.path / "config.json", "eos_token_id", int, [], 0, LARGEST_ID),
-                *read_list(generation, where, "eos_token_id", int, [], 0, LARGEST_ID)}
+        ends = set()
+        for file in {"config.json", "generation_config.json"} & self.files:
+            data = read_json(self.path / file, self.remedy)
+            ends |= set(read_list(data, self.path / file, "eos_token_id", int, [], 0, LARGEST_ID))
         found = {"config": config | {"eos_token_ids": sorted(ends)}}
-        if (self.path / "tokenizer.json").exists():
+        if "tokenizer.json" in self.files:
             return found | {"json": read_json(self.path / "tokenizer.json", self.remedy)}
-        if (self.path / "tokenizer.model").exists():
+        if "tokenizer.model" in self.files:
             return found | {"ranks": self.path / "tokenizer.model"}
         raise InputError(f"{self.path}: has no tokenizer.json and no tokenizer.model; copy one of them there")
 
@@ -280,25 +291,6 @@ GGUF_PRE_TOKENIZERS = {   # as a tokenizer.json says it
 }
 
 
-def read_gguf(path):
-    """A file by the `gguf` package's reader, which by itself would read on for hours where a damaged length
-    points beyond the file's end, and fill the memory."""
-    import gguf  # half a second to import
-
-    class Reader(gguf.GGUFReader):
-        def _get(self, offset, dtype, count=1, **order):
-            values = super()._get(offset, dtype, count, **order)
-            if len(values) != count:
-                raise ValueError("it ends too early")
-            return values
-
-        def _get_field_parts(self, offset, kind):
-            if kind == gguf.GGUFValueType.ARRAY and self._get(offset + 4, np.uint64)[0] > 2**21:
-                raise ValueError("an array in its metadata has millions of elements")
-            return super()._get_field_parts(offset, kind)
-    return Reader(path)
-
-
 class GGUF(Checkpoint):
     """A llama.cpp file, dequantized by the `gguf` package and renamed to Hugging Face's names."""
 
@@ -306,19 +298,14 @@ class GGUF(Checkpoint):
         self.path, self.remedy = Path(path), remedy
         part = re.search(r"-\d{5}-of-(\d{5})\.gguf$", self.path.name)
         self.refuse_split(int(part[1]) if part else 1)
-        try:
-            with np.errstate(all="ignore"):
-                reader = read_gguf(self.path)
-                self.meta = {key: field.contents() for key, field in reader.fields.items()}
-        except Exception as e:   # on a damaged file the package raises whatever its arithmetic ran into
-            raise InputError(f"{self.path}: not a whole GGUF file ({reason(e)}); {remedy}") from None
+        self.meta, tensors = open_gguf(self.path, remedy)
         self.refuse_split(read_value(self.meta, self.path, "split.count", int, 1))
         arch = self.meta.get("general.architecture")
         if arch not in GGUF_ARCHITECTURES:
             raise InputError(f"{self.path}: architecture {reprlib.repr(arch)} is not supported;"
                              f" {', '.join(GGUF_ARCHITECTURES)} are")
         self.stored = {self.rename(t.name): (t, tuple(int(n) for n in reversed(t.shape)))
-                       for t in reader.tensors}
+                       for t in tensors}
         self.config = {theirs: self.meta[f"{arch}.{ours}"] for ours, theirs in GGUF_CONFIG.items()
                        if f"{arch}.{ours}" in self.meta}
         self.config.setdefault("num_key_value_heads", self.config.get("num_attention_heads"))

@@ -8,6 +8,7 @@ import reprlib
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -34,10 +35,8 @@ def read_text(path, remedy="get it again"):
         raise InputError(f"{path}: cannot be read ({reason(e)}); {remedy}") from None
 
 
-def read_json(path, remedy="get it again", missing=None):
-    """The object in a JSON file; `missing`, where that is given and there is no file. InputError if none."""
-    if missing is not None and not Path(path).exists():
-        return missing
+def read_json(path, remedy="get it again"):
+    """The object in a JSON file. InputError where it is missing, unreadable or something else."""
     text = read_text(path, remedy)
     try:
         value = json.loads(text)
@@ -90,6 +89,31 @@ def open_safetensors(path, remedy="get it again"):
         raise InputError(f"{path}: this file is missing; {remedy}") from None
     except (SafetensorError, OSError, ValueError) as e:
         raise InputError(f"{path}: not a whole safetensors file ({reason(e)}); {remedy}") from None
+
+
+def open_gguf(path, remedy="get it again"):
+    """(metadata, tensors) of a GGUF file, by the `gguf` package. InputError if it is not whole: by itself the
+    package reads on for hours where a damaged length points beyond the file's end, and fills the memory."""
+    import gguf  # half a second to import
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, **order):
+            values = super()._get(offset, dtype, count, **order)
+            if len(values) != count:
+                raise ValueError("it ends too early")
+            return values
+
+        def _get_field_parts(self, offset, kind):
+            if kind == gguf.GGUFValueType.ARRAY and self._get(offset + 4, np.uint64)[0] > 2**21:
+                raise ValueError("an array in its metadata has millions of elements")
+            return super()._get_field_parts(offset, kind)
+
+    try:
+        with np.errstate(all="ignore"):
+            reader = Reader(path)
+            return {key: field.contents() for key, field in reader.fields.items()}, reader.tensors
+    except Exception as e:   # on a damaged file the package raises whatever its arithmetic ran into
+        raise InputError(f"{path}: not a whole GGUF file ({reason(e)}); {remedy}") from None
 
 
 def write_file(path, data):

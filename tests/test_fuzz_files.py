@@ -1,4 +1,4 @@
-"""Files with random damage: a model that works, or one sentence. `FUZZ=1000` in the environment tries more."""
+"""Files with random damage: a model that works, or one sentence. FUZZ=1000 in the environment tries more."""
 import collections
 import json
 import os
@@ -15,8 +15,9 @@ from tokenizer import Tokenizer
 from weights import InputError, open_checkpoint
 
 N = int(os.environ.get("FUZZ", 200))        # mutations of each kind of file
-ODD = [None, True, False, 0, -1, 1, 2, 3, 7, 48, 320, 1000, 10**12, 10**20, 2.5, -0.5, 1e-40, 1e308, float("nan"),
-       float("inf"), "", "false", "48", "x" * 5000, "a\0b\n", "../x", "\ud800", [], [1], ["a"], [[[]]], {},
+ODD = [None, True, False, 0, -1, 1, 2, 3, 7, 48, 320, 1000, 10**12, 10**20, 2.5, -0.5, 1e-40, 1e308,
+       float("nan"), float("inf"),
+       "", "false", "48", "x" * 5000, "a\0b\n", "../x", "\ud800", [], [1], ["a"], [[[]]], {},
        {"a": 1}, {"content": 3}]
 
 
@@ -90,7 +91,8 @@ def mutate_config(folder):
 
 
 def mutate_generation_config(folder):
-    (folder / "generation_config.json").write_bytes(mutated_json({"eos_token_id": [0, 2], "temperature": 0.6}))
+    generation = {"eos_token_id": [0, 2], "temperature": 0.6}
+    (folder / "generation_config.json").write_bytes(mutated_json(generation))
 
 
 def mutate_tokenizer_config(folder):

@@ -510,6 +510,17 @@ def test_an_index_of_what_are_no_files(weight_map, folder):
         Llama.from_pretrained(folder)
 
 
+def test_an_index_leaves_out_what_it_does_not_list(folder, tiny):
+    """A tensor in no list, and a copy in another shard, as a repository that was sharded anew has them."""
+    shard(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = "other.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    norm = load_file(tiny / "model.safetensors")["model.norm.weight"]
+    save_file({"model.norm.weight": norm, "left.over": norm.clone()}, folder / "other.safetensors")
+    assert torch.equal(logits(folder), logits(tiny))
+
+
 def test_the_same_tensor_in_two_files(folder):
     shutil.copy(folder / "model.safetensors", folder / "a.safetensors")
     (folder / "model.safetensors").rename(folder / "b.safetensors")
