@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from eval import Beginning
 from model import Config, Llama, rope_frequencies
 from weights import SMOLLM2_FILE, InputError
 
@@ -282,7 +283,8 @@ def test_a_token_that_the_model_does_not_have(token, tiny):
     model, idx = Llama.from_pretrained(tiny), torch.randint(0, 320, (2, 9))
     idx[1, 4] = token
     lengths = torch.tensor([9, 2])                      # in padding too
-    for use in model, model.generate, lambda idx: model(idx, lengths):
+    beginning = lambda idx: Beginning(model, idx[1].tolist())
+    for use in model, model.generate, lambda idx: model(idx, lengths), beginning:
         with pytest.raises(InputError, match=rf"token id {token} .* 320") as e:
             use(idx)
         assert is_one_sentence(str(e.value))
