@@ -218,7 +218,8 @@ class Variant:
                 penalty = functools.partial(price_overall, model, 1.0, None)
                 backward(model, batch, self.args.loss, 1 / len(batch.targets), penalty)
             else:
-                x = run_layers(model.layers, model.embed(batch.idx), model.context(batch.idx, batch.lengths))
+                ctx = model.context(batch.idx, batch.lengths)
+                x = run_layers(model.layers, model.embed(batch.idx), ctx)
                 logits = model.head(model.norm(x)[batch.scored])
                 (F.cross_entropy(logits.float(), batch.targets) + price_overall(model, 1.0, None)).backward()
             optimizer.step()

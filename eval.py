@@ -55,7 +55,8 @@ class Beginning:
     def __init__(self, model, ids):
         cache = Cache(model.config, len(ids))
         idx = torch.tensor([ids], device=model.embed.weight.device)
-        run_layers(model.layers, model.embed(idx), model.context(idx, None, [len(ids)], cache))
+        ctx = model.context(idx, None, [len(ids)], cache)
+        run_layers(model.layers, model.embed(idx), ctx)
         self.k, self.v, self.length = cache.k, cache.v, len(ids)
 
     def store(self, layer, k, v, ctx):

@@ -12,15 +12,17 @@ Notable:
 Shapes: B rows, T columns (tokens), S keys, C n_embd, H n_head, K n_kv_head, D head_dim, V vocabulary.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from support.files import InputError, read_value
 from support.graph import stepper
 from support.kernels import Linear, additive_mask, attention, recomputed
-from weights import InputError, open_checkpoint, write_folder
+from weights import open_checkpoint, read_rope, write_folder
 
 FAMILIES = "llama", "mistral", "qwen2", "qwen3"     # model_type in config.json
 
@@ -46,32 +48,31 @@ class Config:
     @classmethod
     def from_hf(cls, hf, where="config.json"):
         """Config from the keys of a Hugging Face config.json. Refuses, by name, what would be loaded half."""
-        family = hf.get("model_type")
+        read = partial(read_value, hf, where)
+        size = partial(read, kind=int, low=1, high=2**24)
+        family = read("model_type", str)
         if family not in FAMILIES:
             raise InputError(f"{where}: model_type {family!r} is not supported; {', '.join(FAMILIES)} are")
         for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"),
                            ("use_sliding_window", False)):
-            if hf.get(key, plain) != plain:
+            if read(key, type(plain), plain) != plain:
                 raise InputError(f"{where}: {key} {hf[key]!r} is not supported")
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3", "factors"):
-            raise InputError(f"{where}: rope type {kind!r} is not supported; 'default' and 'llama3' are")
-        try:
-            n_head, n_embd = hf["num_attention_heads"], hf["hidden_size"]
-            return cls(
-                n_layer=hf["num_hidden_layers"], n_head=n_head, n_embd=n_embd, vocab_size=hf["vocab_size"],
-                n_kv_head=hf.get("num_key_value_heads") or n_head,
-                head_dim=hf.get("head_dim") or n_embd // n_head,
-                intermediate=hf["intermediate_size"], max_context=hf.get("max_position_embeddings", 2048),
-                norm_eps=hf.get("rms_norm_eps", 1e-6),
-                rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
-                rope_scaling=rope if kind != "default" else None,
-                sliding_window=hf.get("sliding_window") if family == "mistral" else None,
-                tie_embeddings=hf.get("tie_word_embeddings", False),
-                qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
-        except KeyError as e:
-            raise InputError(f"{where}: lacks {e}") from None
+        n_head, n_embd = size("num_attention_heads", high=2**12), size("hidden_size", high=2**20)
+        n_kv_head = size("num_key_value_heads", default=n_head, high=n_head)
+        head_dim = size("head_dim", default=n_embd // n_head, high=2**12)
+        if n_head % n_kv_head or head_dim % 2 or not head_dim:
+            raise InputError(f"{where}: num_attention_heads {n_head}, num_key_value_heads {n_kv_head} and"
+                             f" head_dim {head_dim} do not fit together")
+        rope_theta, rope_scaling = read_rope(hf, where, head_dim // 2)
+        return cls(
+            n_layer=size("num_hidden_layers", high=1000), n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd,
+            intermediate=size("intermediate_size"), vocab_size=size("vocab_size"), head_dim=head_dim,
+            max_context=size("max_position_embeddings", default=2048, high=2**31),
+            norm_eps=read("rms_norm_eps", float, 1e-6, 1e-30, 1.0),
+            rope_theta=rope_theta, rope_scaling=rope_scaling,
+            sliding_window=size("sliding_window", default=None, high=2**31) if family == "mistral" else None,
+            tie_embeddings=read("tie_word_embeddings", bool, False),
+            qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
 
 
 def rope_frequencies(config):
@@ -283,6 +284,10 @@ class Llama(nn.Module):
                              " shorten the text")
         if T == 0:
             raise InputError("the prompt is empty; give at least one token")
+        outside = idx[(idx < 0) | (idx >= self.config.vocab_size)]
+        if len(outside):
+            raise InputError(f"token id {int(outside[0])} is not in the model's vocabulary of"
+                             f" {self.config.vocab_size}; is this tokenizer the model's own?")
         lengths = checked([T] * B if lengths is None else lengths, "lengths", B, T, idx.device)
         if prompt_lengths is None:
             prompt_lengths = lengths.clamp(max=64)   # plain text: its beginning stands in for a prompt
@@ -350,8 +355,8 @@ class Llama(nn.Module):
         if T + max_new_tokens > self.config.max_context:
             raise InputError(f"{T} prompt tokens and {max_new_tokens} new ones do not fit the model's context"
                              f" of {self.config.max_context}; shorten one of them")
-        ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.int64, device=idx.device).flatten()
-        pad = 0 if eos_id is None else int(ends[0])
+        ends = torch.as_tensor([] if eos_id is None else eos_id, dtype=torch.int64, device=idx.device)
+        pad = int(ends.flatten()[0]) if ends.numel() else 0
         was_training = self.training
         self.eval()
         try:
@@ -388,28 +393,21 @@ class Llama(nn.Module):
         """
         checkpoint = open_checkpoint(name_or_path)
         config = Config.from_hf(checkpoint.config, checkpoint.path)
+        if config.tie_embeddings:
+            tied = checkpoint.tie("model.embed_tokens.weight", "lm_head.weight")
+            config = replace(config, tie_embeddings=tied)
         with torch.device("meta"):
             model = cls(config)
-        unused = {name for name in checkpoint.names if not name.endswith("rotary_emb.inv_freq")}
+        parts = [part for p in model.named_parameters() for part in checkpoint_parts(*p, config)]
+        checkpoint.check_tensors({source: part.shape for source, part in parts})
         for name, parameter in list(model.named_parameters()):   # a tied head is not among them
             weight = torch.empty(parameter.shape, device=device, dtype=dtype)
             for source, part in checkpoint_parts(name, weight, config):
-                if source not in checkpoint.names:
-                    raise InputError(f"{checkpoint.path}: tensor {source} is missing; get the model again")
-                tensor = checkpoint.tensor(source)
-                if tensor.shape != part.shape:
-                    raise InputError(f"{checkpoint.path}: tensor {source} has shape {tuple(tensor.shape)},"
-                                     f" but the config asks for {tuple(part.shape)}")
-                part.copy_(tensor)
-                unused.discard(source)
+                part.copy_(checkpoint.tensor(source))
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, nn.Parameter(weight))
         if config.tie_embeddings:
             model.head.weight = model.embed.weight
-            unused.discard("lm_head.weight")
-        if unused:
-            raise InputError(f"{checkpoint.path}: tensor {min(unused)} has no place in this model;"
-                             " is the config right?")
         return model.eval()
 
     def save_pretrained(self, folder, source):
@@ -457,7 +455,7 @@ def sample(logits, temperature=0.0, top_k=None):
 def checked(values, name, B, most, device):
     """Row lengths as (B,) int64 on `device`, each from 1 to `most`, a number or one per row."""
     values = torch.as_tensor(values, device=device, dtype=torch.int64)
-    if values.shape != (B,) or bool((values < 1).any()) or bool((values > most).any()):
+    if values.shape != (B,) or bool(((values < 1) | (values > most)).any()):
         limit = most if isinstance(most, int) else most.tolist()
         raise InputError(f"{name} should be {B} numbers, from 1 to {limit}, one per row, not"
                          f" {values.tolist()}")

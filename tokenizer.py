@@ -17,14 +17,12 @@ import tiktoken
 import tokenizers
 
 from support.template import ChatTemplate
-from weights import LLAMA3_SPLIT, InputError, open_checkpoint, reason
+from weights import LLAMA3_SPLIT, SPECIAL_TOKENS, InputError, open_checkpoint, reason
 
 LLAMA3_SPECIAL = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
     "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
     "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(3, 248))]
-
-MARKS = "bos_token", "eos_token", "unk_token", "pad_token"      # keys of tokenizer_config.json
 
 
 @contextmanager
@@ -118,16 +116,12 @@ class Tokenizer:
     def __init__(self, file, config):
         """file: a TokenizersFile or a TiktokenFile; config: dict, the keys of a tokenizer_config.json."""
         self.file, self.special = file, file.special
-        marks = {key: mark(config, key) for key in MARKS}
+        marks = {key: mark(config, key) for key in SPECIAL_TOKENS}
         bos, eos = marks["bos_token"], marks["eos_token"]
-        ids = config.get("eos_token_ids", config.get("eos_token_id")) or []
-        ends = [self.special.get(eos), *(ids if isinstance(ids, list) else [ids])]
+        ends = [self.special.get(eos), *config["eos_token_ids"]]
         self.eos_ids = list(dict.fromkeys(i for i in ends if i is not None))
         self.eos_id = self.eos_ids[0] if self.eos_ids else None
         adds_bos = config.get("add_bos_token")
-        if adds_bos not in (None, True, False):
-            raise InputError("tokenizer_config.json: add_bos_token should be true or false; it is"
-                             f" {adds_bos!r}")
         self.bos_id = file.opening_id()
         if adds_bos is not None:
             self.bos_id = self.special.get(bos, config.get("bos_token_id")) if adds_bos else None
@@ -142,7 +136,7 @@ class Tokenizer:
         if "ranks" in found:
             return cls(TiktokenFile(found["ranks"]), config)
         with told(f"{checkpoint.path}: its tokenizer cannot be read by `tokenizers`; get it again"):
-            file = TokenizersFile(found["json"], [mark(config, key) for key in MARKS])
+            file = TokenizersFile(found["json"], [mark(config, key) for key in SPECIAL_TOKENS])
         return cls(file, config)
 
     def encode(self, text, special=True):
@@ -214,11 +208,6 @@ def no_guards(text):
 
 
 def mark(config, key):
-    """The text of a special token in a tokenizer_config.json: a string, or a dict with its content; "" where
-    there is none."""
-    value = config.get(key)
-    if isinstance(value, dict):
-        value = value.get("content")
-    if value is not None and not isinstance(value, str):
-        raise InputError(f"tokenizer_config.json: {key} should be a string; it is {value!r}")
-    return value or ""
+    """The text of a special token in a tokenizer_config.json, "" where there is none."""
+    token = config.get(key) or ""
+    return token["content"] if isinstance(token, dict) else token

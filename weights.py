@@ -8,7 +8,8 @@ file or a hub id, and returns an object that looks the same for all of them:
     .config         dict, the keys of a Hugging Face config.json
     .names          the set of tensor names, as Hugging Face writes them
     .tensor(name)   one tensor, read when it is asked for
-    .tokenizer()    dict: "json" (a tokenizer.json) or "ranks" (the path of a tiktoken file), and "config"
+    .tokenizer()    dict: "json" (a tokenizer.json) or "ranks" (the path of a tiktoken file), and "config";
+                    its "eos_token_ids" are all ids that may end a text
 
 A GGUF file is translated to those names on the way in. No pickle is ever loaded.
 """
@@ -17,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import subprocess
 import sys
 import tempfile
@@ -25,37 +27,52 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save as safetensors_bytes
 
-
-class InputError(ValueError):
-    """Bad input, in one sentence: what is wrong, where, what to do. Scripts print it and exit with 1. It is
-    one line of at most LONGEST characters, whatever it quotes."""
-    LONGEST = 600
-
-    def __str__(self):
-        sentence, half = " ".join(super().__str__().split()), self.LONGEST // 2
-        return sentence if len(sentence) <= 2 * half else f"{sentence[:half]} ... {sentence[-half:]}"
+from support.files import (
+    LARGEST_ID,
+    Checkpoint,
+    InputError,
+    locked,
+    open_gguf,
+    open_safetensors,
+    read_json,
+    read_list,
+    read_text,
+    read_value,
+    reason,
+    write_file,
+)
 
 
 def open_checkpoint(name_or_path):
     """The checkpoint that a name, a folder or a .gguf file stands for. InputError if there is none."""
-    if str(name_or_path) == "smollm2-135m":
-        return Folder(fetch_smollm2())
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    name = str(name_or_path)
+    shown = repr(name)[1:-1][:200]
+    if name == "smollm2-135m":
+        folder = fetch_smollm2()
+        return Folder(folder, f"delete {folder}, and it is fetched again")
+    try:
+        path = Path(name_or_path).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as e:       # too long, a NUL in it, ~ of nobody
+        raise InputError(f"{shown}: no such model ({reason(e)}); give {MODELS}") from None
+    if is_folder:
         return Folder(path)
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and is_file:
         return GGUF(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name_or_path)):
-        return Folder(fetch_from_hub(str(name_or_path)))
-    raise InputError(f"{name_or_path}: no such model; give smollm2-135m, a folder with config.json and"
-                     " *.safetensors, a .gguf file or a hub id")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+        folder = Path(fetch_from_hub(name))
+        return Folder(folder, f"delete {folder.parents[1]}, and it is fetched again")
+    raise InputError(f"{shown}: {'is a file, but no model' if is_file else 'no such model'}; give {MODELS}")
 
 
-HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer.model",
-             "tokenizer_config.json", "chat_template.jinja"]
+SPECIAL_TOKENS = "bos_token", "eos_token", "unk_token", "pad_token"      # keys of tokenizer_config.json
+MODELS = "smollm2-135m, a folder with config.json and *.safetensors, a .gguf file or a hub id"
+HUB_FILES = ["config.json", "generation_config.json", "adapter_config.json", "*.safetensors",
+             "*.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+             "chat_template.jinja"]
 
 
 def fetch_from_hub(name):
@@ -83,116 +100,115 @@ def fetch_from_hub(name):
                          f" ({reason(e)}); check the network") from None
 
 
-def reason(error):
-    """The first line of what an exception says, without the file name."""
-    return getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+QUANTIZED = re.compile(r"\.(qweight|W_q|weight_packed|weight_scale(_inv)?|absmax|SCB|quant_state|scales)\b")
 
 
-def read_text(path):
-    """A UTF-8 file, with or without a byte-order mark. InputError where it is missing or something else."""
-    try:
-        return Path(path).read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
-    except (OSError, ValueError) as e:               # ValueError: a path with a null character
-        raise InputError(f"{path}: cannot be read ({reason(e)})") from None
-
-
-def read_json(path):
-    """The object in a JSON file. InputError where it is missing, unreadable or something else."""
-    text = read_text(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: cannot be read as JSON ({reason(e)})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: should hold one JSON object")
-    return value
-
-
-def write_file(path, data):
-    """Write bytes under a temporary name, then rename: `path` is its old self or the new one, whole. A link
-    is followed, a mode is kept, and what is no regular file, a device or a pipe, is written to as it is."""
-    real = Path(os.path.realpath(path))
-    temporary = real.with_name(f".{real.name}.{os.getpid()}.tmp")
-    try:
-        if real.exists() and not real.is_file():
-            real.write_bytes(data)
-            return
-        real.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            if real.exists():
-                os.chmod(temporary, real.stat().st_mode & 0o7777)
-            os.replace(temporary, real)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({reason(e)}); what was there is unchanged") from None
-
-
-def open_safetensors(path):
-    """A safetensors file, opened lazily. InputError if it is missing, truncated or something else."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: this file is missing; get it again")
-    try:
-        return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{path}: not a whole safetensors file ({reason(e)}); get it again") from None
-
-
-class Folder:
+class Folder(Checkpoint):
     """A folder in the Hugging Face layout: config.json, one or several *.safetensors, tokenizer files."""
 
-    def __init__(self, path):
-        self.path = Path(path)
-        if (self.path / "params.json").exists() and not (self.path / "config.json").exists():
-            raise InputError(f"{path}: Meta's own layout, whose weights are pickles, is not loaded; get the"
-                             " model's Hugging Face version, config.json with *.safetensors")
-        self.config = read_json(self.path / "config.json")
-        self.shard_of = self.read_index()
-        self.names = set(self.shard_of)
-        for file in sorted(set(self.shard_of.values())):
-            open_safetensors(self.path / file)                          # none is missing or truncated
+    def __init__(self, path, remedy="get it again"):
+        self.path, self.remedy = Path(path), remedy
+        try:
+            self.files = {name for name in os.listdir(path) if not name.startswith(".")}
+        except OSError as e:
+            raise InputError(f"{path}: cannot be read ({reason(e)})") from None
+        self.refuse_other_layouts()
+        self.config = read_json(self.path / "config.json", remedy)
+        self.stored = self.find_tensors()
+        self.refuse_quantized()
 
-    def read_index(self):
-        """{tensor name: file name}, from the index, or from the files where there is none."""
-        index = self.path / "model.safetensors.index.json"
-        if index.exists():
-            shard_of = read_json(index).get("weight_map")
-            if not isinstance(shard_of, dict):
-                raise InputError(f"{index}: has no weight_map; get it again")
-            for shard in set(shard_of.values()):
-                if shard != Path(shard).name:
-                    raise InputError(f"{index}: names {shard!r}, which is not a file of this folder itself")
-            return shard_of
-        one = self.path / "model.safetensors"
-        files = [one] if one.exists() else sorted(self.path.glob("*.safetensors"))
+    def refuse_other_layouts(self):
+        weights = [file for file in self.files if file.endswith(".safetensors")]
+        if weights == ["adapter_model.safetensors"] or not weights and "adapter_config.json" in self.files:
+            raise InputError(f"{self.path}: an adapter without its model; merge it into the model that its"
+                             " adapter_config.json names (peft's merge_and_unload) and give that")
+        if "config.json" in self.files:
+            return
+        if "params.json" in self.files:
+            raise InputError(f"{self.path}: Meta's own layout, whose weights are pickles, is not loaded; get"
+                             " the model's Hugging Face version, config.json with *.safetensors")
+        for file in self.files:
+            if file.endswith(".gguf"):
+                raise InputError(f"{self.path}: has no config.json; give the file itself, {self.path / file}")
+
+    def refuse_quantized(self):
+        method = None
+        for key in "quantization_config", "compression_config", "quantization":
+            found = read_value(self.config, self.path / "config.json", key, dict, {})
+            method = method or found and found.get("quant_method", key)
+        method = method or next(filter(QUANTIZED.search, self.names), None)
+        if method:
+            raise InputError(f"{self.path}: its weights are quantized ({method!r:.80}), which is not"
+                             " supported; get the model in bfloat16 or float16, or as GGUF")
+
+    def find_tensors(self):
+        """{tensor name: ((file, its name there), shape)}, without the prefixes that wrappers such as
+        torch.compile and DataParallel leave. A model.safetensors is whole, whatever an old index says."""
+        index, listed = self.path / "model.safetensors.index.json", {}
+        files = sorted(file for file in self.files if file.endswith(".safetensors"))
+        if "model.safetensors" in files:
+            files = ["model.safetensors"]
+        elif index.name in self.files:
+            listed = read_value(read_json(index, self.remedy), index, "weight_map", dict)
+            for name in listed:
+                file = read_value(listed, index, name, str)
+                if file != Path(file).name or not file.isprintable() or len(file) > 255:
+                    raise InputError(f"{index}: names {file!r:.80}, which is not a file of this folder"
+                                     " itself")
+            files = sorted(set(listed.values()))
         if not files:
             raise InputError(f"{self.path}: has no *.safetensors; pickled weights (.bin, .pth) are not"
                              " loaded, so get the model's safetensors version")
-        return {name: file.name for file in files for name in open_safetensors(file).keys()}
+        stored = {}
+        for file in files:
+            opened = open_safetensors(self.path / file, self.remedy)
+            for name in opened.keys():
+                if listed and listed.get(name) != file:
+                    continue
+                plain = WRAPPERS.sub("", name)
+                if plain in stored:
+                    (other, _), _ = stored[plain]
+                    raise InputError(f"{self.path}: {other} and {file} both have {plain!r}; keep one of them")
+                stored[plain] = (file, name), tuple(opened.get_slice(name).get_shape())
+        for name, file in listed.items():
+            if WRAPPERS.sub("", name) not in stored:
+                raise InputError(f"{index}: says that {name!r} is in {file}, which lacks it; {self.remedy}")
+        return stored
 
-    def tensor(self, name):
-        file = self.shard_of[name]
+    def read(self, name):
+        (file, stored_name), _ = self.stored[name]
         try:
             # opened anew for each: a mapped file keeps what was read of it in memory until it is closed
-            return open_safetensors(self.path / file).get_tensor(name)
+            return open_safetensors(self.path / file, self.remedy).get_tensor(stored_name)
         except (SafetensorError, OSError) as e:
             raise InputError(f"{self.path / file}: tensor {name} cannot be read ({reason(e)})") from None
 
     def tokenizer(self):
-        found = {"config": dict(self.config)}
-        if (self.path / "tokenizer_config.json").exists():
-            found["config"] |= read_json(self.path / "tokenizer_config.json")
-        if (self.path / "chat_template.jinja").exists():
-            found["config"]["chat_template"] = read_text(self.path / "chat_template.jinja")
-        if (self.path / "tokenizer.json").exists():
-            return found | {"json": read_json(self.path / "tokenizer.json")}
-        if (self.path / "tokenizer.model").exists():
+        where, config = self.path / "tokenizer_config.json", dict(self.config)
+        if where.name in self.files:
+            config |= read_json(where, self.remedy)
+        if "chat_template.jinja" in self.files:
+            config["chat_template"] = read_text(self.path / "chat_template.jinja", self.remedy)
+        if isinstance(read_value(config, where, "chat_template", (str, list), None), list):
+            for named in read_list(config, where, "chat_template", dict):
+                read_value(named, where, "name", str)
+                read_value(named, where, "template", str)
+        read_value(config, where, "add_bos_token", bool, None)
+        read_value(config, where, "bos_token_id", int, None, -1, LARGEST_ID)
+        for key in SPECIAL_TOKENS:
+            token = read_value(config, where, key, (str, dict), None)
+            if isinstance(token, dict):
+                read_value(token, where, "content", str)
+        ends = []
+        for file in "config.json", "generation_config.json":
+            if file in self.files:
+                data = read_json(self.path / file, self.remedy)
+                ends += read_list(data, self.path / file, "eos_token_id", int, [], 0, LARGEST_ID)
+        found = {"config": config | {"eos_token_ids": list(dict.fromkeys(ends))}}
+        if "tokenizer.json" in self.files:
+            return found | {"json": read_json(self.path / "tokenizer.json", self.remedy)}
+        if "tokenizer.model" in self.files:
             return found | {"ranks": self.path / "tokenizer.model"}
         raise InputError(f"{self.path}: has no tokenizer.json and no tokenizer.model; copy one of them there")
 
@@ -200,13 +216,45 @@ class Folder:
 def write_folder(folder, source, tensors):
     """A folder in the Hugging Face layout: these tensors, and the config and tokenizer of `source`."""
     folder, tokenizer = Path(folder), source.tokenizer()
+    ends = tokenizer["config"].pop("eos_token_ids")
+    generation = {"eos_token_id": ends} if ends else {}
     write_file(folder / "model.safetensors", safetensors_bytes(tensors, metadata={"format": "pt"}))
     if "json" in tokenizer:
         write_file(folder / "tokenizer.json", json.dumps(tokenizer["json"], ensure_ascii=False).encode())
     else:
         write_file(folder / "tokenizer.model", Path(tokenizer["ranks"]).read_bytes())
+    write_file(folder / "generation_config.json", json.dumps(generation).encode())
     write_file(folder / "tokenizer_config.json", json.dumps(tokenizer["config"], indent=1).encode())
     write_file(folder / "config.json", json.dumps(source.config, indent=1).encode())  # last: it is whole
+
+
+LLAMA3_ROPE = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+
+
+def read_rope(config, where, n_pairs):
+    """(rope_theta, rope_scaling or None) of a config.json, for n_pairs pairs of channels. As in transformers,
+    rope_scaling, if there is one, stands for all of rope_parameters, and its rope_theta comes before the
+    config's own."""
+    read = functools.partial(read_value, config, where)
+    rope = read("rope_scaling", dict, {}) or read("rope_parameters", dict, {})
+    theta = read_value(config | rope, where, "rope_theta", float, 10000.0, 1, 1e30)
+    read = functools.partial(read_value, rope, where)
+    kind = read("rope_type", str, None) or read("type", str, "default")
+    if any(isinstance(value, dict) for value in rope.values()):
+        kind = "one per layer type"
+    if kind == "default":
+        return theta, None
+    if kind == "factors":                                # a GGUF file's, as `write_folder` writes them
+        factors = read_list(rope, where, kind, float, low=1e-6, high=1e6)
+        if len(factors) != n_pairs:
+            raise InputError(f"{where}: {len(factors)} rope factors for {n_pairs} pairs of channels")
+        return theta, {kind: factors}
+    if kind != "llama3":
+        raise InputError(f"{where}: rope type {kind!r} is not supported; 'default' and 'llama3' are")
+    scaling = {key: read(key, float, low=1e-6, high=1e12) for key in LLAMA3_ROPE}
+    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise InputError(f"{where}: low_freq_factor should be below high_freq_factor")
+    return theta, scaling
 
 
 GGUF_ARCHITECTURES = "llama", "qwen2", "qwen3"
@@ -245,46 +293,64 @@ GGUF_PRE_TOKENIZERS = {   # as a tokenizer.json says it
 }
 
 
-class GGUF:
+class GGUF(Checkpoint):
     """A llama.cpp file, dequantized by the `gguf` package and renamed to Hugging Face's names."""
 
-    def __init__(self, path):
-        import gguf  # half a second to import
-        self.path, self.dequantize = Path(path), gguf.quants.dequantize
-        try:
-            reader = gguf.GGUFReader(self.path)
-            self.meta = {key: field.contents() for key, field in reader.fields.items()}
-        except Exception as e:   # on a damaged file the package raises whatever its arithmetic ran into
-            raise InputError(f"{self.path}: not a whole GGUF file ({reason(e)}); get it again") from None
+    def __init__(self, path, remedy="get it again"):
+        self.path, self.remedy = Path(path), remedy
+        part = re.search(r"-\d{5}-of-(\d{5})\.gguf$", self.path.name)
+        self.refuse_split(int(part[1]) if part else 1)
+        self.meta, tensors = open_gguf(self.path, remedy)
+        self.refuse_split(read_value(self.meta, self.path, "split.count", int, 1))
         arch = self.meta.get("general.architecture")
         if arch not in GGUF_ARCHITECTURES:
-            raise InputError(f"{self.path}: architecture {arch!r} is not supported;"
+            raise InputError(f"{self.path}: architecture {reprlib.repr(arch)} is not supported;"
                              f" {', '.join(GGUF_ARCHITECTURES)} are")
-        self.tensors = {self.rename(t.name): t for t in reader.tensors}
-        self.names = set(self.tensors)
+        self.stored = {self.rename(t.name): (t, tuple(int(n) for n in reversed(t.shape)))
+                       for t in tensors}
         self.config = {theirs: self.meta[f"{arch}.{ours}"] for ours, theirs in GGUF_CONFIG.items()
                        if f"{arch}.{ours}" in self.meta}
+        self.config.setdefault("num_key_value_heads", self.config.get("num_attention_heads"))
         self.config |= {"model_type": arch, "tie_word_embeddings": "lm_head.weight" not in self.names}
         if "model.embed_tokens.weight" in self.names:
-            self.config["vocab_size"] = int(self.tensors["model.embed_tokens.weight"].shape[1])
-        if "rope_freqs.weight" in self.names:      # Llama 3.1's scaling: a divisor of each pair's frequency
-            self.names.discard("rope_freqs.weight")
-            self.config["rope_scaling"] = {"rope_type": "factors",
-                                           "factors": self.tensor("rope_freqs.weight").tolist()}
+            self.config["vocab_size"] = ([*self.stored["model.embed_tokens.weight"][1], 0])[0]
+        scaling = self.rope_scaling(f"{arch}.rope")
+        if scaling:
+            self.config["rope_scaling"] = scaling
+
+    def refuse_split(self, n_files):
+        if n_files > 1:
+            raise InputError(f"{self.path}: one of {n_files} files of a split model; join them with"
+                             " `llama-gguf-split --merge FIRST-FILE WHOLE.gguf`")
+
+    def rope_scaling(self, rope):
+        """What config.json would say of it, or None. llama.cpp takes a factor without a type as linear."""
+        factor = read_value(self.meta, self.path, f"{rope}.scale_linear", float, 0)
+        factor = read_value(self.meta, self.path, f"{rope}.scaling.factor", float, factor)
+        kind = read_value(self.meta, self.path, f"{rope}.scaling.type", str, "linear")
+        if kind != "none" and (kind != "linear" or factor not in (0, 1)):
+            return {"rope_type": kind, "factor": factor}
+        if "rope_freqs.weight" not in self.names:
+            return None
+        factors = self.tensor("rope_freqs.weight")   # Llama 3.1's: a divisor of each pair's frequency
+        del self.stored["rope_freqs.weight"]
+        return {"rope_type": "factors", "factors": factors.flatten().tolist()}
 
     @staticmethod
     def rename(name):
         stem, _, kind = name.rpartition(".")
-        if not stem.startswith("blk."):
+        block = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
+        if not block:
             return f"{GGUF_TENSORS.get(stem, stem)}.{kind}"
-        _, layer, part = stem.split(".", 2)
-        return f"model.layers.{layer}.{GGUF_TENSORS.get(part, part)}.{kind}"
+        return f"model.layers.{block[1]}.{GGUF_TENSORS.get(block[2], block[2])}.{kind}"
 
-    def tensor(self, name):
-        t = self.tensors[name]
-        shape = tuple(int(n) for n in reversed(t.shape))
+    def read(self, name):
+        import gguf
+        t, shape = self.stored[name]
         try:
-            array = np.array(self.dequantize(t.data, t.tensor_type), dtype=np.float32).reshape(shape)
+            with np.errstate(all="ignore"):
+                array = gguf.quants.dequantize(t.data, t.tensor_type)
+            array = np.array(array, dtype=np.float32).reshape(shape)
         except (NotImplementedError, ValueError) as e:
             raise InputError(f"{self.path}: tensor {name} of type {t.tensor_type.name} cannot be read"
                              f" ({reason(e)})") from None
@@ -296,20 +362,27 @@ class GGUF:
         return w
 
     def tokenizer(self):
+        where = f"{self.path}: tokenizer.ggml"
         meta = {key.removeprefix("tokenizer.ggml."): value for key, value in self.meta.items()}
-        model, pre = meta.get("model"), meta.get("pre", "gpt-2")
+        model, pre = meta.get("model"), read_value(meta, where, "pre", str, "gpt-2")
         if model != "gpt2" or pre not in GGUF_PRE_TOKENIZERS:
-            raise InputError(f"{self.path}: its tokenizer, {model!r} with pre-tokenizer {pre!r}, is not"
-                             " supported; use a folder with the model's tokenizer.json")
-        tokens = meta["tokens"]
+            raise InputError(f"{self.path}: its tokenizer, {model!r:.40} with pre-tokenizer {pre!r:.40}, is"
+                             " not supported; use a folder with the model's tokenizer.json")
+        tokens, merges = (read_list(meta, where, key, str) for key in ("tokens", "merges"))
+        kinds = read_list(meta, where, "token_type", int)
+        if len(kinds) != len(tokens):
+            raise InputError(f"{where}: has {len(tokens)} tokens, but {len(kinds)} token_type")
         added = [{"id": i, "content": tokens[i], "special": kind == 3, "single_word": False, "lstrip": False,
                   "rstrip": False, "normalized": False}
-                 for i, kind in enumerate(meta["token_type"]) if kind in (3, 4)]   # control, user-defined
-        bpe = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": meta["merges"],
+                 for i, kind in enumerate(kinds) if kind in (3, 4)]                # control, user-defined
+        bpe = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges,
                "ignore_merges": pre == "llama-bpe"}
-        config = {f"{key}_token": tokens[meta[f"{key}_token_id"]] for key in ("bos", "eos")
-                  if f"{key}_token_id" in meta}
-        config["add_bos_token"] = bool(meta.get("add_bos_token", pre == "llama-bpe"))
+        ids = {key: read_value(meta, where, f"{key}_token_id", int, None, 0, len(tokens) - 1)
+               for key in ("bos", "eos", "eot", "eom")}
+        config = {f"{key}_token": tokens[ids[key]] for key in ("bos", "eos") if ids[key] is not None}
+        ends = [ids[key] for key in ("eos", "eot", "eom") if ids[key] is not None]
+        config["eos_token_ids"] = list(dict.fromkeys(ends))
+        config["add_bos_token"] = read_value(meta, where, "add_bos_token", bool, pre == "llama-bpe")
         spec = {"version": "1.0", "added_tokens": added, "pre_tokenizer": GGUF_PRE_TOKENIZERS[pre],
                 "model": bpe, "decoder": BYTE_LEVEL,
                 "normalizer": {"type": "NFC"} if pre == "qwen2" else None}
@@ -329,15 +402,23 @@ def fetch_smollm2():
     imported. Its sha256 is verified, and its tensors and tokenizer are written once in the Hugging Face
     layout.
     """
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise InputError("smollm2-135m: there is no home folder to keep it in; set HOME or XDG_CACHE_HOME") \
+            from None
     folder = caches / "router-tuning" / "smollm2-135m"
     if (folder / "config.json").exists():
         return folder
-    if not (folder / SMOLLM2_FILE).exists():
-        print(f"fetching smollm2-135m (93 MB) into {folder} ...", file=sys.stderr)
-        write_file(folder / SMOLLM2_FILE, download_smollm2())
-    source = GGUF(folder / SMOLLM2_FILE)
-    write_folder(folder, source, {name: source.tensor(name) for name in sorted(source.names)})
+    with locked(folder.with_suffix(".lock")):
+        for temporary in folder.glob(".*.tmp"):         # of processes that were killed
+            temporary.unlink(missing_ok=True)
+        if not (folder / SMOLLM2_FILE).exists():
+            print(f"fetching smollm2-135m (93 MB) into {folder} ...", file=sys.stderr)
+            write_file(folder / SMOLLM2_FILE, download_smollm2())
+        if not (folder / "config.json").exists():       # else another process was sooner
+            source = GGUF(folder / SMOLLM2_FILE, f"delete {folder}, and it is fetched again")
+            write_folder(folder, source, {name: source.tensor(name) for name in sorted(source.names)})
     return folder
 
 

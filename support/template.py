@@ -59,11 +59,8 @@ class ChatTemplate:
         """The model's template, or the one that its special tokens are made for: ChatML, Llama 3's, or a
         plain one. template: the source, a list of sources by name, or None; special: texts of special
         tokens; marks: {"bos_token": text, ...} for the template to read."""
-        if isinstance(template, list) and all(isinstance(named, dict) for named in template):
-            template = {str(named.get("name")): named.get("template") for named in template}.get("default")
-        if template and not isinstance(template, str):
-            raise InputError("tokenizer_config.json: chat_template should be a string, or a list of templates"
-                             " with their names")
+        if isinstance(template, list):                # several, by name
+            template = {named["name"]: named["template"] for named in template}.get("default")
         if template:
             return cls(template, special, marks)
         parts = dict(start=marks.get("bos_token", ""), before="<|", after="|>\n",

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -60,6 +61,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(tiny):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    server.files |= {"generation_config.json": b'{"eos_token_id": [2, 0]}'}
     server.files |= {"pytorch_model.bin": b"no pickle", "original/model.safetensors": b"a copy", "a.png": b""}
     server.fetched = set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -78,7 +80,7 @@ def sample(name, hub, cache, **more):
 def test_fetched_once_and_reused_offline(name, hub, tmp_path):
     first = sample(name, hub, tmp_path)
     assert first.returncode == 0, first.stderr
-    assert hub.fetched >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert hub.fetched >= {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"}
     assert not hub.fetched & {"pytorch_model.bin", "original/model.safetensors", "a.png"}
     hub.fetched.clear()
     tokens = first.stdout.split("tokens in")[0]
@@ -96,6 +98,23 @@ def test_refused(name, words, hub, tmp_path):
     done = sample(name, hub, tmp_path)
     assert done.returncode == 1 and is_one_sentence(done.stderr), done.stderr
     assert name in done.stderr and all(word in done.stderr for word in words)
+
+
+def test_a_damaged_copy_names_the_folder_to_delete(hub, tmp_path):
+    assert sample("owner/model", hub, tmp_path).returncode == 0
+    copy = next(tmp_path.rglob("model.safetensors")).resolve()
+    copy.write_bytes(copy.read_bytes()[:-1000])
+    done = sample("owner/model", hub, tmp_path)
+    folder = tmp_path / "hub" / "models--owner--model"
+    assert done.returncode == 1 and is_one_sentence(done.stderr) and f"delete {folder}," in done.stderr
+    shutil.rmtree(folder)
+    assert sample("owner/model", hub, tmp_path).returncode == 0
+
+
+def test_an_adapter_on_the_hub_is_named(hub, tmp_path):
+    hub.files = {"adapter_config.json": b"{}", "adapter_model.safetensors": hub.files["model.safetensors"]}
+    done = sample("owner/model", hub, tmp_path)
+    assert done.returncode == 1 and is_one_sentence(done.stderr) and "adapter" in done.stderr
 
 
 def test_offline_without_a_copy(hub, tmp_path):

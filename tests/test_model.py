@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, bound, in_float64, write_tiny
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from conftest import FAMILIES, LLAMA3_ROPE, bound, in_float64, is_one_sentence, write_tiny
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from eval import Beginning
 from model import Config, Llama, rope_frequencies
 from weights import SMOLLM2_FILE, InputError
 
@@ -180,7 +182,9 @@ def test_config_that_does_not_fit_is_refused_by_name(key, value, named, tiny, tm
 def test_older_config_spelling(tiny):
     """transformers 4 wrote rope_theta and rope_scaling where 5 writes rope_parameters."""
     old = dict(model_type="llama", num_hidden_layers=1, num_attention_heads=2, hidden_size=8, vocab_size=9,
-               intermediate_size=8, rope_theta=5e5, rope_scaling=dict(type="llama3", factor=8.0))
+               intermediate_size=8, rope_theta=5e5,
+               rope_scaling=dict(type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                 original_max_position_embeddings=8192))
     config = Config.from_hf(old)
     assert config.rope_theta == 5e5 and config.rope_scaling["factor"] == 8.0 and config.n_kv_head == 2
 
@@ -227,3 +231,161 @@ def test_loading_in_bfloat16(tiny):
     with torch.no_grad():
         exact = Llama.from_pretrained(tiny)(torch.arange(20)[None])
         assert (model(torch.arange(20)[None]).float() - exact).norm() < 0.05 * exact.norm()
+
+
+# ----------------------------------------------------------------------------------------------- tied weights
+
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TIED = {   # what the file of a model has whose config says that its head is tied
+    "only the head": lambda embed: {HEAD: embed},
+    "both, equal": lambda embed: {EMBED: embed, HEAD: embed.clone()},
+    "both, different": lambda embed: {EMBED: embed, HEAD: torch.randn_like(embed)},
+    "both, one number different": lambda embed: {EMBED: embed, HEAD: embed + torch.eye(*embed.shape)},
+    "both, the head rounded": lambda embed: {EMBED: embed, HEAD: embed.bfloat16()},
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_tied_weights_are_what_transformers_makes_of_them(case, tiny, tmp_path):
+    folder = tmp_path / "m"
+    write_tiny(folder, "tied head")
+    shutil.copy(tiny / "tokenizer.json", folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= TIED[case](tensors.pop(EMBED))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    reference, model = AutoModelForCausalLM.from_pretrained(folder), Llama.from_pretrained(folder)
+    is_tied = reference.lm_head.weight is reference.model.embed_tokens.weight
+    assert (model.head.weight is model.embed.weight) == is_tied == (case in ("only the head", "both, equal"))
+    model.save_pretrained(tmp_path / "again", folder)
+    idx = torch.randint(0, 320, (2, 50))
+    with torch.no_grad():
+        expected = reference(idx).logits
+        for net in model, Llama.from_pretrained(tmp_path / "again"):
+            assert (net(idx) - expected).abs().max() < bound(expected, 96)
+
+
+@pytest.mark.parametrize("missing", [EMBED, HEAD])
+def test_an_untied_model_needs_both(missing, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "m")
+    tensors = load_file(tiny / "model.safetensors")
+    del tensors[missing]
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(InputError, match=f"{missing} is missing"):
+        Llama.from_pretrained(tmp_path / "m")
+
+
+# -------------------------------------------------------------------------------------------------- token ids
+
+
+@pytest.mark.parametrize("token", [320, -1, 10**12, -2**63])
+def test_a_token_that_the_model_does_not_have(token, tiny):
+    model, idx = Llama.from_pretrained(tiny), torch.randint(0, 320, (2, 9))
+    idx[1, 4] = token
+    lengths = torch.tensor([9, 2])                      # in padding too
+    beginning = lambda idx: Beginning(model, idx[1].tolist())
+    for use in model, model.generate, lambda idx: model(idx, lengths), beginning:
+        with pytest.raises(InputError, match=rf"token id {token} .* 320") as e:
+            use(idx)
+        assert is_one_sentence(str(e.value))
+
+
+# ------------------------------------------------------------------------------------------- values of config
+
+
+def edited(tiny, folder, **changes):
+    """A copy of the tiny folder with other keys in its config.json."""
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+PLAIN_ROPE = dict(rope_type="default", rope_theta=5e5)
+ROPE_WITHOUT_THETA = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
+ROPES = {
+    "both": dict(rope_parameters=PLAIN_ROPE, rope_scaling=LLAMA3_ROPE),
+    "theta beside them": dict(rope_parameters=PLAIN_ROPE, rope_theta=3e4,
+                              rope_scaling=ROPE_WITHOUT_THETA),
+    "theta in one that is not taken": dict(rope_parameters=PLAIN_ROPE,
+                                           rope_scaling=ROPE_WITHOUT_THETA),
+    "scaling that is plain": dict(rope_parameters=LLAMA3_ROPE, rope_scaling=dict(rope_type="default")),
+    "empty scaling": dict(rope_parameters=LLAMA3_ROPE, rope_scaling={}),
+    "null": dict(rope_parameters=None, rope_scaling=None, rope_theta=7e3),
+    "old name of the type": dict(rope_parameters=None, rope_scaling=dict(type="llama3") | {
+        key: LLAMA3_ROPE[key] for key in LLAMA3_ROPE if key != "rope_type"}),
+    "old name beside the new": dict(rope_parameters=LLAMA3_ROPE | dict(type="yarn")),
+}
+
+
+@pytest.mark.parametrize("case", ROPES)
+def test_rope_is_what_transformers_makes_of_it(case, tiny, tmp_path):
+    folder = edited(tiny, tmp_path / "m", **ROPES[case])
+    reference, model = AutoModelForCausalLM.from_pretrained(folder), Llama.from_pretrained(folder)
+    assert model.config.rope_theta == AutoConfig.from_pretrained(folder).rope_parameters["rope_theta"]
+    idx = torch.randint(0, 320, (2, 150))
+    with torch.no_grad():
+        expected = reference(idx).logits
+        assert (model(idx) - expected).abs().max() < bound(expected, 96)
+
+
+def with_rope(**changes):
+    """LLAMA3_ROPE with other values; None takes one out."""
+    return {key: value for key, value in (LLAMA3_ROPE | changes).items() if value is not None}
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("rope, named", [
+    *((with_rope(rope_type=kind), kind) for kind in ("yarn", "linear", "dynamic", "longrope", "su", "mrope")),
+    *((with_rope(**{name: value}), name) for name in ("factor", "low_freq_factor", "high_freq_factor",
+                                                      "original_max_position_embeddings")
+      for value in (None, "8", True, 0, -1.0, float("nan"), float("inf"), [8.0])),
+    *((with_rope(rope_theta=value), "rope_theta") for value in ("5e5", 0, -1, float("inf"), 1e40, False)),
+    (with_rope(high_freq_factor=1.0), "low_freq_factor"), (with_rope(low_freq_factor=5.0), "low_freq_factor"),
+    (dict(full_attention=PLAIN_ROPE, sliding_attention=PLAIN_ROPE), "per layer type"),
+    (PLAIN_ROPE | dict(full_attention=PLAIN_ROPE), "per layer type"), (with_rope(rope_type=3), "rope_type"),
+    ("llama3", "rope_"), ([LLAMA3_ROPE], "rope_"), (dict(rope_type="factors"), "factors"),
+    (dict(rope_type="factors", factors=[1.0] * 3), "factors"),
+    (dict(rope_type="factors", factors=[0.0] * 4), "factors"),
+])
+def test_rope_that_is_not_supported_is_named_where_the_model_is_opened(key, rope, named, tiny):
+    hf = json.loads((tiny / "config.json").read_text()) | {key: rope}
+    with pytest.raises(InputError, match=named):
+        Config.from_hf(hf)
+
+
+SIZES = *KEYS, "head_dim"
+WRONG_SIZES = "48", -1, 0, 10**12, 10**20, 2.0, True, [1], {}, float("nan")
+
+
+@pytest.mark.parametrize("key, value", [
+    *((key, value) for key in SIZES for value in WRONG_SIZES),
+    *(("rms_norm_eps", value) for value in ("1e-5", 0, -1e-5, 10**12, float("nan"), float("inf"), True)),
+    *(("rope_theta", value) for value in ("1e4", 0, -1, float("nan"))),
+    *((key, value) for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+      for value in ("false", "true", 1, [])),
+    ("num_hidden_layers", 100_000), ("model_type", ["llama"]), ("model_type", None), ("hidden_act", 3),
+    ("num_key_value_heads", 4), ("num_key_value_heads", 12), ("head_dim", 7), ("quantization_config", "gptq"),
+])
+def test_config_values_of_wrong_kinds_or_ranges(key, value, tiny, tmp_path):
+    changes = {"rope_parameters": None, key: value}
+    with pytest.raises(InputError, match=key) as e:
+        Llama.from_pretrained(edited(tiny, tmp_path / "m", **changes))
+    assert is_one_sentence(str(e.value))
+
+
+@pytest.mark.parametrize("sizes", [
+    dict(hidden_size=2**20, head_dim=8), dict(intermediate_size=2**24), dict(vocab_size=2**24),
+    dict(vocab_size=321), dict(num_hidden_layers=1000), dict(num_attention_heads=4096, head_dim=4096),
+    dict(num_attention_heads=12),
+])
+def test_sizes_that_the_tensors_do_not_have_take_no_memory(sizes, tiny, tmp_path, monkeypatch):
+    empty, folder = torch.empty, edited(tiny, tmp_path / "m", **sizes)
+
+    def only_meta(*shape, device=None, **more):
+        assert str(device or "meta") == "meta", "memory is taken before the sizes are compared"
+        return empty(*shape, device=device, **more)
+
+    monkeypatch.setattr(torch, "empty", only_meta)
+    with pytest.raises(InputError, match="but the config asks for|is missing"):
+        Llama.from_pretrained(folder)

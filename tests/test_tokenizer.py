@@ -283,7 +283,8 @@ def test_tokenizer_files_that_are_refused(change, named, tmp_path):
 @pytest.mark.parametrize("config, named", [
     ({"eos_token": ["x"]}, "eos_token"), ({"bos_token": 3}, "bos_token"),
     ({"chat_template": 3}, "chat_template"),
-    ({"pad_token": {"content": 1}}, "pad_token"), ({"chat_template": [{"name": 1}, 2]}, "chat_template"),
+    ({"pad_token": {"content": 1}}, "content should be text"),
+    ({"chat_template": [{"name": 1}, 2]}, "chat_template"),
     ({"add_bos_token": "false"}, "add_bos_token"),
 ])
 def test_tokenizer_configs_that_are_refused(config, named, tmp_path):

@@ -113,10 +113,26 @@ def finish(w):
     w.close()
 
 
-def write_gguf(path, arch="llama", n_head=2, n_embd=64, skip=None):
+def add_metadata(w, meta):
+    """Add any values to a GGUF writer, each in the type that llama.cpp gives its kind."""
+    add = {bool: w.add_bool, int: w.add_uint32, float: w.add_float32, str: w.add_string, list: w.add_array}
+    for key, value in meta.items():
+        add[type(value)](key, value)
+
+
+def gguf_tokenizer(**more):
+    """The metadata of a tokenizer of 70 tokens, more or less; None takes a key out."""
+    tokens = [*conftest.SPECIALS, *map(chr, range(33, 97)), "AB", "CD", "AC"]
+    meta = {"model": "gpt2", "pre": "smollm", "tokens": tokens, "token_type": [3, 3, 3] + [1] * 67,
+            "merges": ["A B", "C D", "A C"], "bos_token_id": 1, "eos_token_id": 2} | more
+    return {f"tokenizer.ggml.{key}": value for key, value in meta.items() if value is not None}
+
+
+def write_gguf(path, arch="llama", n_head=2, n_embd=64, skip=None, meta=None):
     """A one-layer Llama as llama.cpp's converter would write it: the rotary pairs of q and k interleaved."""
     rng = np.random.default_rng(0)
     w = gguf.GGUFWriter(path, arch)
+    add_metadata(w, meta or {})
     w.add_block_count(1)
     w.add_embedding_length(n_embd)
     w.add_feed_forward_length(64)
@@ -152,12 +168,13 @@ def test_gguf_tensors_come_back(tmp_path):
     assert model.config.head_dim == 32 and torch.isfinite(model(torch.arange(9)[None])).all()
 
 
-def as_gguf(folder, path, arch, kind=gguf.GGMLQuantizationType.F32, freqs=None):
+def as_gguf(folder, path, arch, kind=gguf.GGMLQuantizationType.F32, freqs=None, meta=None):
     """A tiny Hugging Face model as llama.cpp's converter writes it, its matrices quantized to `kind`."""
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config["num_hidden_layers"])
     w = gguf.GGUFWriter(path, arch)
+    add_metadata(w, meta or {})
     w.add_block_count(config["num_hidden_layers"])
     w.add_embedding_length(config["hidden_size"])
     w.add_feed_forward_length(config["intermediate_size"])
@@ -351,3 +368,402 @@ def test_a_pipe_is_written_to(tmp_path):
     reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
     write_file(pipe, b"through")
     assert reader.communicate(timeout=20)[0] == b"through" and stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+# ------------------------------------------------------------------------- what is there, and how it is named
+
+
+def edit_json(path, **changes):
+    """Change keys of a JSON file; None takes one out. The file is made where there is none."""
+    data = json.loads(path.read_text()) if path.exists() else {}
+    data |= changes
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+
+
+def edit_tensors(folder, edit):
+    """Write a folder's tensors again, as edit(tensors) returns them."""
+    tensors = edit(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def logits(path):
+    with torch.no_grad():
+        return Llama.from_pretrained(path)(torch.arange(30)[None])
+
+
+WRAPPED = {
+    "compiled": lambda name: "_orig_mod." + name,
+    "data parallel": lambda name: "module." + name,
+    "both": lambda name: "module._orig_mod." + name,
+    "layers compiled one by one": lambda name: name.replace(".mlp.", "._orig_mod.mlp."),
+    "FSDP": lambda name: "_fsdp_wrapped_module." + name.replace(".mlp.", "._checkpoint_wrapped_module.mlp."),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_prefixes_of_wrappers_are_dropped(wrapper, folder, tiny):
+    edit_tensors(folder, lambda t: {WRAPPED[wrapper](name): x for name, x in t.items()})
+    assert torch.equal(logits(folder), logits(tiny))
+
+
+@pytest.mark.parametrize("wrapper", ["compiled", "data parallel"])
+def test_prefixes_are_dropped_from_shards_too(wrapper, folder, tiny):
+    edit_tensors(folder, lambda t: {WRAPPED[wrapper](name): x for name, x in t.items()})
+    shard(folder)
+    assert torch.equal(logits(folder), logits(tiny))
+
+
+QUANTIZED = {   # the tensors that are there instead of a weight
+    "gptq": ["qweight", "qzeros", "scales", "g_idx"], "awq": ["qweight", "qzeros", "scales"],
+    "fp8": ["weight", "weight_scale_inv"], "bitsandbytes": ["weight", "weight.absmax", "weight.quant_map"],
+    "compressed-tensors": ["weight_packed", "weight_scale", "weight_shape"],
+}
+
+
+@pytest.mark.parametrize("said_in_config", [True, False])
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_quantized_weights_are_named(method, said_in_config, folder):
+    def quantize(tensors):
+        name = "model.layers.0.mlp.up_proj.weight"
+        del tensors[name]
+        bytes_of = torch.zeros(96, 24, dtype=torch.uint8)
+        return tensors | {name.removesuffix("weight") + part: bytes_of.clone() for part in QUANTIZED[method]}
+
+    edit_tensors(folder, quantize)
+    if said_in_config:
+        edit_json(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(InputError, match=f"quantized.*{method if said_in_config else 'layers.0.mlp'}"):
+        Llama.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("quantization_config", {"load_in_4bit": True}), ("compression_config", {"quant_method": "sparseml"}),
+    ("quantization", {"group_size": 64, "bits": 4}),
+])
+def test_other_words_for_quantized(key, value, folder):
+    edit_json(folder / "config.json", **{key: value})
+    with pytest.raises(InputError, match="quantized"):
+        Llama.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.bool])
+def test_weights_that_are_no_floats(dtype, folder):
+    edit_tensors(folder, lambda t: t | {"model.norm.weight": t["model.norm.weight"].to(dtype)})
+    with pytest.raises(InputError, match=r"model\.norm\.weight holds torch"):
+        Llama.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("with_config", [True, False])
+def test_an_adapter_alone_is_named(file, with_config, folder):
+    (folder / "model.safetensors").rename(folder / file)
+    edit_json(folder / "adapter_config.json", base_model_name_or_path="x/y", peft_type="LORA")
+    if not with_config:
+        (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"adapter.*merge"):
+        Llama.from_pretrained(folder)
+
+
+def test_a_model_beside_an_adapter_is_loaded(folder, tiny):
+    edit_json(folder / "adapter_config.json", peft_type="LORA")
+    assert torch.equal(logits(folder), logits(tiny))
+
+
+def test_split_gguf_is_named(tmp_path):
+    write_gguf(tmp_path / "m-00001-of-00001.gguf", meta={"split.count": 1})
+    assert torch.isfinite(logits(tmp_path / "m-00001-of-00001.gguf")).all()
+    write_gguf(tmp_path / "part.gguf", meta={"split.no": 0, "split.count": 3})
+    (tmp_path / "m-00002-of-00003.gguf").write_bytes(b"the middle of a file")
+    for file in "part.gguf", "m-00002-of-00003.gguf":
+        with pytest.raises(InputError, match="one of 3 files.*llama-gguf-split --merge"):
+            Llama.from_pretrained(tmp_path / file)
+
+
+def test_a_folder_with_only_a_gguf_file(tmp_path):
+    write_gguf(tmp_path / "m.gguf")
+    with pytest.raises(InputError, match=r"no config\.json.*m\.gguf"):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_a_file_that_is_no_model(folder):
+    with pytest.raises(InputError, match="is a file, but no model"):
+        Llama.from_pretrained(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("stale", ["other names", "missing shards", "broken"])
+def test_a_stale_index_beside_a_whole_file(stale, folder, tiny):
+    text = {"other names": '{"weight_map": {"x.weight": "model.safetensors"}}', "broken": "{",
+            "missing shards": '{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'}
+    (folder / "model.safetensors.index.json").write_text(text[stale])
+    assert torch.equal(logits(folder), logits(tiny))
+
+
+@pytest.mark.parametrize("weight_map", [
+    None, [], "x", 3, {"model.norm.weight": 3}, {"model.norm.weight": None}, {"model.norm.weight": ["a"]},
+    {"model.norm.weight": ""}, {"model.norm.weight": ".."}, {"model.norm.weight": "a\0b"},
+    {"model.norm.weight": "x" * 5000}, {"model.norm.weight": "config.json"}, {},
+])
+def test_an_index_of_what_are_no_files(weight_map, folder):
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match=r"weight_map|model\.norm\.weight|safetensors"):
+        Llama.from_pretrained(folder)
+
+
+def test_an_index_leaves_out_what_it_does_not_list(folder, tiny):
+    """A tensor in no list, and a copy in another shard, as a repository that was sharded anew has them."""
+    shard(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = "other.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    norm = load_file(tiny / "model.safetensors")["model.norm.weight"]
+    save_file({"model.norm.weight": norm, "left.over": norm.clone()}, folder / "other.safetensors")
+    assert torch.equal(logits(folder), logits(tiny))
+
+
+def test_the_same_tensor_in_two_files(folder):
+    shutil.copy(folder / "model.safetensors", folder / "a.safetensors")
+    (folder / "model.safetensors").rename(folder / "b.safetensors")
+    with pytest.raises(InputError, match=r"a\.safetensors and b\.safetensors both have"):
+        Llama.from_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------ values of weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.2.self_attn.q_proj.weight",
+                                  "model.norm.weight"])
+def test_weights_that_are_not_finite_are_named(name, value, dtype, folder):
+    def spoil(tensors):
+        tensors[name] = tensors[name].to(dtype)
+        tensors[name].view(-1)[7] = value
+        return tensors
+
+    edit_tensors(folder, spoil)
+    with pytest.raises(InputError, match=f"{name} holds NaN, infinity"):
+        Llama.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [1e38, -1e30, 65536.0])
+def test_weights_beyond_float16_are_named(value, folder):
+    edit_tensors(folder, lambda t: t | {"model.norm.weight": torch.full((48,), value)})
+    with pytest.raises(InputError, match=r"model\.norm\.weight holds .*beyond 65504"):
+        Llama.from_pretrained(folder)
+
+
+def test_gguf_weights_that_are_not_finite_are_named(tmp_path):
+    write_gguf(tmp_path / "m.gguf")
+    data = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(data[:-4] + np.float32(np.nan).tobytes())
+    with pytest.raises(InputError, match=r"model\.\S+ holds NaN, infinity"):
+        Llama.from_pretrained(tmp_path / "m.gguf")
+
+
+# ---------------------------------------------------------------------------------------- what may end a text
+
+
+@pytest.mark.parametrize("in_config, in_generation, expected", [
+    (None, None, []), (2, None, [2]), ([2, 0], None, [0, 2]), (None, 2, [2]), (None, [12, 0, 7], [0, 7, 12]),
+    (0, [2, 0], [0, 2]), ([2], 0, [0, 2]), ([5, 2, 5], [2, 9], [2, 5, 9]),
+])
+def test_all_that_may_end_a_text(in_config, in_generation, expected, folder, tmp_path):
+    edit_json(folder / "config.json", eos_token_id=in_config)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if in_generation is not None:
+        edit_json(folder / "generation_config.json", eos_token_id=in_generation, temperature=0.6)
+    assert sorted(open_checkpoint(folder).tokenizer()["config"]["eos_token_ids"]) == expected
+    Llama.from_pretrained(folder).save_pretrained(tmp_path / "again", folder)
+    assert sorted(open_checkpoint(tmp_path / "again").tokenizer()["config"]["eos_token_ids"]) == expected
+    generation = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert generation.get("eos_token_id", []) == expected
+
+
+@pytest.mark.parametrize("ids, expected", [
+    (dict(), [2]), (dict(eot_token_id=5), [2, 5]), (dict(eot_token_id=2, eom_token_id=0), [0, 2]),
+    (dict(eos_token_id=None, eot_token_id=7), [7]), (dict(eos_token_id=None), []),
+])
+def test_all_that_may_end_a_text_of_a_gguf_file(ids, expected, tmp_path):
+    write_gguf(tmp_path / "m.gguf", meta=gguf_tokenizer(**ids))
+    assert sorted(open_checkpoint(tmp_path / "m.gguf").tokenizer()["config"]["eos_token_ids"]) == expected
+    Llama.from_pretrained(tmp_path / "m.gguf").save_pretrained(tmp_path / "m", tmp_path / "m.gguf")
+    assert sorted(open_checkpoint(tmp_path / "m").tokenizer()["config"]["eos_token_ids"]) == expected
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["2", True, 2.5, -1, 10**12, [2, "0"], [None], [[2]], {"a": 2}])
+def test_ends_that_are_no_ids(value, file, folder):
+    edit_json(folder / file, eos_token_id=value)
+    with pytest.raises(InputError, match=rf"{file}: .*eos_token_id"):
+        open_checkpoint(folder).tokenizer()
+
+
+# ------------------------------------------------------------------------------ tokenizers of wrong kinds
+
+
+@pytest.mark.parametrize("key, value", [
+    ("eos_token", ["x"]), ("eos_token", 3), ("eos_token", {"content": 3}), ("bos_token", {}),
+    ("bos_token", True), ("add_bos_token", "false"), ("add_bos_token", 1), ("bos_token_id", "1"),
+    ("bos_token_id", 10**20), ("chat_template", 3), ("chat_template", {"a": 1}),
+    ("chat_template", ["x"]), ("chat_template", [{"name": "default"}]),
+])
+def test_tokenizer_config_of_wrong_kinds(key, value, folder):
+    edit_json(folder / "tokenizer_config.json", **{key: value})
+    with pytest.raises(InputError, match=rf"tokenizer_config\.json: .*({key}|content|template)"):
+        Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("tokens", None), ("tokens", [1, 2]), ("tokens", ["a", "b"]), ("token_type", None),
+    ("token_type", ["x"] * 70), ("token_type", [1, 2]), ("merges", None), ("merges", [1.5, 2.5]),
+    ("merges", 7), ("pre", 7), ("model", 7),
+    ("eos_token_id", 70), ("eos_token_id", "2"), ("bos_token_id", 2**32 - 1), ("eot_token_id", 1.5),
+    ("eom_token_id", True), ("add_bos_token", "no"),
+])
+def test_gguf_tokenizer_of_wrong_kinds(key, value, tmp_path):
+    write_gguf(tmp_path / "m.gguf", meta=gguf_tokenizer(**{key: value}))
+    with pytest.raises(InputError, match="tokenizer"):
+        Tokenizer.from_pretrained(tmp_path / "m.gguf")
+
+
+def test_files_that_are_not_utf8_or_nested_too_deeply(folder):
+    for name in "config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json":
+        whole = (folder / name).read_bytes() if (folder / name).exists() else None
+        for data in b'{"a": "\xff"}', b'{"a": ' + b"[" * 100_000, b"[1]", b'{"a": 1' + b"0" * 10_000 + b"}":
+            (folder / name).write_bytes(data)
+            with pytest.raises(InputError, match=name):
+                open_checkpoint(folder).tokenizer()
+        (folder / name).unlink()
+        if whole:
+            (folder / name).write_bytes(whole)
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="chat_template"):
+        open_checkpoint(folder).tokenizer()
+
+
+# --------------------------------------------------------------------------------------------- GGUF metadata
+
+
+@pytest.mark.parametrize("meta", [
+    {"rope.scaling.type": "none"}, {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
+    {"rope.scaling.type": "linear"}, {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0},
+    {"rope.scaling.factor": 0.0}, {"rope.scale_linear": 1.0},
+])
+def test_gguf_rope_scaling_that_scales_nothing(meta, tmp_path):
+    conftest.write_tiny(tmp_path / "m")
+    as_gguf(tmp_path / "m", tmp_path / "m.gguf", "llama", meta={f"llama.{key}": meta[key] for key in meta})
+    expected = logits(tmp_path / "m")
+    assert (logits(tmp_path / "m.gguf") - expected).abs().max() < conftest.bound(expected, 96)
+
+
+@pytest.mark.parametrize("meta, named", [
+    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "yarn"),
+    ({"rope.scaling.type": "longrope"}, "longrope"), ({"rope.scaling.factor": 4.0}, "linear"),
+    ({"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}, "linear"),
+    ({"rope.scaling.type": "yarn"}, "yarn"), ({"rope.scale_linear": 4.0}, "linear"),
+    ({"rope.scaling.factor": "4"}, "factor"), ({"rope.scaling.type": 3}, "type"),
+])
+def test_gguf_rope_scaling_that_is_not_supported(meta, named, tmp_path):
+    write_gguf(tmp_path / "m.gguf", meta={f"llama.{key}": value for key, value in meta.items()})
+    with pytest.raises(InputError, match=named):
+        Llama.from_pretrained(tmp_path / "m.gguf")
+
+
+def test_gguf_rope_factors_of_another_length(tmp_path):
+    conftest.write_tiny(tmp_path / "m")
+    for factors in np.ones(3, np.float32), np.zeros(4, np.float32), -np.ones(4, np.float32):
+        as_gguf(tmp_path / "m", tmp_path / "m.gguf", "llama", freqs=factors)
+        with pytest.raises(InputError, match="factors"):
+            Llama.from_pretrained(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("damage", [2**60, 2**40, 10**9])
+def test_gguf_lengths_beyond_the_file_end_at_once(damage, tmp_path):
+    """A length of the metadata that is damaged is refused before it is read on and on."""
+    write_gguf(tmp_path / "m.gguf", meta=gguf_tokenizer())
+    data = (tmp_path / "m.gguf").read_bytes()
+    for key, after in (b"token_type", 8), (b"tokens", 8), (b"pre", 4):
+        at = data.index(b"tokenizer.ggml." + key) + len(b"tokenizer.ggml." + key) + after
+        (tmp_path / "d.gguf").write_bytes(data[:at] + damage.to_bytes(8, "little") + data[at + 8:])
+        with pytest.raises(InputError, match="not a whole GGUF file"):
+            Llama.from_pretrained(tmp_path / "d.gguf")
+
+
+# ------------------------------------------------------------------------------------------- names and caches
+
+
+@pytest.mark.parametrize("name", ["~nobody_here/model", "~nobody_here", "x" * 5000, "x/" * 2500, "a\0b",
+                                  "a/b\0c", "", ".", "/dev/null"])
+def test_names_of_no_model(name):
+    with pytest.raises(InputError) as e:
+        open_checkpoint(name)
+    assert conftest.is_one_sentence(str(e.value)) and len(str(e.value)) < 500
+
+
+def test_no_home(monkeypatch):
+    def nobody(_):
+        raise KeyError("no such user")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    weights.fetch_smollm2.cache_clear()
+    try:
+        with pytest.raises(InputError, match="HOME"):
+            open_checkpoint("smollm2-135m")
+    finally:
+        weights.fetch_smollm2.cache_clear()
+
+
+FETCH = """
+import time, weights
+def download():
+    print("downloading", flush=True)
+    time.sleep(1)
+    return open({path!r}, "rb").read()
+weights.download_smollm2 = download
+print(weights.open_checkpoint("smollm2-135m").path)
+"""
+
+
+def fetch_tiny(tmp_path):
+    """A process that fetches and converts a tiny GGUF file in smollm2-135m's place, slowly."""
+    write_gguf(tmp_path / "m.gguf", meta=gguf_tokenizer())
+    return subprocess.Popen([sys.executable, "-c", FETCH.format(path=str(tmp_path / "m.gguf"))], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(weights.__file__).parent,
+                            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")})
+
+
+def test_two_processes_that_fetch_at_once(tmp_path):
+    said = [process.communicate(timeout=60) for process in [fetch_tiny(tmp_path) for _ in range(3)]]
+    folder = tmp_path / "cache" / "router-tuning" / "smollm2-135m"
+    assert [out.split()[-1] for out, _ in said] == [str(folder)] * 3, said
+    assert sum("downloading" in out for out, _ in said) == 1
+    assert torch.isfinite(logits(folder)).all()
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    folder = tmp_path / "cache" / "router-tuning" / "smollm2-135m"
+    folder.mkdir(parents=True)
+    for name in weights.SMOLLM2_FILE, "model.safetensors", "config.json":
+        (folder / f".{name}.123.tmp").write_bytes(b"half of a file")
+    process = fetch_tiny(tmp_path)
+    process.stdout.readline()
+    process.kill()                                      # while it downloads
+    process.communicate()
+    assert fetch_tiny(tmp_path).wait(60) == 0
+    assert not list(folder.glob(".*")) and (folder / "config.json").exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_cache_names_the_folder_to_delete(file, tmp_path, monkeypatch):
+    folder = tmp_path / "cache" / "router-tuning" / "smollm2-135m"
+    write_gguf(tmp_path / "m.gguf", meta=gguf_tokenizer())
+    source = open_checkpoint(tmp_path / "m.gguf")
+    weights.write_folder(folder, source, {name: source.tensor(name) for name in source.names})
+    (folder / file).write_bytes((folder / file).read_bytes()[:-100])
+    monkeypatch.setattr(weights, "fetch_smollm2", lambda: folder)
+    with pytest.raises(InputError, match=f"delete {folder}"):
+        Llama.from_pretrained("smollm2-135m")
+        Tokenizer.from_pretrained("smollm2-135m")
