@@ -7,7 +7,10 @@ model, their output serves both.
 
 LOSSES has the losses by name: functions (log_q, targets, log_p) -> one number per token, of the routed
 model's log-probabilities log_q (n, V), the next tokens (n,) and the dense model's log-probabilities log_p (n,
-V).
+V), or None where the loss does not ask for them.
+
+A Batch (support/data.py) has token ids idx (B, T), lengths and prompt_lengths (B,), a mask `scored` (B, T) of
+the tokens whose next one is learned from, part of an answer, and `targets` (N,), those next ones.
 """
 from collections import Counter
 
@@ -31,7 +34,7 @@ def cross_entropy(log_q, targets, log_p):
     return F.nll_loss(log_q, targets, reduction="none")
 
 
-kl.reads_log_p = True                        # the others are called with log_p = None, and save that pass
+kl.reads_log_p = True                        # a loss without it gets None, and saves the dense pass
 LOSSES = {"kl": kl, "ce": cross_entropy}     # to add a loss, add it here
 
 

@@ -1,8 +1,8 @@
 """The whole Llama in one file: configuration, layers, key/value cache, loading public weights, generation.
 
 Notable:
-- every sublayer (Attention, MLP, and the Block made of the two) maps the residual stream to the residual
-  stream, x -> x + f(norm(x)), and has the same signature: forward(x, ctx)
+- every sublayer (Attention, MLP, and the Block of one after the other) maps the residual stream to the
+  residual stream, x -> x + f(norm(x)), and has the same signature: forward(x, ctx)
 - what all layers of one forward pass share, such as rotary angles and the cache, travels in a Context
 - rows of a batch may have different lengths: they are padded on the right, where causal attention never looks
 - grouped-query attention, Llama 3.1's rope scaling, Mistral's sliding window, Qwen2's bias on q, k and v,
@@ -21,7 +21,7 @@ from torch import nn
 
 from support.files import InputError, read_value
 from support.graph import stepper
-from support.kernels import Linear, additive_mask, attention, recomputed
+from support.kernels import Linear, additive_mask, attention, recomputed  # recomputed: checkpointing
 from weights import open_checkpoint, read_rope, write_folder
 
 FAMILIES = "llama", "mistral", "qwen2", "qwen3"     # model_type in config.json
@@ -127,7 +127,7 @@ class Cache:
         return k, v
 
     def store_step(self, layer, k, v, ctx):
-        """Store the latest T tokens of each row, (B, K, T, D), the last at this step's position."""
+        """Store each row's latest T tokens, (B, K, T, D), one or more, the last at this step's position."""
         keys, values, T = self.k[layer], self.v[layer], k.shape[2]
         if ctx.positions is None:                    # every row is at the same position
             keys[:, :, ctx.end - T:ctx.end] = k

@@ -4,9 +4,9 @@
     g = 1 if s >= threshold else 0          the gate
     y = x + g * f(norm(x))                  the routed sublayer: g = 0 leaves the residual stream as it was
 
-`add_routers(model, ...)` puts a router, one linear layer of n_embd + 1 numbers, before a sublayer of each
-chosen layer and freezes the rest of the model. `model.train()` computes every sublayer and multiplies it by
-its gate, so that gradients reach w and b. `model.eval()` does not compute what is closed.
+`add_routers(model, ...)` puts a router, one linear layer, before a sublayer of each chosen layer and freezes
+the rest of the model. `model.train()` computes every sublayer and multiplies it by its gate, so that
+gradients reach w and b. `model.eval()` does not compute what is closed.
 
     granularity       what one gate decides over          keys and values where it is closed
     attn_sequence     attention, for a whole sequence     not computed, not stored
@@ -35,15 +35,15 @@ from support.cli import parse_layers
 from support.kernels import attention_of_some, recomputed
 from weights import InputError, open_safetensors, write_file
 
-WAITING = 32        # steps whose keys and values may wait
+WAITING = 32        # steps of generation whose keys and values may wait, see MindSkip.waits
 GRANULARITIES = [f"{part}_{scope}" for part in ("attn", "mlp", "block") for scope in ("sequence", "token")]
 
 
 # -------------------------------------------------------------------------------------------------- the gate
-class LinearGate(nn.Linear):
-    """A gate's router: one linear layer, from what it reads to the logit of the score. A new gate is open.
-    scope: "sequence" or "token"; pool: what a sequence's gate reads, "prompt" or "all" (as in the authors'
-    code)."""
+class LinearRouter(nn.Linear):
+    """What learns in a gate: one linear layer, from what the gate reads to the logit of its score. New gates
+    are open. scope: "sequence" or "token"; pool: what a sequence's gate reads, "prompt" or "all" (as in the
+    authors' code)."""
 
     def __init__(self, n_embd, scope, pool="prompt", bias=True):
         super().__init__(n_embd, 1, bias=bias, dtype=torch.float32)
@@ -64,9 +64,9 @@ class LinearGate(nn.Linear):
         return (h[:, :longest].float() * is_read[..., None]).sum(1) / n[:, None]
 
 
-GATES = {       # to add a kind of gate, add it here
-    "linear": LinearGate,                               # open at first
-    "unbiased": partial(LinearGate, bias=False),        # the paper's: every score is 0.5 at first, just open
+GATES = {       # kinds of gate, each by its router; to add one, add it here
+    "linear": LinearRouter,                             # open at first
+    "unbiased": partial(LinearRouter, bias=False),      # the paper's: every score is 0.5 at first, just open
 }
 
 
@@ -81,12 +81,13 @@ def closed(score, ctx):      # for MindSkip.override, see below: closes every ga
 
 # -------------------------------------------------------------------------------------------------- MindSkip
 class MindSkip(nn.Module):
-    """A sublayer x -> x + f(norm(x)), and in its place x -> x + g * f(norm(x)), g in {0, 1}."""
+    """In the place of a sublayer x -> x + f(norm(x)): x -> x + g * f(norm(x)). g is 0 or 1, in training also
+    between. For a block, f is what attention and MLP add together."""
 
     def __init__(self, sublayer, granularity, n_embd, threshold=0.5, pool="prompt", gate="linear"):
         super().__init__()
         self.part, self.scope = granularity.split("_")
-        self.sublayer, self.threshold, self.kind = sublayer, threshold, gate
+        self.sublayer, self.threshold, self.gate_name = sublayer, threshold, gate
         self.router = GATES[gate](n_embd, self.scope, pool).to(next(sublayer.parameters()).device)
         self.estimator = straight_through    # (score, threshold) -> the gate in training, with its gradient
         self.override = None                 # (score, ctx) -> the scores to use instead: forces decisions
@@ -133,7 +134,8 @@ class MindSkip(nn.Module):
         return torch.sigmoid(self.router(self.router.pooled(h, ctx)).squeeze(-1))
 
     def count(self, n_open, ctx):
-        """Note how many of this pass's gates are open, padding excluded (in training with the gradient)."""
+        """Note how many of this pass's gates are open, padding excluded: in training their sum, with its
+        gradient."""
         n_seen = sum(ctx.host_lengths) if self.scope == "token" else len(ctx.lengths)
         if ctx.decoding:
             n_open, n_seen = self.opened + n_open, self.seen + n_seen
@@ -168,21 +170,16 @@ class MindSkip(nn.Module):
         return x.index_copy(0, rows, self.run(x[rows], select_rows(ctx, rows), h[rows]))
 
     def run_tokens(self, x, ctx, h, is_open):
-        """The sublayer on the open tokens of x (B, T, C) only; h = norm(x). Keys and values of closed tokens
-        are needed too: those of steps wait in the cache, to be computed with the next open one."""
+        """The sublayer on the open tokens of x (B, T, C) only; h = norm(x). Keys and values are computed of
+        the closed ones too."""
         attn, columns = self.attn, open_columns(is_open, ctx)
         n_open = sum(map(len, columns))
         self.count(n_open, ctx)
-        waits = attn and ctx.decoding and n_open == 0
-        if attn and ctx.decoding:
-            waiting = waiting_tokens(ctx.cache)[self]
-            if waits:
-                waiting.append((h, ctx))
-            if waiting and (n_open or len(waiting) == WAITING):
-                compute_waiting(attn, waiting)
+        if attn and ctx.decoding and self.waits(h, ctx, n_open):
+            return x
         if n_open == sum(ctx.host_lengths):
             return self.run(x, ctx, h)
-        if attn and not waits:
+        if attn:
             k, v = keys_values(attn, h, ctx)
         if n_open == 0:
             return x
@@ -201,14 +198,24 @@ class MindSkip(nn.Module):
             open_x = self.sublayer.mlp(open_x)
         return x.flatten(0, 1).index_copy(0, at, open_x).view_as(x)
 
+    def waits(self, h, ctx, n_open):
+        """Whether a step of generation has no open token. Its keys and values then wait in the cache, to be
+        computed together, in one product, before a step that has one, or when there are WAITING."""
+        waiting = waiting_steps(ctx.cache)[self]
+        if n_open == 0:
+            waiting.append((h, ctx))
+        if waiting and (n_open or len(waiting) == WAITING):
+            compute_waiting(self.attn, waiting)
+        return n_open == 0
+
 
 def open_rows(cache):
     """{MindSkip: indices of the rows whose prompt opened its gate}, carried by a generation's cache."""
     return vars(cache).setdefault("open_rows", {})
 
 
-def waiting_tokens(cache):
-    """{MindSkip: [(h, ctx) of each step whose keys and values are yet to be computed]}, carried likewise."""
+def waiting_steps(cache):
+    """{MindSkip: [(h, ctx) of each step, one after the other, whose keys and values wait]}, likewise."""
     return vars(cache).setdefault("waiting", defaultdict(list))
 
 
@@ -226,12 +233,12 @@ def select_rows(ctx, rows):
     def select(t):
         has_rows = t is not None and t.dim() in (1, 4) and len(t) > 1    # (B,), (B, 1, T, D) or (B, 1, T, S)
         return t[rows] if has_rows else t
-    names = "cos", "sin", "mask", "lengths", "prompt_lengths", "positions"     # no sublayer reads the others
+    names = "cos", "sin", "mask", "lengths", "prompt_lengths", "positions"     # all that is per row
     return replace(ctx, **{name: select(getattr(ctx, name)) for name in names})
 
 
 def compute_waiting(attn, waiting):
-    """Store the keys and values of the steps that wait, see waiting_tokens: one product for all of them."""
+    """Store the keys and values of the steps that wait, and let none wait."""
     h = torch.cat([h for h, _ in waiting], 1)                                           # (B, n, C)
     angles = {}
     for name in "cos", "sin":
@@ -253,8 +260,7 @@ def keys_values(attn, h, ctx):
 
 
 def queries(attn, h, ctx, at):
-    """Queries (H, N, D) of gathered tokens h (N, C), which are number `at` (N,) of the pass's B * T
-    tokens."""
+    """Queries (H, N, D) of gathered tokens h (N, C); at (N,): their indices among the pass's B * T tokens."""
     q = split_heads(attn.qkv(h, end=attn.n_head * attn.head_dim), attn.head_dim)
     if attn.q_norm:
         q = attn.q_norm(q)
@@ -268,8 +274,12 @@ def queries(attn, h, ctx, at):
 # --------------------------------------------------------------------------------------------- a routed model
 def mindskips(model):
     """{layer: its MindSkip} of a model, in order."""
-    modules = ((i, module) for i, layer in enumerate(model.layers) for module in layer.modules())
-    return {i: module for i, module in modules if isinstance(module, MindSkip)}
+    found = {}
+    for i, layer in enumerate(model.layers):
+        for module in layer.modules():
+            if isinstance(module, MindSkip):
+                found[i] = module
+    return found
 
 
 @contextmanager
@@ -310,7 +320,7 @@ def add_routers(model, granularity="attn_token", layers="all", threshold=0.5, po
                 kv="all"):
     """Put a gate before a sublayer of each chosen layer; from then on only the routers' parameters train.
 
-    granularity: one of GRANULARITIES; layers: see parse_layers; pool: see LinearGate; gate: a name in GATES;
+    granularity: one of GRANULARITIES; layers: see parse_layers; pool: see LinearRouter; gate: one of GATES;
     kv: "all", the only value yet: closed tokens have keys and values. Routers that the model had are
     replaced. Returns the model. InputError names a value that is not one of these.
     """
@@ -346,7 +356,7 @@ def routed_share(capacity, n_routed, n_layer):
 
 
 def open_shares(model):
-    """[each routed layer's mean gate] since the last prompt: in training soft, with its gradient."""
+    """[each routed layer's mean gate] since the last prompt: in training with its gradient."""
     skips = mindskips(model).values()
     if any(skip.seen is None for skip in skips):
         raise RuntimeError("capacity: run the model first; it tells what its last forward pass did")
@@ -354,8 +364,8 @@ def open_shares(model):
 
 
 def capacity(model, routed=False):
-    """Overall capacity: the share of the routed kind of sublayers that ran in the last forward pass (after
-    `generate`: since its prompt). routed=True counts only layers with a router."""
+    """Overall capacity: the mean gate of all layers in the last forward pass (after `generate`: since its
+    prompt), which is the share that ran, or in training would. routed=True: only of layers with a router."""
     shares = open_shares(model)
     n_layer = len(shares) if routed and shares else model.config.n_layer
     return float(torch.as_tensor(overall_capacity(shares, n_layer)).detach())
@@ -376,7 +386,7 @@ def save_routers(model, path, calibration=None, **notes):
     if not skips:
         raise InputError("save_routers: the model has no routers; add_routers first")
     first = next(iter(skips.values()))
-    meta = {"gate": first.kind, "granularity": f"{first.part}_{first.scope}",
+    meta = {"gate": first.gate_name, "granularity": f"{first.part}_{first.scope}",
             "layers": ",".join(map(str, skips)), "pool": first.router.pool, "kv": "all",
             "threshold": repr(first.threshold), "model": json.dumps(shape_of(model)),
             "calibration": json.dumps(sorted(calibration or [])), **notes}

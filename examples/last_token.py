@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from router import GATES, LinearGate  # noqa: E402
+from router import GATES, LinearRouter  # noqa: E402
 from weights import InputError  # noqa: E402
 
 
-class LastToken(LinearGate):
+class LastToken(LinearRouter):
     def __init__(self, n_embd, scope, pool="prompt"):
         if scope != "sequence":
             raise InputError("last_token: a gate for sequences; give --granularity attn_sequence or its like")

@@ -358,7 +358,7 @@ def test_save_and_load(granularity, tiny, tmp_path):
         assert torch.equal(real(model(tokens(), LENGTHS)), real(again(tokens(), LENGTHS)))
 
 
-class Shifted(router.LinearGate):
+class Shifted(router.LinearRouter):
     """A kind of gate of its own: with a parameter that the others do not have."""
 
     def __init__(self, n_embd, scope, pool="prompt"):
