@@ -10,19 +10,19 @@ gradients reach w and b. `model.eval()` does not compute what is closed.
 
     granularity       what one gate decides over          keys and values where it is closed
     attn_sequence     attention, for a whole sequence     not computed, not stored
-    attn_token        attention, for one token            computed, so that later tokens may attend to it
+    attn_token        attention, for one token            computed, so that later tokens may attend to it (*)
     block_sequence    attention and MLP, a sequence       not computed, not stored
-    block_token       attention and MLP, a token          computed
+    block_token       attention and MLP, a token          computed (*)
     mlp_sequence      the MLP, for a whole sequence       (it has none)
     mlp_token         the MLP, for one token              (it has none)
+
+(*) With kv="open" not computed, not stored: a closed token takes no part, as in Mixture of Depths.
 
 The gate of a sequence reads the mean over its prompt (pool="all": over the whole text) and holds from then
 on.
 """
 import json
-from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -30,12 +30,11 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from model import merge_heads, rotate, split_heads
+from skipping import hide_closed, open_rows, run_alone, run_rows, run_tokens
 from support.cli import parse_layers
-from support.kernels import attention_of_some, recomputed
+from support.kernels import recomputed
 from weights import InputError, open_safetensors, write_file
 
-WAITING = 32        # steps of generation whose keys and values may wait, see MindSkip.waits
 GRANULARITIES = [f"{part}_{scope}" for part in ("attn", "mlp", "block") for scope in ("sequence", "token")]
 
 
@@ -84,9 +83,10 @@ class MindSkip(nn.Module):
     """In the place of a sublayer x -> x + f(norm(x)): x -> x + g * f(norm(x)). g is 0 or 1, in training also
     between. For a block, f is what attention and MLP add together."""
 
-    def __init__(self, sublayer, granularity, n_embd, threshold=0.5, pool="prompt", gate="linear"):
+    def __init__(self, sublayer, granularity, n_embd, threshold=0.5, pool="prompt", gate="linear", kv="all"):
         super().__init__()
         self.part, self.scope = granularity.split("_")
+        self.kv = kv
         self.sublayer, self.threshold, self.gate_name = sublayer, threshold, gate
         self.router = GATES[gate](n_embd, self.scope, pool).to(next(sublayer.parameters()).device)
         self.estimator = straight_through    # (score, threshold) -> the gate in training, with its gradient
@@ -107,7 +107,7 @@ class MindSkip(nn.Module):
         if self.bypass:
             return self.sublayer(x, ctx)
         if ctx.decoding and self.scope == "sequence":
-            return self.run_rows(x, ctx, open_rows(ctx.cache)[self])     # as the prompt decided
+            return run_rows(self, x, ctx, open_rows(ctx.cache)[self])    # as the prompt decided
         h = self.norm(x)
         score = recomputed(self.score, h, ctx)                           # (B,), or (B, T) at token level
         if self.override:
@@ -118,12 +118,13 @@ class MindSkip(nn.Module):
         if self.training:
             return self.run_all(x, ctx, h, score)
         if self.scope == "token":
-            return self.run_tokens(x, ctx, h, is_open)
+            run = run_alone if self.kv == "open" else run_tokens
+            return run(self, x, ctx, h, is_open)
         rows = is_open.nonzero().squeeze(1)                              # the one wait for the device
         self.count(len(rows), ctx)
         if ctx.cache is not None:
             open_rows(ctx.cache)[self] = rows
-        return self.run_rows(x, ctx, rows, h)
+        return run_rows(self, x, ctx, rows, h)
 
     def norm(self, x):
         """The sublayer's normalized input."""
@@ -147,6 +148,8 @@ class MindSkip(nn.Module):
         if self.scope == "token":
             is_real = torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
             self.count((gate * is_real).sum(), ctx)
+            if self.kv == "open":
+                ctx = hide_closed(ctx, gate, x.dtype)
             gate = gate[..., None]                                       # (B, T, 1)
         else:
             self.count(gate.sum(), ctx)
@@ -158,118 +161,6 @@ class MindSkip(nn.Module):
         if self.part == "block":
             return self.sublayer.mlp(x + self.attn.update(h, ctx))
         return x + self.sublayer.update(h, ctx)
-
-    def run_rows(self, x, ctx, rows, h=None):
-        """The sublayer on some rows of x (B, T, C) only: `rows`, their indices (n,); h = norm(x), if
-        known."""
-        if len(rows) == 0:
-            return x
-        h = self.norm(x) if h is None else h
-        if len(rows) == len(x):
-            return self.run(x, ctx, h)
-        return x.index_copy(0, rows, self.run(x[rows], select_rows(ctx, rows), h[rows]))
-
-    def run_tokens(self, x, ctx, h, is_open):
-        """The sublayer on the open tokens of x (B, T, C) only; h = norm(x). Keys and values are computed of
-        the closed ones too."""
-        attn, columns = self.attn, open_columns(is_open, ctx)
-        n_open = sum(map(len, columns))
-        self.count(n_open, ctx)
-        if attn and ctx.decoding and self.waits(h, ctx, n_open):
-            return x
-        if n_open == sum(ctx.host_lengths):
-            return self.run(x, ctx, h)
-        if attn:
-            k, v = keys_values(attn, h, ctx)
-        if n_open == 0:
-            return x
-
-        T = x.shape[1]
-        at = torch.cat([row * T + row_columns for row, row_columns in enumerate(columns)]).to(x.device)
-        open_x = x.flatten(0, 1).index_select(0, at)                     # (N, C), row after row
-        open_h = h.flatten(0, 1).index_select(0, at)
-        if attn:
-            q = queries(attn, open_h, ctx, at)                           # (H, N, D)
-            y = attention_of_some(q[None], k, v, columns, at, T, ctx.mask)[0]
-            open_x = open_x + attn.o(merge_heads(y))
-        else:
-            open_x = open_x + self.sublayer.update(open_h)
-        if self.part == "block":
-            open_x = self.sublayer.mlp(open_x)
-        return x.flatten(0, 1).index_copy(0, at, open_x).view_as(x)
-
-    def waits(self, h, ctx, n_open):
-        """Whether a step of generation has no open token. Its keys and values then wait in the cache, to be
-        computed together, in one product, before a step that has one, or when there are WAITING."""
-        waiting = waiting_steps(ctx.cache)[self]
-        if n_open == 0:
-            waiting.append((h, ctx))
-        if waiting and (n_open or len(waiting) == WAITING):
-            compute_waiting(self.attn, waiting)
-        return n_open == 0
-
-
-def open_rows(cache):
-    """{MindSkip: indices of the rows whose prompt opened its gate}, carried by a generation's cache."""
-    return vars(cache).setdefault("open_rows", {})
-
-
-def waiting_steps(cache):
-    """{MindSkip: [(h, ctx) of each step, one after the other, whose keys and values wait]}, likewise."""
-    return vars(cache).setdefault("waiting", defaultdict(list))
-
-
-def open_columns(is_open, ctx):
-    """[each row's open columns], on the host, from is_open (B, T), padding excluded."""
-    is_open = is_open.cpu()                                              # the one wait for the device
-    if ctx.decoding and not bool(is_open.any()):
-        return [()] * len(is_open)
-    return [row[:n].nonzero().squeeze(1) for row, n in zip(is_open, ctx.host_lengths)]
-
-
-# ----------------------------------------------------------------------------------- gathered rows and tokens
-def select_rows(ctx, rows):
-    """The Context of some rows of the batch, given by their indices (n,)."""
-    def select(t):
-        has_rows = t is not None and t.dim() in (1, 4) and len(t) > 1    # (B,), (B, 1, T, D) or (B, 1, T, S)
-        return t[rows] if has_rows else t
-    names = "cos", "sin", "mask", "lengths", "prompt_lengths", "positions"     # all that is per row
-    return replace(ctx, **{name: select(getattr(ctx, name)) for name in names})
-
-
-def compute_waiting(attn, waiting):
-    """Store the keys and values of the steps that wait, and let none wait."""
-    h = torch.cat([h for h, _ in waiting], 1)                                           # (B, n, C)
-    angles = {}
-    for name in "cos", "sin":
-        of_steps = [getattr(ctx, name).expand(len(h), 1, 1, -1) for _, ctx in waiting]
-        angles[name] = torch.cat(of_steps, 2)                                           # (B, 1, n, D)
-    last = waiting[-1][1]
-    keys_values(attn, h, replace(last, **angles))
-    waiting.clear()
-
-
-def keys_values(attn, h, ctx):
-    """Keys and values of all tokens, (B, K, S, D) each, stored in the cache if there is one; h (B, T, C)."""
-    y = split_heads(attn.qkv(h, first=attn.n_head * attn.head_dim), attn.head_dim)      # (B, 2K, T, D)
-    k, v = y[:, :attn.n_kv_head], y[:, attn.n_kv_head:]
-    if attn.k_norm:
-        k = attn.k_norm(k)
-    k = rotate(k, ctx.cos, ctx.sin)
-    return (k, v) if ctx.cache is None else ctx.cache.store(attn.layer, k, v, ctx)
-
-
-def queries(attn, h, ctx, at):
-    """Queries (H, N, D) of gathered tokens h (N, C); at (N,): their indices among the pass's B * T tokens."""
-    q = split_heads(attn.qkv(h, end=attn.n_head * attn.head_dim), attn.head_dim)
-    if attn.q_norm:
-        q = attn.q_norm(q)
-    T = ctx.cos.shape[-2]
-    where = at % T                                                                      # of cos (T, D)
-    if ctx.cos.dim() == 4:                                                              # (B, 1, T, D)
-        where = at // T, 0, where
-    return rotate(q, ctx.cos[where], ctx.sin[where])
-
 
 # --------------------------------------------------------------------------------------------- a routed model
 def mindskips(model):
@@ -321,20 +212,22 @@ def add_routers(model, granularity="attn_token", layers="all", threshold=0.5, po
     """Put a gate before a sublayer of each chosen layer; from then on only the routers' parameters train.
 
     granularity: one of GRANULARITIES; layers: see parse_layers; pool: see LinearRouter; gate: one of GATES;
-    kv: "all", the only value yet: closed tokens have keys and values. Routers that the model had are
-    replaced. Returns the model. InputError names a value that is not one of these.
+    kv: "all", or "open" for attn_token and block_token: which tokens have keys and values. Routers that the
+    model had are replaced. Returns the model. InputError names a value that is not one of these.
     """
     for name, value, known in (("granularity", granularity, GRANULARITIES), ("pool", pool, ("prompt", "all")),
-                               ("gate", gate, GATES), ("kv", kv, ("all",))):
+                               ("gate", gate, GATES), ("kv", kv, ("all", "open"))):
         if value not in known:
             raise InputError(f"{name} {value!r} is not known here; choose one of {', '.join(known)}")
+    if kv == "open" and granularity not in ("attn_token", "block_token"):
+        raise InputError(f"kv 'open': only for attn_token and block_token, not for {granularity}")
     chosen = parse_layers(layers, model.config.n_layer)
     remove_routers(model)
     model.requires_grad_(False)
     part = granularity.split("_")[0]
     for i in chosen:
         sublayer = model.layers[i] if part == "block" else getattr(model.layers[i], part)
-        place(model, i, part, MindSkip(sublayer, granularity, model.config.n_embd, threshold, pool, gate))
+        place(model, i, part, MindSkip(sublayer, granularity, model.config.n_embd, threshold, pool, gate, kv))
     return model
 
 
@@ -387,7 +280,7 @@ def save_routers(model, path, calibration=None, **notes):
         raise InputError("save_routers: the model has no routers; add_routers first")
     first = next(iter(skips.values()))
     meta = {"gate": first.gate_name, "granularity": f"{first.part}_{first.scope}",
-            "layers": ",".join(map(str, skips)), "pool": first.router.pool, "kv": "all",
+            "layers": ",".join(map(str, skips)), "pool": first.router.pool, "kv": first.kv,
             "threshold": repr(first.threshold), "model": json.dumps(shape_of(model)),
             "calibration": json.dumps(sorted(calibration or [])), **notes}
     tensors = {}

@@ -150,7 +150,9 @@ def attention_by_products(q, k, v, mask, causal):
         elif mask is not None:
             bias = mask[..., start:start + size, :]
         score = torch.bmm(queries.flatten(1, 2), k[:, :end].mT)               # (BK, H/K * size, end)
-        if bias is not None:
+        if bias is not None and bias.requires_grad:                           # the gates', then of all keys
+            score = (score.view(B, H, size, end) + bias).view_as(score)
+        elif bias is not None:
             score.view(B, H, size, end)[..., end - bias.shape[-1]:] += bias
         outputs.append(torch.bmm(score.softmax(-1), v[:, :end]).view(B, H, size, D))
     return torch.cat(outputs, 2)

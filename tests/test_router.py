@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import router
+import skipping
 from model import Llama, run_layers
 from router import (
     GRANULARITIES,
@@ -263,11 +264,11 @@ def test_keys_and_values_of_closed_steps_wait(granularity, tiny, monkeypatch):
     or after WAITING steps, and changes no token."""
     model, idx = routed(tiny, granularity, layers="1-3"), tokens()
     whole, products, decisions = model.generate(idx, 20, lengths=LENGTHS), [], []
-    monkeypatch.setattr(router, "WAITING", 3)
+    monkeypatch.setattr(skipping, "WAITING", 3)
     assert torch.equal(model.generate(idx, 20, lengths=LENGTHS), whole)
-    monkeypatch.setattr(router, "WAITING", 1)                             # none waits
+    monkeypatch.setattr(skipping, "WAITING", 1)                             # none waits
     assert torch.equal(model.generate(idx, 20, lengths=LENGTHS), whole)
-    monkeypatch.setattr(router, "WAITING", 5)
+    monkeypatch.setattr(skipping, "WAITING", 5)
     skip = mindskips(model)[2]
     skip.override = lambda score, ctx: torch.full_like(score, decisions[-1] if ctx.decoding else 1.0)
     skip.attn.qkv.register_forward_hook(lambda layer, args, y: products.append(y.shape[-2]))
@@ -284,7 +285,7 @@ def test_only_open_tokens_reach_attention(tiny, monkeypatch):
         seen.append(q.shape[2])
         return kernels.attention_of_some(q, *rest)
 
-    monkeypatch.setattr(router, "attention_of_some", spy)
+    monkeypatch.setattr(skipping, "attention_of_some", spy)
     with torch.no_grad():
         model(idx, LENGTHS)
     assert sum(seen) == int(mindskips(model)[1].opened) and 0 < sum(seen) < int(LENGTHS.sum())

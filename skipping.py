@@ -1,0 +1,228 @@
+"""What inference computes of a gated sublayer: the open rows or tokens, gathered, run and put back.
+
+    run_rows      one gate per sequence: closed rows compute nothing and store nothing
+    run_tokens    one gate per token, kv="all": closed tokens have a key and a value, and nothing else
+    run_alone     one gate per token, kv="open": closed tokens take no part, as in Mixture of Depths. The open
+                  ones of a row are an ordinary shorter sequence, at positions of their own
+
+`skip` is the MindSkip (router.py), x (B, T, C) the residual stream before its sublayer and h = norm(x). What
+a running generation remembers of the gates is kept in its cache, never in the modules.
+"""
+import math
+from collections import defaultdict
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from model import merge_heads, rotate, split_heads
+from support.kernels import additive_mask, attention_of_some
+
+WAITING = 32        # steps of generation whose keys and values may wait, see `waits`
+GROWTH = 64         # columns by which a cache of open tokens grows
+
+
+# ----------------------------------------------------------------------------------------- gates of sequences
+def open_rows(cache):
+    """{MindSkip: indices of the rows whose prompt opened its gate}, carried by a generation's cache."""
+    return vars(cache).setdefault("open_rows", {})
+
+
+def run_rows(skip, x, ctx, rows, h=None):
+    """The sublayer on some rows only: `rows`, their indices (n,)."""
+    if len(rows) == 0:
+        return x
+    h = skip.norm(x) if h is None else h
+    if len(rows) == len(x):
+        return skip.run(x, ctx, h)
+    return x.index_copy(0, rows, skip.run(x[rows], select_rows(ctx, rows), h[rows]))
+
+
+def select_rows(ctx, rows):
+    """The Context of some rows of the batch, given by their indices (n,)."""
+    def select(t):
+        has_rows = t is not None and t.dim() in (1, 4) and len(t) > 1    # (B,), (B, 1, T, D) or (B, 1, T, S)
+        return t[rows] if has_rows else t
+    names = "cos", "sin", "mask", "lengths", "prompt_lengths", "positions"     # all that is per row
+    return replace(ctx, **{name: select(getattr(ctx, name)) for name in names})
+
+
+# ------------------------------------------------------------------------ gates of tokens, keys of all tokens
+def run_tokens(skip, x, ctx, h, is_open):
+    """The sublayer on the open tokens only, is_open (B, T); keys and values are computed of all."""
+    attn, columns = skip.attn, open_columns(is_open, ctx)
+    n_open = sum(map(len, columns))
+    skip.count(n_open, ctx)
+    if attn and ctx.decoding and waits(skip, h, ctx, n_open):
+        return x
+    if n_open == sum(ctx.host_lengths):
+        return skip.run(x, ctx, h)
+    if attn:
+        k, v = keys_values(attn, h, ctx)
+    if n_open == 0:
+        return x
+
+    T = x.shape[1]
+    at = torch.cat([row * T + row_columns for row, row_columns in enumerate(columns)]).to(x.device)
+    open_x = x.flatten(0, 1).index_select(0, at)                         # (N, C), row after row
+    open_h = h.flatten(0, 1).index_select(0, at)
+    if attn:
+        q = queries(attn, open_h, ctx, at)                               # (H, N, D)
+        y = attention_of_some(q[None], k, v, columns, at, T, ctx.mask)[0]
+        open_x = open_x + attn.o(merge_heads(y))
+    else:
+        open_x = open_x + skip.sublayer.update(open_h)
+    if skip.part == "block":
+        open_x = skip.sublayer.mlp(open_x)
+    return x.flatten(0, 1).index_copy(0, at, open_x).view_as(x)
+
+
+def open_columns(is_open, ctx):
+    """[each row's open columns], on the host, from is_open (B, T), padding excluded."""
+    is_open = is_open.cpu()                                              # the one wait for the device
+    if ctx.decoding and not bool(is_open.any()):
+        return [()] * len(is_open)
+    return [row[:n].nonzero().squeeze(1) for row, n in zip(is_open, ctx.host_lengths)]
+
+
+def keys_values(attn, h, ctx):
+    """Keys and values of all tokens, (B, K, S, D) each, stored in the cache if there is one; h (B, T, C)."""
+    y = split_heads(attn.qkv(h, first=attn.n_head * attn.head_dim), attn.head_dim)      # (B, 2K, T, D)
+    k, v = y[:, :attn.n_kv_head], y[:, attn.n_kv_head:]
+    if attn.k_norm:
+        k = attn.k_norm(k)
+    k = rotate(k, ctx.cos, ctx.sin)
+    return (k, v) if ctx.cache is None else ctx.cache.store(attn.layer, k, v, ctx)
+
+
+def queries(attn, h, ctx, at):
+    """Queries (H, N, D) of gathered tokens h (N, C); at (N,): their indices among the pass's B * T tokens."""
+    q = split_heads(attn.qkv(h, end=attn.n_head * attn.head_dim), attn.head_dim)
+    if attn.q_norm:
+        q = attn.q_norm(q)
+    T = ctx.cos.shape[-2]
+    where = at % T                                                                      # of cos (T, D)
+    if ctx.cos.dim() == 4:                                                              # (B, 1, T, D)
+        where = at // T, 0, where
+    return rotate(q, ctx.cos[where], ctx.sin[where])
+
+
+def waits(skip, h, ctx, n_open):
+    """Whether a step of generation has no open token. Its keys and values then wait in the cache, to be
+    computed together, in one product, before a step that has one, or when there are WAITING."""
+    waiting = vars(ctx.cache).setdefault("waiting", defaultdict(list))[skip]            # [(h, ctx) of a step]
+    if n_open == 0:
+        waiting.append((h, ctx))
+    if waiting and (n_open or len(waiting) == WAITING):
+        compute_waiting(skip.attn, waiting)
+        waiting.clear()
+    return n_open == 0
+
+
+def compute_waiting(attn, waiting):
+    """Store the keys and values of steps that follow one another."""
+    h = torch.cat([h for h, _ in waiting], 1)                                           # (B, n, C)
+    angles = {}
+    for name in "cos", "sin":
+        of_steps = [getattr(ctx, name).expand(len(h), 1, 1, -1) for _, ctx in waiting]
+        angles[name] = torch.cat(of_steps, 2)                                           # (B, 1, n, D)
+    last = waiting[-1][1]
+    keys_values(attn, h, replace(last, **angles))
+
+
+# ----------------------------------------------------------------------- gates of tokens, keys of open tokens
+def run_alone(skip, x, ctx, h, is_open):
+    """The sublayer on the open tokens only, is_open (B, T), which attend to open tokens only."""
+    if ctx.decoding:
+        rows = is_open.squeeze(1).nonzero().squeeze(1)                   # the one wait for the device
+        skip.count(len(rows), ctx)
+        if len(rows) == 0:
+            return x
+        step = open_keys(ctx.cache, skip).step(rows, select_rows(ctx, rows))
+        return x.index_copy(0, rows, skip.run(x[rows], step, h[rows]))
+
+    is_open = is_open & (torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None])
+    n = is_open.sum(1)                                                   # (B,)
+    host_n = n.tolist()                                                  # the one wait for the device
+    skip.count(sum(host_n), ctx)
+    columns = (~is_open).int().argsort(dim=1, stable=True)               # the open ones first, in order
+    columns = columns[:, :max(host_n)]                                   # (B, N), closed ones at shorter ends
+    is_real = torch.arange(columns.shape[1], device=x.device) < n[:, None]
+    mask = ctx.mask
+    if mask is not None:                                                 # (1, 1, T, T): a window
+        mask = mask[0, 0][columns[:, :, None], columns[:, None]].masked_fill(~is_real[:, None], -math.inf)
+        mask = mask[:, None]                                             # (B, 1, N, N)
+    shorter = replace(ctx, cos=ctx.cos[columns][:, None], sin=ctx.sin[columns][:, None], lengths=n,
+                      host_lengths=host_n, mask=mask)
+    if ctx.cache is not None:
+        shorter.cache = open_keys(ctx.cache, skip)
+        shorter.cache.start(columns, host_n)
+    at = columns[..., None].expand(-1, -1, x.shape[2])                   # (B, N, C)
+    open_x = x.gather(1, at)
+    y = skip.run(open_x, shorter, h.gather(1, at))
+    return x.scatter(1, at, torch.where(is_real[..., None], y, open_x))
+
+
+def hide_closed(ctx, gate, dtype):
+    """The Context of a training pass in which closed tokens take no part: log g, gate (B, T), is added to the
+    scores of a token's key."""
+    T, mask = gate.shape[1], ctx.mask
+    if mask is None:
+        mask = additive_mask(torch.ones(T, T, dtype=torch.bool, device=gate.device).tril(), dtype)
+    return replace(ctx, mask=mask + gate.clamp(min=1e-30).log().to(dtype)[:, None, None])   # (B, 1, T, T)
+
+
+def open_keys(cache, skip):
+    """The OpenKeys of a sublayer, carried by a generation's cache."""
+    by_skip = vars(cache).setdefault("open_keys", {})
+    return by_skip.setdefault(skip, OpenKeys(cache, skip.attn.layer))
+
+
+class OpenKeys:
+    """Keys and values of a layer's open tokens, of row b in its first n[b] columns. It stands in the place of
+    the generation's cache, whose lists hold its memory."""
+
+    def __init__(self, cache, layer):
+        self.cache, self.layer = cache, layer
+
+    def start(self, columns, n):
+        """A prompt, whose open tokens are at `columns` (B, N), n (a list) of each row."""
+        self.positions, self.n = columns, n
+        self.rows = self.columns = None
+
+    def step(self, rows, ctx):
+        """The Context of a step in which some rows, given by their indices (R,), are open."""
+        self.rows, host_rows = rows, rows.tolist()
+        columns = [self.n[row] for row in host_rows]                     # where they write
+        self.columns, end = torch.tensor(columns, device=rows.device), max(columns) + 1
+        for row in host_rows:
+            self.n[row] += 1
+        keys, values = self.cache.k, self.cache.v
+        if end > keys[self.layer].shape[2]:
+            for memory in keys, values:
+                memory[self.layer] = F.pad(memory[self.layer], (0, 0, 0, GROWTH))
+        if end > self.positions.shape[1]:
+            self.positions = F.pad(self.positions, (0, GROWTH))
+        self.positions[rows, self.columns] = ctx.end - 1 if ctx.positions is None else ctx.positions
+        mask, dtype = ctx.mask, keys[self.layer].dtype
+        if mask is not None:                                             # of all positions, (R or 1, 1, 1, S)
+            of_row = mask.expand(len(rows), 1, 1, -1)
+            mask = of_row.gather(3, self.positions[rows, None, None, :end])
+        if min(columns) < max(columns):
+            is_key = torch.arange(end, device=rows.device) <= self.columns[:, None, None, None]
+            own = additive_mask(is_key, dtype)
+            mask = own if mask is None else mask + own
+        return replace(ctx, cache=self, mask=mask, end=end)
+
+    def store(self, layer, k, v, ctx):
+        """As Cache.store, for the open tokens."""
+        stored = []
+        for memory, new in (self.cache.k, k), (self.cache.v, v):
+            if not ctx.decoding:
+                memory[layer] = F.pad(new, (0, 0, 0, GROWTH))
+                stored.append(new)
+                continue
+            memory[layer][self.rows, :, self.columns] = new[:, :, 0]
+            keys = memory[layer][:, :, :ctx.end]
+            stored.append(keys if len(self.rows) == len(keys) else keys[self.rows])
+        return stored
