@@ -156,7 +156,9 @@ def run_alone(skip, x, ctx, h, is_open):
                       host_lengths=host_n, mask=mask)
     if ctx.cache is not None:
         shorter.cache = open_keys(ctx.cache, skip)
-        shorter.cache.start(columns, host_n)
+        shorter.cache.start(columns, host_n, x)
+    if not any(host_n):
+        return x
     at = columns[..., None].expand(-1, -1, x.shape[2])                   # (B, N, C)
     open_x = x.gather(1, at)
     y = skip.run(open_x, shorter, h.gather(1, at))
@@ -175,20 +177,21 @@ def hide_closed(ctx, gate, dtype):
 def open_keys(cache, skip):
     """The OpenKeys of a sublayer, carried by a generation's cache."""
     by_skip = vars(cache).setdefault("open_keys", {})
-    return by_skip.setdefault(skip, OpenKeys(cache, skip.attn.layer))
+    return by_skip.setdefault(skip, OpenKeys(cache, skip.attn))
 
 
 class OpenKeys:
     """Keys and values of a layer's open tokens, of row b in its first n[b] columns. It stands in the place of
     the generation's cache, whose lists hold its memory."""
 
-    def __init__(self, cache, layer):
-        self.cache, self.layer = cache, layer
+    def __init__(self, cache, attn):
+        self.cache, self.attn, self.layer = cache, attn, attn.layer
 
-    def start(self, columns, n):
-        """A prompt, whose open tokens are at `columns` (B, N), n (a list) of each row."""
+    def start(self, columns, n, x):
+        """A prompt x (B, T, C), whose open tokens are at `columns` (B, N), n (a list) of each row."""
         self.positions, self.n = columns, n
-        self.rows = self.columns = None
+        for memory in self.cache.k, self.cache.v:
+            memory[self.layer] = x.new_zeros(len(x), self.attn.n_kv_head, 0, self.attn.head_dim)
 
     def step(self, rows, ctx):
         """The Context of a step in which some rows, given by their indices (R,), are open."""

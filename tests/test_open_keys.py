@@ -86,6 +86,17 @@ def test_generate_equals_recomputing(granularity, family, tmp_path, monkeypatch)
     assert used == pytest.approx(opened / (int(LENGTHS.sum()) + 8 * 15), abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_without_open_tokens(dtype, tiny):
+    """Its layers store nothing; then a step opens some of them, each for itself."""
+    model = add_routers(Llama.from_pretrained(tiny, dtype=dtype), "attn_token", kv="open")
+    opened = []
+    for i, skip in mindskips(model).items():
+        skip.override = lambda score, ctx, i=i: torch.full_like(score, ctx.decoding and len(opened) % 4 == i)
+    out = model.generate(tokens(3), 9, on_token=opened.append)
+    assert capacity(model) == pytest.approx(8 * 3 / (4 * 3 * 48)) and torch.equal(out[:, :40], tokens(3))
+
+
 def test_the_cache_holds_open_tokens_only(tiny, monkeypatch):
     monkeypatch.setattr(skipping, "GROWTH", 1)
     model, idx = routed(tiny, "attn_token", layers="1-3", kv="open"), tokens(B=1)
