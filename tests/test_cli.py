@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = "from support.cli import run_script\ndef main():\n    {}\nrun_script('x.py', main)"
+SCRIPT = "from support.script import run_script\ndef main():\n    {}\nrun_script('x.py', main)"
 
 
 def run(body, **environment):
