@@ -27,8 +27,9 @@ ROOT = Path(train_router.__file__).parent
 SERVER = """
 import json, os, sys
 import torch
-import train_router
+import recipe, train_router
 torch.set_num_threads(1)
+recipe.OWN_TOKENS = 64                                         # sooner
 for line in sys.stdin:
     arguments, log = json.loads(line)
     pid = os.fork()
@@ -37,7 +38,7 @@ for line in sys.stdin:
         os.dup2(file, 1)
         os.dup2(file, 2)
         sys.argv = ["train_router.py", *arguments]
-        sys.exit(run_script("train_router.py", train_router.main))
+        sys.exit(train_router.run_script("train_router.py", train_router.main))
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
@@ -120,7 +121,7 @@ def test_killed_at_any_moment_it_ends_as_the_uninterrupted_run(server, short, tm
     began = time.monotonic()
     server.run(*short, "--out", tmp_path / "whole")
     seconds, rng = time.monotonic() - began, random.Random(0)
-    for i in range(4):
+    for i in range(3):
         kill_and_resume(server, short, tmp_path / f"killed {i}", rng.uniform(0, 1) * seconds)
         assert_same_run(files_of(tmp_path / f"killed {i}"), files_of(tmp_path / "whole"))
 
@@ -183,14 +184,16 @@ def test_an_unfinished_run_is_kept_and_a_finished_one_replaced(unfinished, call,
 def test_two_runs_at_once(server, short, call, tmp_path):
     pid = server.start(*short, "--steps", 100000)
     metrics = tmp_path / "out" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_bytes()):
+    for _ in range(600):
+        if metrics.exists() and metrics.read_bytes():
+            break
         time.sleep(0.05)
     for more in [], ["--resume"]:
         status, said = call(main, *short, *more)
         assert status == 1 and is_one_sentence(said) and "another run" in said
     os.kill(pid, signal.SIGKILL)
     assert server.wait() == -signal.SIGKILL
-    assert call(main, *short, "--steps", 1, "--out", tmp_path / "out")[0] == 0
+    assert "not finished" in call(main, *short)[1]                                 # the lock is free again
 
 
 def test_without_locks_it_works(short, call, tmp_path, monkeypatch):
