@@ -14,6 +14,8 @@ a share of the memory bandwidth of a large copy; else the products' operations o
 rate of one large product; both are measured at the start. Peak memory counts the weights; on a CPU each
 variant is run once more for it, in a process of its own.
 """
+from support.script import run_script  # isort: skip (before torch, see there)
+
 import copy
 import functools
 import json
@@ -44,11 +46,11 @@ from router import (
     remove_routers,
     routed_share,
 )
-from support.cli import common_arguments, device_and_dtype, numbers, run_script, words
+from support.cli import check_destinations, common_arguments, device_and_dtype, number, numbers, words
 from support.data import DEFAULT_DATA, Batch, Sample
 from support.graph import stepper
 from support.kernels import should_pack
-from support.plot import speedups
+from support.plot import check_picture, speedups
 from tokenizer import Tokenizer
 from weights import InputError, open_checkpoint, write_file
 
@@ -468,17 +470,29 @@ def parse_arguments():
     p.add_argument("--random-weights", action="store_true", help=f"for the shapes {', '.join(SHAPES)}")
     p.add_argument("--against", type=words(("transformers", "masked")), default=[])
     p.add_argument("--loss", default="ce", choices=LOSSES, help="of a router-tuning step")
-    p.add_argument("--rounds", type=numbers(int, 2), default=[7], help="measurements of each variant")
+    p.add_argument("--rounds", type=number(int, 2), default=7, help="measurements of each variant")
     p.add_argument("--json", help="write the table there, with the machine's name")
     p.add_argument("--plot", help="draw speedup against context to this .png file; needs matplotlib")
     args = p.parse_args()
-    args.rounds = args.rounds[0]
+    if "train" in args.phase and not args.granularity:
+        raise InputError("--phase train needs a --granularity, that of the routers which train")
+    check_destinations(args.json)
+    check_picture(args.plot)
     args.device, args.dtype = device_and_dtype(args.device, args.dtype)
     if args.model is None:
         choose_model(args)
     if args.random_weights and args.model not in SHAPES:
         raise InputError(f"--random-weights: {args.model} is not one of {', '.join(SHAPES)}")
     return args
+
+
+def save(rows, args):
+    """Write --json and --plot: what has been measured so far."""
+    if args.json:
+        table = {"machine": machine(args), "rows": [{key: row[key] for key in FIELDS} for row in rows]}
+        write_file(args.json, json.dumps(table, indent=1).encode())
+    if args.plot:
+        speedups(rows, args.plot)
 
 
 def main():
@@ -504,13 +518,9 @@ def main():
     rows = []
     for phase, batch, context in product(args.phase, args.batch, args.context):
         these = compare(model, args, phase, batch, context)
-        show(these)
         rows += these
-    if args.json:
-        table = {"machine": machine(args), "rows": [{key: row[key] for key in FIELDS} for row in rows]}
-        write_file(args.json, json.dumps(table, indent=1).encode())
-    if args.plot:
-        speedups(rows, args.plot)
+        save(rows, args)
+        show(these)
     print("\n" + ", ".join(f"{key} {value}" for key, value in machine(args).items()))
 
 

@@ -12,6 +12,8 @@ row, each seeing the context and itself alone, and a beginning that all question
 keys and values. Gates that read a sequence decide on the whole context, so for them nothing is shared
 between questions; gates that read even the answer (pool "all") share nothing.
 """
+from support.script import run_script  # isort: skip (before torch, see there)
+
 import json
 import math
 import time
@@ -27,7 +29,7 @@ from harm import measure
 from losses import CHUNK, Usage, evaluate, log_probabilities
 from model import Cache, Llama, run_layers
 from router import add_routers, closed, load_routers, mindskips, remove_routers, routed_share
-from support.cli import check_at_least, common_arguments, device_and_dtype, run_script
+from support.cli import check_destinations, common_arguments, device_and_dtype, number, perplexity
 from support.data import DEFAULT_DATA, HELD_OUT, Batch, batches, pack, read_samples
 from support.kernels import additive_mask
 from support.tasks import (
@@ -274,7 +276,19 @@ def save(results, args):
     if args.json:
         entries = {variant: result.entry() for variant, result in results.items()}
         first = entries.pop("routed" if args.routers else "dense")
-        write_file(args.json, json.dumps(first | entries).encode())
+        write_file(args.json, json.dumps(first | entries, allow_nan=False).encode())
+
+
+def check_finite(values, what, variant):
+    """No score that is not a number passes for a result."""
+    if not all(map(math.isfinite, values)):
+        raise InputError(f"{what}: scores of the {variant} model are not finite; use --dtype float32, or"
+                         " another model")
+
+
+def plus_minus(value, width):
+    """An interval as text, blank where it is not defined, as for a single question."""
+    return f" ±{value:{width}.1f}" if math.isfinite(value) else " " * (width + 2)
 
 
 def run_task(name, questions, shots, setters, results, model, tok, budget):
@@ -285,16 +299,17 @@ def run_task(name, questions, shots, setters, results, model, tok, budget):
         usage, start, result = Usage(model), time.perf_counter(), results[variant]
         lls, n_cut, n = log_likelihoods(model, questions, tok, budget, (usage, result.usage))
         seconds, tokens = time.perf_counter() - start, tokens + n
+        check_finite(sum(lls, []), name, variant)
         scores = result.tasks[name] = Scores(questions, lls, TASKS[name].norm)
         beside_dense = " " * 36
         if variant != "dense":
             d = scores.against(results["dense"].tasks[name])
-            beside_dense = (f"{100 * d['difference']:+9.1f} ±{100 * d['interval']:5.1f}{d['changed']:9}"
-                            f"{d['kl']:10.4f}")
+            beside_dense = (f"{100 * d['difference']:+9.1f}{plus_minus(100 * d['interval'], 5)}"
+                            f"{d['changed']:9}{d['kl']:10.4f}")
         percent, used = 100 * float(scores.right.mean()), usage.summary()
         result.keep[name] = used["keep"]
         print(f"{name:14}{len(questions):6}{shots:6} {variant:9}{metric:>9}{percent:7.1f}"
-              f" ±{100 * standard_error(scores.right):4.1f}{beside_dense}{used['capacity']:9.3f}"
+              f"{plus_minus(100 * standard_error(scores.right), 4)}{beside_dense}{used['capacity']:9.3f}"
               f"{used['routed_capacity']:8.3f}{seconds:9.1f}", flush=True)
     if n_cut:
         print(f"  {n_cut} contexts were longer than the model's {model.config.max_context} tokens and lost"
@@ -314,7 +329,7 @@ def show_average(scores):
             differences = [scores[variant][name].right - scores["dense"][name].right for name in tasks]
             difference = 100 * sum(float(d.mean()) for d in differences) / len(tasks)
             interval = 196 * math.sqrt(sum(standard_error(d) ** 2 for d in differences)) / len(tasks)
-            line += f"{'':6}{difference:+9.1f} ±{interval:5.1f}"
+            line += f"{'':6}{difference:+9.1f}{plus_minus(interval, 5)}"
         print(line)
 
 
@@ -325,32 +340,35 @@ def run_text(path, samples, setters, results, model, budget, device):
     for variant, set_up in setters.items():
         set_up()
         r = evaluate(model, (Batch.of(group, device) for group in pack(samples, budget)))
+        check_finite([r["dense_loss"], r["loss"], r["kl"]], path, variant)
         results[variant].text = {"file": path} | r
         results[variant].keep[path] = r["keep"]
-        print(f"{r['tokens']:20,} {variant:9}{r['loss']:9.4f}{math.exp(r['loss']):12.3f}{r['kl']:13.4f}"
+        print(f"{r['tokens']:20,} {variant:9}{r['loss']:9.4f}{perplexity(r['loss']):>12}{r['kl']:13.4f}"
               f"{r['capacity']:10.3f}{r['routed_capacity']:8.3f}", flush=True)
 
 
 def parse_arguments():
-    p = common_arguments(__doc__)
+    p, count = common_arguments(__doc__), number(int, 1)
     p.add_argument("--routers", help="a file that train_router.py wrote")
-    p.add_argument("--capacity", type=float, help="overall; default: what the routers were tuned for")
+    p.add_argument("--capacity", type=number(float, 0, 1),
+                   help="overall; default: what the routers were tuned for")
     p.add_argument("--tasks", help=f"comma-separated, of {', '.join(TASKS)} (default: all of --data-dir)")
     p.add_argument("--data-dir", help="folder with <task>/<split>.jsonl (default: fetch from the hub)")
     p.add_argument("--text", help="perplexity of this file: any that train_router.py --data reads")
-    p.add_argument("--last", type=int, help="only so many samples at the end of --text")
-    p.add_argument("--limit", type=int, help="only so many lines at the beginning of each task")
-    p.add_argument("--num-fewshot", type=int, help="examples before each question (default: the paper's)")
-    p.add_argument("--static", type=int, default=0, metavar="N",
+    p.add_argument("--last", type=count, help="only so many samples at the end of --text")
+    p.add_argument("--limit", type=count, help="only so many lines at the beginning of each task")
+    p.add_argument("--num-fewshot", type=number(int, 0),
+                   help="examples before each question (default: the paper's)")
+    p.add_argument("--static", type=number(int, 0), default=0, metavar="N",
                    help="also without the N attentions whose removal does least harm")
     p.add_argument("--static-data", default=str(DEFAULT_DATA), help="the text they are chosen on")
     p.add_argument("--shuffled", action="store_true", help="also with each layer's decisions shuffled")
     p.add_argument("--random", action="store_true",
                    help="also with gates that open at random, as many, and as often in every layer")
-    p.add_argument("--tokens", type=int, help="tokens per batch (default: 512 on a CPU, 16384 on CUDA)")
+    p.add_argument("--tokens", type=count, help="tokens per batch (default: 512 on a CPU, 16384 on CUDA)")
     p.add_argument("--json", help="write every log-likelihood, and how often each layer ran, to this file")
     args = p.parse_args()
-    check_at_least(args, last=1, limit=1, num_fewshot=0, static=0, tokens=1)
+    check_destinations(args.json)
     if (args.shuffled or args.random or args.capacity is not None) and not args.routers:
         raise InputError("--shuffled, --random and --capacity need --routers, whose decisions they change")
     if not (args.tasks or args.data_dir or args.text):

@@ -101,7 +101,7 @@ def fit(model, harm, inputs, capacity, biases_only=False):
     if n_closed:
         price = predicted[n_closed - 1:n_closed + 1].mean()
     else:
-        price = predicted[0] - predicted.std()
+        price = predicted[0] - (predicted.std() if len(predicted) > 1 else 1)
     # the score is sigmoid((predicted - price) / unit), whose logits have mean absolute value 1
     unit = (predicted - price).abs().mean().clamp(min=1e-9)
     for skip, (w, intercept) in zip(skips, lines):
@@ -117,8 +117,9 @@ def tune(model, source, recipe, capacity, run):
     n_gates, biases_only = len(mindskips(model)), recipe.train == "bias"
     state = {"harm": torch.zeros(0, n_gates), "inputs": torch.zeros(0, n_gates, model.config.n_embd)}
     if run.checkpoint:
-        state = run.checkpoint
-        fit(model, state["harm"], state["inputs"], float(state["target"]), biases_only)
+        harm = run.tensor("harm", (None, n_gates))
+        state = {"harm": harm, "inputs": run.tensor("inputs", (*harm.shape, model.config.n_embd))}
+        fit(model, harm, state["inputs"], float(run.tensor("target", ())), biases_only)
     for step in run.steps():
         target = recipe.target(step, run.n_steps, capacity)
         total, n_tokens, open_shares = 0.0, 0, []

@@ -237,17 +237,19 @@ def calibrate(model, samples, texts, capacity, tokens):
             skip.threshold = 1 / (1 + math.exp(-logit))
         mean = sum(answers_capacity(model, batches) for batches in kinds) / len(kinds)
         measured.append((skips[0].threshold, mean))
+        bar.update()
         return mean
 
-    too_low = [logit for logit in CALIBRATION_LOGITS if capacity_at(logit) > capacity]
-    too_high = [logit for logit in CALIBRATION_LOGITS if logit not in too_low]
-    low, high = max(too_low, default=-4), min(too_high, default=4)
-    for _ in range(4):
-        middle = (low + high) / 2
-        if capacity_at(middle) > capacity:
-            low = middle
-        else:
-            high = middle
+    with tqdm(total=len(CALIBRATION_LOGITS) + 4, desc="calibration", unit="threshold", leave=False) as bar:
+        too_low = [logit for logit in CALIBRATION_LOGITS if capacity_at(logit) > capacity]
+        too_high = [logit for logit in CALIBRATION_LOGITS if logit not in too_low]
+        low, high = max(too_low, default=-4), min(too_high, default=4)
+        for _ in range(4):
+            middle = (low + high) / 2
+            if capacity_at(middle) > capacity:
+                low = middle
+            else:
+                high = middle
     best = min(measured, key=lambda pair: abs(pair[1] - capacity))[0]
     for skip in skips:
         skip.threshold = best

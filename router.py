@@ -31,9 +31,10 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from skipping import hide_closed, open_rows, run_alone, run_rows, run_tokens
+from support.checked import open_router_file, tensor_of
 from support.cli import parse_layers
 from support.kernels import recomputed
-from weights import InputError, open_safetensors, write_file
+from weights import InputError, write_file
 
 GRANULARITIES = [f"{part}_{scope}" for part in ("attn", "mlp", "block") for scope in ("sequence", "token")]
 
@@ -305,25 +306,21 @@ def load_routers(model, path, capacity=None):
     """Add the routers of a file; returns its metadata. capacity: an overall capacity other than the one they
     were tuned for, which moves the threshold. InputError where they do not fit, or cannot give that
     capacity."""
-    file = open_safetensors(path)
-    meta = {"gate": "linear", "kv": "all"} | (file.metadata() or {})       # older files do not say these
-    missing = {"granularity", "layers", "pool", "threshold", "model"} - meta.keys()
-    if missing:
-        raise InputError(f"{path}: not a router file (it has no {min(missing)}); train_router.py writes one")
+    file, meta = open_router_file(path)
     if meta["gate"] not in GATES:
         raise InputError(f"{path}: its gate, {meta['gate']!r}, is not one of {', '.join(GATES)}; import the"
                          " module that adds it to router.GATES")
     if json.loads(meta["model"]) != shape_of(model):
         raise InputError(f"{path}: these routers are for a model of another shape, {meta['model']}; this one"
                          f" has {json.dumps(shape_of(model))}")
-    add_routers(model, meta["granularity"], meta["layers"], float(meta["threshold"]), meta["pool"],
-                meta["gate"], meta["kv"])
+    try:
+        add_routers(model, meta["granularity"], meta["layers"], float(meta["threshold"]), meta["pool"],
+                    meta["gate"], meta["kv"])
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from None
     for i, skip in mindskips(model).items():
         for name, parameter in skip.router.named_parameters():
-            key = f"layers.{i}.{name}"
-            if key not in file.keys() or tuple(file.get_slice(key).get_shape()) != tuple(parameter.shape):
-                raise InputError(f"{path}: tensor {key} is missing or not of shape {tuple(parameter.shape)}")
-            parameter.data.copy_(file.get_tensor(key))
+            parameter.data.copy_(tensor_of(file, f"layers.{i}.{name}", parameter.shape, path))
         if capacity is not None:
-            skip.threshold = threshold_for(capacity, json.loads(meta.get("calibration", "[]")), path)
+            skip.threshold = threshold_for(capacity, json.loads(meta["calibration"]), path)
     return meta

@@ -3,6 +3,8 @@
     python sample.py "Why is the sky blue?"
     python sample.py "Why is the sky blue?" --routers routers/smollm2-135m.attn_token.safetensors
 """
+from support.script import run_script  # isort: skip (before torch, see there)
+
 import shutil
 import time
 
@@ -10,7 +12,7 @@ import torch
 
 from model import Llama
 from router import capacity, dense, load_routers, mindskips, trace
-from support.cli import common_arguments, device_and_dtype, run_script
+from support.cli import common_arguments, device_and_dtype, number
 from tokenizer import Tokenizer
 from weights import InputError
 
@@ -68,14 +70,14 @@ def main():
     p = common_arguments(__doc__)
     p.add_argument("prompt", nargs="?", default="Why is the sky blue?")
     p.add_argument("--routers", help="a file that train_router.py wrote")
-    p.add_argument("--capacity", type=float, help="overall; default: what the routers were tuned for")
+    p.add_argument("--capacity", type=number(float, 0, 1),
+                   help="overall; default: what the routers were tuned for")
     p.add_argument("--max-new-tokens", type=int, default=80)
-    p.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    p.add_argument("--top-k", type=int)
+    p.add_argument("--temperature", type=number(float, 0, 1e6), default=0.0,
+                   help="0: always the likeliest token")
+    p.add_argument("--top-k", type=number(int, 1))
     p.add_argument("--plain", action="store_true", help="continue the prompt as text, not as a chat")
     args = p.parse_args()
-    if args.temperature < 0 or args.top_k is not None and args.top_k < 1:
-        raise InputError("--temperature should be 0 or more and --top-k 1 or more")
     if args.capacity is not None and not args.routers:
         raise InputError("--capacity needs --routers, whose decisions it changes")
     device, dtype = device_and_dtype(args.device, args.dtype)
@@ -97,7 +99,7 @@ def main():
         print("--- routed")
         with trace(model) as gates:
             generate(model, tok, ids, args)
-        show_skipped(model, gates, ids.shape[1], shutil.get_terminal_size().columns - 6)
+        show_skipped(model, gates, ids.shape[1], max(1, shutil.get_terminal_size().columns - 6))
         share = model.cache.bytes() / full
         print(f"\noverall capacity {capacity(model):.3f}, where there is a router"
               f" {capacity(model, routed=True):.3f}; cache {share:.3f} of the dense model's")

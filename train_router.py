@@ -10,6 +10,8 @@ of harm.py), moves the threshold until the capacity is met, and prints a table o
 --train says which weights learn: the routers'; only their biases, which closes the same layers for all text;
 or all of the model's with its routers, as Mixture of Depths does, which are then kept in out/model.
 """
+from support.script import run_script  # isort: skip (before torch, see there)
+
 import json
 import math
 import sys
@@ -23,9 +25,9 @@ import losses
 from model import Llama
 from recipe import RECIPES, Price, calibrate, choose, make_source, own_text
 from router import GATES, GRANULARITIES, add_routers, capacity, mindskips, remove_routers, save_routers
-from support.cli import check_at_least, common_arguments, device_and_dtype, parse_layers, run_script
+from support.cli import common_arguments, device_and_dtype, number, parse_layers, perplexity
 from support.data import DEFAULT_DATA, HELD_OUT, Batch, pack, read_samples
-from support.run import Run, check_output
+from support.run import Run, check_output, settings_of
 from tokenizer import Tokenizer
 from weights import InputError
 
@@ -38,7 +40,7 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
     optimizer = make_optimizer(model, recipe)
     prices = [Price(recipe.penalty, recipe.moves_penalty) for _ in range(n_kinds)]
     if run.checkpoint:
-        restore(model, optimizer, prices, run.checkpoint, run.start)
+        restore(model, optimizer, prices, run)
     for step in run.steps():
         batches = next(source)
         target = recipe.target(step, run.n_steps, capacity_wanted)
@@ -108,39 +110,40 @@ def tuning_state(model, optimizer, prices):
     return tensors
 
 
-def restore(model, optimizer, prices, tensors, step):
+def restore(model, optimizer, prices, run):
     """The inverse of tuning_state."""
-    for price, (level, now) in zip(prices, tensors["prices"].tolist()):
+    for price, (level, now) in zip(prices, run.tensor("prices", (len(prices), 2)).tolist()):
         price.level, price.now = level, now
     for name, parameter in trained(model).items():
-        parameter.data.copy_(tensors[name])
-        moments = {"exp_avg": tensors[f"{name}.m"], "exp_avg_sq": tensors[f"{name}.v"]}
-        optimizer.state[parameter] = {key: moment.to(parameter.device) for key, moment in moments.items()}
-        optimizer.state[parameter]["step"] = torch.tensor(float(step))
+        value, m, v = (run.tensor(key, parameter.shape) for key in (name, f"{name}.m", f"{name}.v"))
+        parameter.data.copy_(value)
+        optimizer.state[parameter] = {"exp_avg": m.to(parameter.device), "exp_avg_sq": v.to(parameter.device),
+                                      "step": torch.tensor(float(run.start))}
 
 
 # ----------------------------------------------------------------------------------------------------- script
 def parse_arguments():
-    p = common_arguments(__doc__)
+    p, count, rate = common_arguments(__doc__), number(int, 1), number(float, 0, 1e6)
     p.add_argument("--data", default=str(DEFAULT_DATA), help="Alpaca JSON or JSONL, chat JSONL or plain text")
     p.add_argument("--granularity", default="attn_token", choices=GRANULARITIES)
     p.add_argument("--layers", default="all", help="which layers get a router: all, last:16, 2-29 or 3,5,9")
     p.add_argument("--capacity", type=float, default=0.8, help="overall: the share of sublayers that run")
-    p.add_argument("--out", default="out", help="folder for the routers, metrics.jsonl and the checkpoint")
+    p.add_argument("--out", default="out", help="folder of the routers, metrics.jsonl and the checkpoint; a"
+                                                " finished run there is replaced, one that is not is kept")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
-    p.add_argument("--tokens", type=int, help="tokens per batch (default: the recipe's, 512 on a CPU)")
-    p.add_argument("--accumulate", type=int, default=1, help="batches per step, not with --recipe paper")
-    p.add_argument("--held-out", type=int, default=HELD_OUT, help="last samples of --data, for the table")
-    p.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
+    p.add_argument("--tokens", type=count, help="tokens per batch (default: the recipe's, 512 on a CPU)")
+    p.add_argument("--accumulate", type=count, default=1, help="batches per step, not with --recipe paper")
+    p.add_argument("--held-out", type=count, default=HELD_OUT, help="last samples of --data, for the table")
+    p.add_argument("--save-every", type=count, default=20, help="steps between checkpoints")
     p.add_argument("--recipe", default="default", choices=RECIPES, help="the flags below replace its values")
     p.add_argument("--gate", choices=GATES, help="kind of gate")
     p.add_argument("--loss", choices=losses.LOSSES, help="KL from the dense model, or cross-entropy")
     p.add_argument("--train", choices=("routers", "bias", "all"), help="which weights learn")
     p.add_argument("--method", choices=("ramp", "straight-through", "harm"),
                    help="gradient of the gates: a ramp's or the score's; or harm: regression, no gradient")
-    p.add_argument("--steps", type=int)
-    p.add_argument("--lr", type=float, help="learning rate of the routers")
-    p.add_argument("--penalty", type=float, help="lambda, the price of capacity, to begin with")
+    p.add_argument("--steps", type=count)
+    p.add_argument("--lr", type=rate, help="learning rate of the routers")
+    p.add_argument("--penalty", type=rate, help="lambda, the price of capacity, to begin with")
     p.add_argument("--pool", choices=("prompt", "all"), help="what the gate of a sequence reads")
     args = p.parse_args()
     if args.train == "all" and args.dtype == "auto":
@@ -167,12 +170,7 @@ def make_recipe(args, n_samples, device):
 
 
 def check(args, n_layer):
-    """Refuse impossible numbers before any work is done."""
-    check_at_least(args, steps=1, accumulate=1, held_out=1, save_every=1, tokens=1)
-    for name in "lr", "penalty":
-        value = getattr(args, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise InputError(f"--{name} should be a number from 0 up; it is {value}")
+    """Refuse an impossible capacity before any work is done."""
     n_free = n_layer - len(parse_layers(args.layers, n_layer))
     if not 0 < args.capacity <= 1:
         raise InputError(f"--capacity should be above 0 and at most 1; it is {args.capacity}")
@@ -200,7 +198,7 @@ def report(result, recipe, args):
     for name, loss, kl, overall, routed in (
             ("dense", result["dense_loss"], 0.0, 1.0, 1.0),
             ("routed", result["loss"], result["kl"], result["capacity"], result["routed_capacity"])):
-        print(f"{name:8}{loss:8.4f}{math.exp(loss):12.3f}{kl:13.4f}{overall:18.3f}{routed:8.3f}")
+        print(f"{name:8}{loss:8.4f}{perplexity(loss):>12}{kl:13.4f}{overall:18.3f}{routed:8.3f}")
     print(f"\nhow often each layer's {args.granularity.split('_')[0]} ran")
     for layer, share in result["keep"].items():
         print(f"{layer:4d} {'█' * round(40 * share):40} {share:.3f}")
@@ -218,6 +216,9 @@ def main():
     check(args, model.config.n_layer)
     train_set, test_set = read_data(args, tok, model.config.max_context)
     recipe = make_recipe(args, len(train_set), device)
+    path = Path(args.out) / "routers.safetensors"
+    save = partial(save_routers, model, path, command=args.command)
+    run = Run(args, settings_of(args, model, train_set + test_set), save)
     calibration_texts, training_texts = own_text(model, recipe, train_set, args.seed)
     add_routers(model, args.granularity, args.layers, pool=recipe.pool, gate=recipe.gate)
     teacher = None
@@ -225,8 +226,6 @@ def main():
         teacher = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False)
 
     source, n_kinds = make_source(recipe, train_set, training_texts, args, device)
-    path = Path(args.out) / "routers.safetensors"
-    run = Run(args, partial(save_routers, model, path, command=args.command))
     for _ in range(run.start):                       # the data of the steps that were done before
         next(source)
     if recipe.method == "harm":
@@ -239,7 +238,8 @@ def main():
         calibration = calibrate(model, train_set, calibration_texts, args.capacity, 2 * args.tokens)
     batches = (Batch.of(group, device) for group in pack(test_set, args.tokens))
     result = losses.evaluate(model, batches, teacher)
-    save_routers(model, path, calibration, command=args.command, held_out=json.dumps(result))
+    run.check_finite(run.n_steps, result["loss"] + result["kl"])
+    save(calibration, held_out=json.dumps(result))
     if recipe.train == "all":
         remove_routers(model)
         model.save_pretrained(Path(args.out) / "model", args.model)

@@ -1,23 +1,42 @@
-"""What all scripts have in common: flags, the device, and how they end."""
+"""The command line: flags that all scripts have, what values they take, and where files may be written."""
 import argparse
-import ctypes
+import errno
+import math
 import os
 import sys
+import tempfile
 
 import torch
 
 from weights import InputError
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses in one sentence, and what is not UTF-8, and what is empty, but for a prompt."""
+
+    def parse_args(self):
+        for word in sys.argv[1:]:
+            if word.encode(errors="replace").decode() != word:
+                self.error(f"{word!r} is not UTF-8 text; give another name or prompt")
+        args = super().parse_args()
+        for name, value in vars(args).items():
+            if value == "" and name != "prompt":
+                self.error(f"--{name.replace('_', '-')} is empty; give it a value, or leave it out")
+        return args
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def common_arguments(description):
     """A parser with the flags that every script has."""
-    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser = Parser(description=description.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m",
                         help="smollm2-135m, a Hugging Face folder, a .gguf file or a hub id")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                         help="auto: bfloat16 where the hardware has it")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=number(int, -2**63, 2**63 - 1), default=0)
     return parser
 
 
@@ -33,25 +52,24 @@ def device_and_dtype(device="auto", dtype="auto"):
     return torch.device(device), getattr(torch, dtype)
 
 
-def check_at_least(args, **least):
-    """InputError for a flag whose number is below its least; None, not given, passes."""
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise InputError(f"--{name.replace('_', '-')} should be at least {low}; it is {value}")
-
-
-def numbers(kind, low, high=float("inf")):
-    """An argparse type: numbers separated by commas, each from low to high."""
+def number(kind, low, high=10**9):
+    """An argparse type: an int or a float from low to high."""
     def parse(text):
         try:
-            values = [kind(part) for part in text.split(",")]
+            value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}: give numbers, separated by commas") from None
-        if not all(low <= value <= high for value in values):
-            raise argparse.ArgumentTypeError(f"{text!r}: give numbers from {low} to {high}")
-        return values
+            value = math.nan
+        if not low <= value <= high:
+            whole = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r}: give a {whole} from {low} to {high}")
+        return value
     return parse
+
+
+def numbers(kind, low, high=10**9):
+    """An argparse type: numbers separated by commas, each from low to high."""
+    one = number(kind, low, high)
+    return lambda text: [one(part) for part in text.split(",")]
 
 
 def words(known):
@@ -67,46 +85,54 @@ def words(known):
 
 def parse_layers(spec, n_layer):
     """The layers that "all", "last:16", "2-29", "3,5,9" or "0,4-7" name, sorted. InputError if none."""
-    layers = set()
+    spans = []
     try:
         for part in str(spec).split(","):
+            first, _, last = part.partition("-")
             if part == "all":
-                layers |= set(range(n_layer))
+                first, last = 0, n_layer - 1
             elif part.startswith("last:"):
-                layers |= set(range(n_layer - int(part[5:]), n_layer))
-            else:
-                first, _, last = part.partition("-")
-                layers |= set(range(int(first), int(last or first) + 1))
+                first, last = n_layer - int(part[5:]), n_layer - 1
+            spans.append((int(first), int(last or first)))
     except ValueError:
         raise InputError(f"layers {spec!r}: write all, last:16, 2-29 or 3,5,9") from None
-    if not layers or min(layers) < 0 or max(layers) >= n_layer:
+    layers = set()
+    if all(0 <= end < n_layer for span in spans for end in span):
+        layers = {i for first, last in spans for i in range(first, last + 1)}
+    if not layers:
         raise InputError(f"layers {spec!r}: this model has layers 0 to {n_layer - 1}; name at least one of"
                          " them, and no other")
     return sorted(layers)
 
 
-def keep_freed_memory():
-    """Have glibc keep what is freed for what is allocated next. By default every layer's large tensors go
-    back to the system and return as pages to be zeroed: a sixth of a prefill's time on a CPU, a tenth of
-    tuning's."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**30)                                               # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)                                           # M_TRIM_THRESHOLD
+def check_destinations(*paths):
+    """InputError, before the work, for a file that could not be written after it. None: no file."""
+    for path in paths:
+        if path is not None:
+            try:
+                try_to_write(os.path.realpath(path))
+            except OSError as e:
+                raise InputError(f"{path}: cannot be written ({e.strerror}); name another file") from None
 
 
-def run_script(name, main):
-    """main(), with bad input told in one sentence and exit status 1, and Ctrl-C without a traceback. What the
-    terminal's encoding lacks is printed as ?; a reader that goes away, as `head` does, ends the script."""
-    keep_freed_memory()
-    for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # for what Python flushes at exit
-    except InputError as e:
-        sys.exit(f"{name}: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+def try_to_write(path):
+    """Nothing, or the OSError that weights.write_file would meet; leaves nothing behind."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if os.path.exists(path) and not os.path.isfile(path):                      # a device or a pipe
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "permission denied")
+        return
+    longest = max(len(os.fsencode(part)) for part in path.split(os.sep))
+    if longest > 240 or len(path) > 4000:                                      # with room for ".PID.tmp"
+        raise OSError(errno.ENAMETOOLONG, "the name is too long")
+    folder = os.path.dirname(path)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def perplexity(loss):
+    """exp(loss), as text of at most 12 characters."""
+    return f"{math.exp(loss):.3f}" if loss < 18 else f"10^{loss / math.log(10):.1f}"

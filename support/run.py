@@ -1,25 +1,65 @@
 """A run in a folder: which of its steps remain, its log, its checkpoint, and how Ctrl-C ends it."""
+import contextlib
+import hashlib
 import json
 import math
+import os
 import signal
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
+from support.checked import json_of, number_of, tensor_of
+from support.cli import check_destinations
 from weights import InputError, open_safetensors, write_file
+
+try:
+    import fcntl
+except ImportError:                                  # where there is none, runs are not kept apart
+    fcntl = None
+
+FILES = "metrics.jsonl", "checkpoint.safetensors", "routers.safetensors"
+SAME_ON_RESUME = ("model", "dtype", "seed", "data", "granularity", "layers", "capacity", "recipe", "gate",
+                  "train", "loss", "method", "steps", "lr", "penalty", "tokens", "accumulate", "pool",
+                  "held_out")
 
 
 def check_output(model, out):
-    """Refuse a folder `out` in which a run would write over the model that it reads."""
-    source, target = Path(model).expanduser().resolve(), Path(out).resolve()
+    """Refuse a folder `out` that cannot be written, or in which a run would write over the model it reads."""
+    source, target = (Path(os.path.realpath(os.path.expanduser(path))) for path in (model, out))
     if source in (target, target / "model"):
         raise InputError(f"--out {out}: the run would write over its model, {model}; choose another folder")
+    check_destinations(*(target / name for name in (*FILES, "model/config.json")))
+
+
+def settings_of(args, model, samples):
+    """{what: its value, text}: all that a run's numbers follow from, so that --resume can tell what differs.
+
+    The hash of the weights reads 256 numbers of each tensor, that of the data all token ids.
+    """
+    config, weights, data = model.config, hashlib.sha256(), hashlib.sha256()
+    weights.update(repr(config).encode())
+    for name, weight in model.named_parameters():
+        some = weight.detach().flatten()[::max(1, weight.numel() // 256)]
+        weights.update(f"{name} {tuple(weight.shape)}".encode())
+        weights.update(some.float().cpu().numpy().tobytes())
+    for sample in samples:
+        data.update(np.array([sample.prompt, len(sample.ids), *sample.ids, *sample.answer]).tobytes())
+    on_cpu = model.embed.weight.device.type == "cpu"
+    flags = {"--" + key.replace("_", "-"): str(getattr(args, key)) for key in SAME_ON_RESUME}
+    return flags | {
+        "a model of shape": f"{config.n_layer} x {config.n_embd}, {config.vocab_size} tokens",
+        "the device": model.embed.weight.device.type, "numbers of type": str(model.embed.weight.dtype),
+        "threads (OMP_NUM_THREADS)": str(torch.get_num_threads() if on_cpu else "any"),
+        "weights of hash": weights.hexdigest()[:16], "data of hash": data.hexdigest()[:16]}
 
 
 class Run:
-    """A folder, args.out, with metrics.jsonl and checkpoint.safetensors.
+    """A folder, args.out, with metrics.jsonl and checkpoint.safetensors, locked while the run lasts.
 
         for step in run.steps():            # from 0, or with --resume from run.start, on run.checkpoint
             ...
@@ -27,45 +67,89 @@ class Run:
             if run.is_due(step):
                 run.save(step, tensors)
 
-    args: those of train_router.py; save_result: called without arguments before each checkpoint is written.
-    InputError where the folder cannot be written, or its checkpoint is of a run with other arguments.
+    args: those of train_router.py; settings: see settings_of, their hash is the run's id; save_result: called
+    without arguments before each checkpoint is written. A finished run in the folder, whose router file says
+    what it gave on held-out text, is replaced. InputError where the folder cannot be written, is another
+    run's, or has a checkpoint of a run that is not finished or, with --resume, of one with other settings.
     """
 
-    SAME_ON_RESUME = ("model", "dtype", "seed", "data", "granularity", "layers", "capacity", "recipe", "gate",
-                      "train", "loss", "method", "steps", "lr", "penalty", "tokens", "accumulate", "pool",
-                      "held_out")
-
-    def __init__(self, args, save_result):
-        self.args, self.save_result, self.out, self.n_steps = args, save_result, Path(args.out), args.steps
-        self.metrics, self.path = self.out / "metrics.jsonl", self.out / "checkpoint.safetensors"
-        self.start, self.checkpoint, self.stopped, lines = 0, None, False, []
+    def __init__(self, args, settings, save_result):
+        self.args, self.settings, self.save_result = args, settings, save_result
+        self.out, self.n_steps, self.stopped = Path(args.out), args.steps, None
+        self.metrics, self.path, self.routers = (self.out / name for name in FILES)
+        self.id = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+        self.start, self.checkpoint = 0, None
+        self.file = self.open_metrics()
+        self.remove_temporaries()
         if args.resume:
             self.load()
-            lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
-        write_file(self.metrics, b"".join(lines[:self.start]))
+        elif self.path.exists() and not self.is_finished():
+            raise InputError(f"--out {args.out}: holds a run that is not finished; go on with --resume, or"
+                             " give another --out")
+        self.lines = self.lines_to_keep()
 
-    def arguments(self):
-        return {key: str(getattr(self.args, key)) for key in self.SAME_ON_RESUME}
+    def open_metrics(self):
+        """metrics.jsonl, open and locked; the system frees the lock when the process ends, even if killed."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            file = open(self.metrics, "a+b")
+        except OSError as e:
+            raise InputError(f"{self.metrics}: cannot be written ({e.strerror}); name another --out") \
+                from None
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--out {self.out}: another run is writing there; wait until it ends, or give"
+                             " another --out") from None
+        except OSError:
+            pass                                     # a file system without locks
+        return file
+
+    def remove_temporaries(self):
+        """What killed runs left of the files that they were writing, see weights.write_file."""
+        for pattern in (*(f".{name}.*.tmp" for name in FILES), "model/.*.tmp"):
+            for temporary in self.out.glob(pattern):
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+
+    def is_finished(self):
+        return self.routers.exists() and "held_out" in (open_safetensors(self.routers).metadata() or {})
+
+    def lines_to_keep(self):
+        """Those of metrics.jsonl that tell of the steps which the checkpoint has."""
+        self.file.seek(0)
+        lines = self.file.read().splitlines(keepends=True)[:self.start]
+        for line in lines:
+            if json_of(line, dict, f"{self.metrics}: a line").get("run") != self.id:
+                raise InputError(f"--resume: {self.metrics} has lines of another run than {self.path}; move"
+                                 " it away, or give another --out")
+        return lines
 
     def load(self):
         if not self.path.exists():
             raise InputError(f"--resume: there is no {self.path}; run without --resume")
-        file = open_safetensors(self.path)
-        meta = file.metadata() or {}
+        self.checkpoint = open_safetensors(self.path)
+        meta = self.checkpoint.metadata() or {}
         if not {"step", "arguments"} <= meta.keys():
             raise InputError(f"{self.path}: not a checkpoint of train_router.py")
-        saved = json.loads(meta["arguments"])
-        for key, value in self.arguments().items():
-            if saved.get(key) != value:
-                flag = "--" + key.replace("_", "-")
-                raise InputError(f"--resume: {self.path} was made with {flag} {saved.get(key)}, now it is"
-                                 f" {value}; give the same, or start afresh without --resume")
-        self.start = int(meta["step"])
-        self.checkpoint = {key: file.get_tensor(key) for key in file.keys()}
+        saved = json_of(meta["arguments"], dict, f"{self.path}: its arguments")
+        for what, value in self.settings.items():
+            if saved.get(what) != value:
+                raise InputError(f"--resume: {self.path} was made with {what} {saved.get(what)}, now it is"
+                                 f" {value}; give the same, or another --out to start afresh")
+        self.start = number_of(meta["step"], 1, self.n_steps, f"{self.path}: its step", int)
+
+    def tensor(self, name, shape):
+        """A tensor of the checkpoint, checked: see tensor_of."""
+        return tensor_of(self.checkpoint, name, shape, self.path)
 
     def save(self, step, tensors):
-        meta = {"step": str(step + 1), "arguments": json.dumps(self.arguments())}
         tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        for key, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise InputError(f"step {step}: {key} is no longer finite; lower --lr{self.kept()}")
+        meta = {"step": str(step + 1), "arguments": json.dumps(self.settings)}
         self.save_result()
         write_file(self.path, safetensors_bytes(tensors, metadata=meta))
 
@@ -74,31 +158,43 @@ class Run:
         return self.stopped or step + 1 == self.n_steps or (step + 1) % self.args.save_every == 0
 
     def steps(self):
-        """The steps that remain. After Ctrl-C the running step is finished and saved, and the run ends."""
-        def stop(*_):
-            self.stopped = True
-        signal.signal(signal.SIGINT, stop)
+        """The steps that remain. After Ctrl-C or SIGTERM the running step is finished and saved, and the run
+        ends."""
+        def stop(number, frame):
+            self.stopped = number
+
+        self.checkpoint = None                       # it was read; Windows replaces no open file
+        self.file.truncate(sum(map(len, self.lines)))
+        if self.start == 0:
+            self.path.unlink(missing_ok=True)        # a finished run's
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(range(self.start, self.n_steps), initial=self.start, total=self.n_steps, unit="step")
-        for step in self.bar:
-            yield step
-            if self.stopped:
-                self.bar.close()
-                print(f"stopped after step {step + 1} of {self.n_steps}, saved in {self.out}; --resume goes"
-                      " on", file=sys.stderr)
-                sys.exit(130)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            for step in self.bar:
+                yield step
+                if self.stopped:
+                    self.bar.close()
+                    print(f"stopped after step {step + 1} of {self.n_steps}, saved in {self.out}; --resume"
+                          " goes on", file=sys.stderr)
+                    sys.exit(128 + self.stopped)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def check_finite(self, step, loss):
         if not math.isfinite(loss):
-            raise InputError(f"step {step}: the loss is {loss}; the last checkpoint in {self.out} is kept;"
-                             " lower --lr or use --dtype float32")
+            advice = "lower --lr or use --dtype float32" if step else "use --dtype float32 or another model"
+            raise InputError(f"step {step}: the loss is {loss}; {advice}{self.kept()}")
+
+    def kept(self):
+        """The end of a refusal: what is left of the run."""
+        return f"; the last checkpoint in {self.out} is kept" if self.path.exists() else ""
 
     def log(self, step, **numbers):
         """Append a line to metrics.jsonl; numbers has at least loss and capacity, which the bar shows."""
         try:
-            with open(self.metrics, "a") as file:
-                file.write(json.dumps({"step": step, **numbers}) + "\n")
+            self.file.write(json.dumps({"step": step, **numbers, "run": self.id}).encode() + b"\n")
+            self.file.flush()
         except OSError as e:
-            raise InputError(f"{self.metrics}: cannot be written ({e.strerror}); the last checkpoint is"
-                             " kept") from None
+            raise InputError(f"{self.metrics}: cannot be written ({e.strerror}){self.kept()}") from None
         self.bar.set_postfix(loss=f"{numbers['loss']:.3f}", capacity=f"{numbers['capacity']:.3f}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from support.checked import check
 from support.data import records
 from weights import InputError
 
@@ -16,13 +17,18 @@ QUESTIONS = Path(__file__).parent.parent / "data" / "questions"
 
 @dataclass
 class Task:
-    """How a line of a benchmark becomes a question, as in lm-evaluation-harness."""
+    """How a line of a benchmark becomes a question, as in lm-evaluation-harness.
+
+    What is text on the hub should be text: a number in its place is refused, where the harness would write it
+    out. An answer may be a number or the text of one.
+    """
     hub: tuple                         # the data set's name on the hub and its configuration
     split: str
     shots: int                         # the paper's
     text: callable                     # the context; a list: one a choice, all followed by `target`
     choices: callable
     gold: callable                     # the right choice's place
+    fields: dict                       # those that text and choices read, see support.checked.check
     norm: bool = False                 # is acc_norm defined?
     paper: bool = True                 # one of the paper's eight?
     examples: str = "train"            # the split few-shot examples come from
@@ -34,13 +40,29 @@ def hellaswag_text(text):
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
+def mmlu_text(d):
+    first, second, third, fourth = d["choices"]
+    return f"{d['question'].strip()}\nA. {first}\nB. {second}\nC. {third}\nD. {fourth}\nAnswer:"
+
+
 def index(labels, answer):
     return labels.index(str(answer).strip())
+
+
+def number(answer):
+    """An answer that is a place."""
+    if not isinstance(answer, (int, str)):
+        raise ValueError
+    return int(answer)
+
+
+LABELLED = {"text": [str], "label": [str]}
 
 
 def arc(name, **kind):
     return Task(("allenai/ai2_arc", name), "test", text=lambda d: f"Question: {d['question']}\nAnswer:",
                 choices=lambda d: d["choices"]["text"], norm=True,
+                fields={"question": str, "choices": LABELLED},
                 gold=lambda d: index(d["choices"]["label"], d["answerKey"]), **kind)
 
 
@@ -50,31 +72,35 @@ TASKS = {
     "boolq": Task(
         ("aps/super_glue", "boolq"), "validation", 0,
         lambda d: f"{d['passage']}\nQuestion: {d['question']}?\nAnswer:",
-        lambda d: ["no", "yes"], lambda d: int(d["label"])),
+        lambda d: ["no", "yes"], lambda d: number(d["label"]), {"passage": str, "question": str}),
     "hellaswag": Task(
         ("Rowan/hellaswag", None), "validation", 10,
         lambda d: hellaswag_text(f"{d['activity_label']}: {d['ctx_a']} {d['ctx_b'].capitalize()}"),
-        lambda d: [hellaswag_text(ending) for ending in d["endings"]], lambda d: int(d["label"]), norm=True),
+        lambda d: [hellaswag_text(ending) for ending in d["endings"]], lambda d: number(d["label"]),
+        {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": [str]}, norm=True),
     "mmlu": Task(
-        ("cais/mmlu", "all"), "test", 5,
-        lambda d: "{}\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:".format(d["question"].strip(), *d["choices"]),
-        lambda d: ["A", "B", "C", "D"], lambda d: int(d["answer"]), examples="dev",
+        ("cais/mmlu", "all"), "test", 5, mmlu_text,
+        lambda d: ["A", "B", "C", "D"], lambda d: number(d["answer"]),
+        {"question": str, "choices": [str], "subject": str}, examples="dev",
         group=lambda d: "The following are multiple choice questions (with answers) about"
                         f" {d['subject'].replace('_', ' ')}.\n\n"),
     "openbookqa": Task(
         ("allenai/openbookqa", "main"), "test", 0, lambda d: d["question_stem"],
-        lambda d: d["choices"]["text"], lambda d: index(d["choices"]["label"], d["answerKey"]), norm=True),
+        lambda d: d["choices"]["text"], lambda d: index(d["choices"]["label"], d["answerKey"]),
+        {"question_stem": str, "choices": LABELLED}, norm=True),
     "piqa": Task(
         ("baber/piqa", None), "validation", 0, lambda d: f"Question: {d['goal']}\nAnswer:",
-        lambda d: [d["sol1"], d["sol2"]], lambda d: int(d["label"]), norm=True),
+        lambda d: [d["sol1"], d["sol2"]], lambda d: number(d["label"]),
+        {"goal": str, "sol1": str, "sol2": str}, norm=True),
     "rte": Task(
         ("nyu-mll/glue", "rte"), "validation", 0,
         lambda d: f"{d['sentence1']}\nQuestion: {d['sentence2']} True or False?\nAnswer:",
-        lambda d: ["True", "False"], lambda d: int(d["label"])),
+        lambda d: ["True", "False"], lambda d: number(d["label"]), {"sentence1": str, "sentence2": str}),
     "winogrande": Task(
         ("allenai/winogrande", "winogrande_xl"), "validation", 5,
         lambda d: [d["sentence"][:d["sentence"].index("_")] + d[f"option{i}"] for i in (1, 2)],
-        lambda d: [d["option1"], d["option2"]], lambda d: ["1", "2"].index(d["answer"]),
+        lambda d: [d["option1"], d["option2"]], lambda d: index(["1", "2"], d["answer"]),
+        {"sentence": str, "option1": str, "option2": str},
         target=lambda d: d["sentence"][d["sentence"].index("_") + 1:].strip()),
 }
 
@@ -105,23 +131,22 @@ def read_split(name, split, data_dir):
 
 def parse(task, where, record):
     """(contexts, continuations, lengths of the choices in characters, gold, group) of a line; one context a
-    choice. InputError names a field that is missing or an answer that is none."""
+    choice. InputError names a field that is missing or no text, or an answer that is none."""
+    check(record, task.fields, where)
     try:
         text, choices, group = task.text(record), task.choices(record), task.group(record)
-        contexts = text if isinstance(text, list) else [text] * len(choices)
         after = [task.target(record)] * len(choices) if task.target else choices
-        lengths = [len(choice) for choice in choices]
-    except KeyError as e:
-        raise InputError(f"{where}: lacks the field {e}") from None
-    except (TypeError, ValueError, AttributeError, IndexError) as e:
+    except ValueError as e:                            # no blank to fill in, or not four choices
         raise InputError(f"{where}: not a question of this task ({e})") from None
+    contexts = text if isinstance(text, list) else [text] * len(choices)
+    lengths = [len(choice) for choice in choices]
     try:
         gold = task.gold(record)
         if not 0 <= gold < len(choices):
             raise ValueError
     except KeyError as e:
         raise InputError(f"{where}: lacks the field {e}") from None
-    except (ValueError, TypeError):
+    except ValueError:
         raise InputError(f"{where}: its answer is none of its {len(choices)} choices") from None
     if not all(lengths) or not all(after):
         raise InputError(f"{where}: a choice is empty")
@@ -175,6 +200,8 @@ def rows_of(questions, tok, max_context, apart):
         for place, (context, continuation) in enumerate(zip(q.contexts, q.continuations)):
             ids = bos + tok.encode(context.rstrip())
             whole = bos + tok.encode(context + continuation)
+            if not ids or len(whole) <= len(ids):
+                raise InputError(f"question {q.id + 1}: its context or a choice has no token of its own")
             branches.setdefault(tuple(ids), {})[place] = whole[len(ids):]
         for ids, of in branches.items():
             row = Row(n, list(ids), of, False)

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from model import Llama
 from router import add_routers, mindskips, save_routers
-from support.cli import run_script
 from support.data import read_samples
+from support.script import run_script
 from tokenizer import Tokenizer
 from weights import fetch_smollm2
 

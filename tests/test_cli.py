@@ -1,13 +1,25 @@
-"""How scripts end: on any terminal, into any pipe."""
+"""How scripts begin and end, on any terminal and into any pipe; what their parser and destinations refuse."""
+import argparse
+import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from conftest import is_one_sentence
+
+import bench
+import eval as evaluation
+import sample
+import train_router
+from support.cli import check_destinations, number, numbers, parse_layers, perplexity
+from weights import InputError
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = "from support.cli import run_script\ndef main():\n    {}\nrun_script('x.py', main)"
+SCRIPT = "from support.script import run_script\ndef main():\n    {}\nrun_script('x.py', main)"
 
 
 def run(body, **environment):
@@ -33,3 +45,124 @@ def test_a_reader_that_goes_away_ends_it_quietly():
 def test_bad_input_is_one_sentence():
     done = run("from weights import InputError; raise InputError('a: wrong; do this')")
     assert done.returncode == 1 and done.stderr == b"x.py: a: wrong; do this\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_stdout_is_one_sentence(unbuffered):
+    command = f'"{sys.executable}" -c "{SCRIPT.format("print(1)")}" >/dev/full'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    assert done.returncode == 1 and is_one_sentence(done.stderr) and "No space left" in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_change_nothing(closed, tmp_path):
+    body = f"import sys; sys.stderr.write('x'); print(1); open('{tmp_path}/done', 'w').close()"
+    command = f'"{sys.executable}" -c "{SCRIPT.format(body)}" {closed}'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and (tmp_path / "done").exists() and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train_router.py", "eval.py", "sample.py", "bench.py", "support/plot.py"])
+def test_ctrl_c_while_torch_is_imported(script):
+    """Sent after the script's first import, which does not import torch."""
+    lines = (ROOT / script).read_text("utf-8").split("\n")
+    first = next(line for line in lines if line.startswith(("import ", "from ")))
+    body = f"import signal, sys; sys.modules['torch'] = None; {first.split('#')[0]}; signal.raise_signal(2)"
+    done = subprocess.run([sys.executable, "-c", body], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130 and not done.stderr
+
+
+def test_ctrl_c_in_a_real_process():
+    command = [sys.executable, "sample.py", "--help"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in (130, 0) and not said
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize("main, flags, named", [
+    (train_router.main, ["--seed", 2**70], "--seed"), (train_router.main, ["--lr", "1e38"], "--lr"),
+    (train_router.main, ["--lr", "nan"], "--lr"), (train_router.main, ["--penalty", "inf"], "--penalty"),
+    (train_router.main, ["--steps", "9" * 5000], "--steps"),
+    (train_router.main, ["--out", ""], "--out is empty"),
+    (train_router.main, ["--out", "o\udcff"], "UTF-8"),
+    (train_router.main, ["--tokens", 1.5], "whole number"),
+    (evaluation.main, ["--routers", ""], "--routers is empty"),
+    (evaluation.main, ["--limit", 2**70], "--limit"),
+    (evaluation.main, ["--capacity", "nan"], "--capacity"),
+    (evaluation.main, ["--json", ""], "--json is empty"),
+    (sample.main, ["--temperature", "nan"], "--temperature"), (sample.main, ["--top-k", -1], "--top-k"),
+    (sample.main, ["caf\udce9"], "UTF-8"), (bench.main, ["--rounds", "1"], "--rounds"),
+    (bench.main, ["--batch", "1,0"], "--batch"), (bench.main, ["--context", 10**30], "--context"),
+])
+def test_what_the_parser_refuses(main, flags, named, call):
+    status, said = call(main, *flags)
+    assert status == 2 and is_one_sentence(said) and named in said
+
+
+@pytest.mark.parametrize("main, flags, named", [
+    (evaluation.main, ["--json", "."], "it is a folder"),
+    (evaluation.main, ["--json", "/dev/null/x"], "/dev/null/x"),
+    (evaluation.main, ["--json", "a" * 5000], "too long"),
+    (evaluation.main, ["--json", "/proc/x.json"], "/proc"),
+    (bench.main, ["--json", "a/" * 3000 + "x"], "too long"), (bench.main, ["--plot", "."], "it is a folder"),
+    (bench.main, ["--plot", "x.gif9"], "kind of picture"),
+    (bench.main, ["--plot", "/dev/null/x.png"], "/dev/null"),
+    (bench.main, ["--granularity", "", "--phase", "train"], "--granularity"),
+    (train_router.main, ["--out", "a" * 5000], "too long"),
+    (train_router.main, ["--out", "/dev/null"], "written"),
+])
+def test_destinations_are_refused_before_the_work(main, flags, named, tiny, call, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for module in evaluation, train_router:
+        monkeypatch.setattr(module.Tokenizer, "from_pretrained", None)
+    status, said = call(main, "--model", tiny, *flags)
+    assert status == 1 and is_one_sentence(said) and named in said and not list(tmp_path.iterdir())
+
+
+def test_destinations_that_will_do(tmp_path):
+    (tmp_path / "there").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    check_destinations(None, tmp_path / "there", tmp_path / "link", tmp_path / "new" / "x", os.devnull)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]
+    assert (tmp_path / "there").read_text() == "kept"
+
+
+def test_numbers():
+    assert number(int, 1)("12") == 12 and number(float, 0, 1)("1e-3") == 0.001
+    assert numbers(int, 1)("1,2") == [1, 2]
+    for text in "", "x", "0", "1.0", "nan", "1" * 5000, "1000000001":
+        with pytest.raises(argparse.ArgumentTypeError):
+            number(int, 1)(text)
+    for text in "nan", "inf", "-0.1", "1.1":
+        with pytest.raises(argparse.ArgumentTypeError):
+            number(float, 0, 1)(text)
+
+
+@pytest.mark.parametrize("spec, layers", [
+    ("all", [0, 1, 2, 3]), ("last:2", [2, 3]), ("1-2", [1, 2]), ("0,3", [0, 3]), ("0,2-3", [0, 2, 3])])
+def test_layers(spec, layers):
+    assert parse_layers(spec, 4) == layers
+
+
+@pytest.mark.parametrize("spec", [
+    "0-99999999", "99999999", "last:99999999", "4", "-1", "3-1", "", "x", "9" * 5000])
+def test_layers_that_are_none(spec):
+    with pytest.raises(InputError, match="^layers"):
+        parse_layers(spec, 4)
+
+
+@pytest.mark.parametrize("loss", [0, 2.5, 17.9, 18, 700, 1e4, 1e6])
+def test_perplexity(loss):
+    text = perplexity(loss)
+    if loss < 18:
+        assert float(text) == pytest.approx(math.exp(loss), abs=1e-3)
+    else:
+        assert float(text.removeprefix("10^")) == pytest.approx(loss / math.log(10), abs=0.06)
+    assert len(text) <= 12

@@ -35,3 +35,59 @@ def test_plot_refuses(text, call, tmp_path):
     for name in "x.json", "none.json":
         status, said = call(plot.main, tmp_path / name)
         assert status == 1 and is_one_sentence(said) and name in said
+
+
+STEP = {"step": 0, "loss": 1.0, "capacity": 0.9, "target": 0.8}
+SCORES = {"tasks": {"piqa": {"acc": 0.5, "acc_norm": 0.5}}, "capacity": 0.7, "keep": {"piqa": {"0": 0.5}},
+          "text": {"file": "x", "capacity": 0.7, "kl": 0.1}}
+
+
+@pytest.mark.parametrize("value, named", [
+    (STEP | {"loss": "1.0"}, "'loss'"), (STEP | {"loss": None}, "'loss'"),
+    (STEP | {"loss": float("nan")}, "'loss'"),
+    (STEP | {"capacity": 2}, "'capacity'"), (STEP | {"step": True}, "'step'"),
+    (STEP | {"target": []}, "'target'"),
+    (SCORES | {"capacity": None}, "'capacity'"), (SCORES | {"tasks": []}, "'tasks'"),
+    (SCORES | {"tasks": {"quiz": {"acc": 1}}}, "quiz"),
+    (SCORES | {"tasks": {"piqa": {"acc": 1}}}, "acc_norm"),
+    (SCORES | {"keep": {"piqa": {"x": 1}}}, "a name"), (SCORES | {"keep": {"piqa": {"0": 5}}}, "from 0 to 1"),
+    (SCORES | {"dense": 5}, "object"), (SCORES | {"static": {}}, "tasks"),
+    (SCORES | {"text": {"file": 5, "capacity": 1, "kl": 0}}, "'file'"),
+])
+def test_what_cannot_be_drawn(value, named, call, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(value))
+    status, said = call(plot.main, tmp_path / "x.json", "--out", tmp_path / "p")
+    assert status == 1 and is_one_sentence(said) and named in said and "x.json" in said
+    assert not (tmp_path / "p").exists()
+
+
+def test_names_with_dollars(call, tmp_path):
+    """matplotlib takes what is between two of them for a formula."""
+    path = tmp_path / "a$^$b.jsonl"
+    path.write_text(json.dumps(STEP))
+    (tmp_path / "s.json").write_text(json.dumps(SCORES | {"dense": SCORES, "keep": {"$^$": {"0": 1.0}}}))
+    status, _ = call(plot.main, path, tmp_path / "s.json", "--out", tmp_path / "p")
+    assert status == 0 and len(list((tmp_path / "p").iterdir())) == 4
+
+
+@pytest.mark.parametrize("out", ["x.json", "x.json/p", "/dev/null", "a" * 300, "/proc/p"])
+def test_plot_where_it_cannot_write(out, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.json").write_text(json.dumps(STEP))
+    status, said = call(plot.main, "x.json", "--out", out)
+    assert status == 1 and is_one_sentence(said) and "cannot be written" in said
+    assert (tmp_path / "x.json").read_text() == json.dumps(STEP)
+
+
+def test_a_picture_is_written_whole(call, tmp_path, monkeypatch):
+    (tmp_path / "curves.png").write_bytes(b"old")
+    (tmp_path / "x.json").write_text(json.dumps(STEP))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    status, said = call(plot.main, tmp_path / "x.json", "--out", tmp_path)
+    assert status == 1 and is_one_sentence(said) and "No space left" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "x.json"]
+    assert (tmp_path / "curves.png").read_bytes() == b"old"

@@ -1,9 +1,9 @@
 """The gate, the routed sublayer and what skipping saves, against float64 references and brute force."""
 import pytest
 import torch
-from conftest import bound, in_float64, write_tiny
+from conftest import bound, in_float64, is_one_sentence, write_tiny
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -474,3 +474,38 @@ def test_cuda_gives_the_logits_and_tokens_of_the_cpu(granularity, tiny):
     out = on_cpu.generate(idx, max_new_tokens=8, lengths=LENGTHS)
     for _ in range(2):                                     # the second time a captured step is there
         assert torch.equal(on_gpu.generate(idx.cuda(), max_new_tokens=8, lengths=LENGTHS.cuda()).cpu(), out)
+
+
+@pytest.mark.parametrize("key, value, named", [
+    ("threshold", "nan", "its threshold"), ("threshold", "x", "its threshold"),
+    ("threshold", "1.5", "its threshold"),
+    ("threshold", "-0.1", "its threshold"), ("threshold", "inf", "its threshold"),
+    ("layers", "0-99999999", "layers"),
+    ("layers", "", "layers"), ("granularity", "attn", "granularity"), ("pool", "mean", "pool"),
+    ("kv", "none", "kv"),
+    ("gate", "none", "gate"), ("model", "{", "its model"), ("model", "[" * 10**5, "its model"),
+    ("model", "[]", "its model"),
+    ("calibration", "x", "its calibration"), ("calibration", "{}", "its calibration"),
+    ("calibration", "[[0.5]]", "its calibration"), ("calibration", "[[NaN, 0.7]]", "its calibration"),
+    ("calibration", '[["0.5", 0.7]]', "its calibration"), ("calibration", "[[0.5, 7]]", "its calibration"),
+    ("calibration", "[0.5, 0.7]", "its calibration"),
+])
+def test_metadata_is_checked(key, value, named, tiny, router_file):
+    path = router_file("attn_token")
+    save_file(load_file(path), path, metadata=safe_open(str(path), "pt").metadata() | {key: value})
+    with pytest.raises(InputError, match=named) as refusal:
+        load_routers(Llama.from_pretrained(tiny), path)
+    assert is_one_sentence(str(refusal.value)) and str(path) in str(refusal.value)
+
+
+@pytest.mark.parametrize("tensor", [
+    None, torch.zeros(1, 47), torch.zeros(48), torch.zeros(0), torch.zeros(1, 48).bool(),
+    torch.zeros(1, 48).long(), torch.full((1, 48), float("nan")), torch.full((1, 48), float("inf"))])
+def test_tensors_are_checked(tensor, tiny, router_file):
+    path = router_file("attn_token")
+    tensors = load_file(path) | {"layers.2.weight": tensor}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(tensors, path, metadata=safe_open(str(path), "pt").metadata())
+    with pytest.raises(InputError, match="layers.2.weight") as refusal:
+        load_routers(Llama.from_pretrained(tiny), path)
+    assert is_one_sentence(str(refusal.value)) and str(path) in str(refusal.value)

@@ -42,4 +42,12 @@ def test_sample_without_routers_is_the_greedy_continuation(tiny, call):
 ])
 def test_sample_refuses(arguments, named, tiny, call):
     status, said = call(sample.main, *arguments, "--model", tiny)
-    assert status == 1 and named in said
+    assert status in (1, 2) and named in said                                       # 2: by the parser
+
+
+@pytest.mark.parametrize("columns", ["1", "6", "7", "0", "-5"])
+def test_a_very_narrow_terminal(columns, tiny, call, router_file, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    status, said = call(sample.main, "the quick", "--model", tiny, "--max-new-tokens", 4, "--routers",
+                        router_file("attn_token"))
+    assert status == 0 and "overall capacity" in said and said.count("\n   3 ") >= 1
