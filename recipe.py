@@ -16,16 +16,16 @@ from losses import reads_dense
 from model import run_layers
 from router import mindskips, open_shares, overall_capacity, routed_share, straight_through, trace
 from support.data import PLAIN_PROMPT, Batch, Sample, alternating, epochs, pack, pieces
-from support.graph import release
+from support.own_text import write_text
 
 OWN_TEXTS, OWN_TOKENS = 96, 256       # texts that the model writes, and tokens of each
 CALIBRATION_SAMPLES = 24              # of the training samples, and of the texts, for the threshold
 CALIBRATION_LOGITS = -0.5, -0.25, -0.12, 0, 0.12, 0.25, 0.5       # of the threshold
 
 
-# ------------------------------------------------------------------------------------------------- penalties
+# ---------------------------------------------------------------------------------------------- regularizers
 def price_overall(model, price, target):
-    """price * overall capacity. The target does not occur: the price is moved until the target is met."""
+    """price * overall capacity. The target is not used: a Price moves until it is met."""
     return price * overall_capacity(open_shares(model), model.config.n_layer)
 
 
@@ -43,9 +43,11 @@ class Recipe:
     name: str
     gate: str                           # of router.GATES
     pool: str                           # what the gate of a sequence reads: "prompt" or "all"
+    kv: str                             # which tokens have keys and values: "all" or "open"
     loss: str                           # of losses.LOSSES
     train: str                          # what trains: "routers", "bias" or "all"
     method: str                         # "ramp" or "straight-through": gradient of the gates; "harm": harm.py
+    # all but falls_until, learns_own_text, calibrates, steps and tokens is for gradients, and not for harm.py
     regularizer: callable               # (model, lambda, target capacity) -> what is added to the loss
     penalty: float                      # lambda, the price of capacity, at first
     moves_penalty: bool                 # whether lambda follows the capacity, by dual ascent
@@ -64,7 +66,7 @@ class Recipe:
     step_samples: int | None = None     # samples per step; None: --accumulate batches of --tokens tokens
     tokens_cpu: int = 512               # tokens per batch, where --tokens does not say
     tokens_cuda: int = 16384
-    ramp: tuple = (0.5, 0.1)            # widths of the ramp in logits, first and last
+    ramp_widths: tuple = (0.5, 0.1)     # in logits, first and last
 
     def learning_rate(self, step, steps, peak):
         """A linear warm-up, then a cosine down to final_lr."""
@@ -85,53 +87,61 @@ class Recipe:
         width falls over the first four fifths of the run."""
         if self.method == "straight-through":
             return straight_through
-        first, last = self.ramp
+        first, last = self.ramp_widths
         return partial(ramp, width=first * (last / first) ** min(1.0, 1.25 * step / steps))
 
 
 PAPER = Recipe(
-    name="paper", gate="unbiased", pool="all", loss="ce", train="routers", method="straight-through",
-    regularizer=excess_per_layer, penalty=0.0, moves_penalty=False, falls_until=0.0,
-    learns_own_text=False, calibrates=False, lr=1e-5, bias_lr=None, model_lr=1e-5, betas=(0.9, 0.999),
-    warmup=0.03, final_lr=0.0, clip=1.0, epochs=1, step_samples=64)
+    name="paper", gate="unbiased", pool="all", kv="all", loss="ce", train="routers",
+    method="straight-through", regularizer=excess_per_layer, penalty=0.0, moves_penalty=False,
+    falls_until=0.0, learns_own_text=False, calibrates=False, lr=1e-5, bias_lr=None, model_lr=1e-5,
+    betas=(0.9, 0.999), warmup=0.03, final_lr=0.0, clip=1.0, epochs=1, step_samples=64)
 
 DEFAULT = Recipe(
-    name="default", gate="linear", pool="prompt", loss="kl", train="routers", method="ramp",
+    name="default", gate="linear", pool="prompt", kv="all", loss="kl", train="routers", method="ramp",
     regularizer=price_overall, penalty=2.0, moves_penalty=True, falls_until=0.5,
     learns_own_text=True, calibrates=True, lr=0.002, bias_lr=None, model_lr=1e-5, betas=(0.9, 0.95),
     warmup=0.05, final_lr=0.02, clip=None, steps=160)
 
-# DEFAULT elsewhere. At sequence level BY_HARM measures; SEQUENCE, for another loss or all weights, follows a
-# gradient, with fast biases, which first find the layers to close for all. ONLY_BIASES: --train bias, tokens
-BY_HARM = replace(DEFAULT, method="harm", steps=48, tokens_cpu=768, tokens_cuda=2048, lr=0.0003)
+# DEFAULT is for gates at token level. In its place:
+# at sequence level, for the KL and a frozen model: harm is measured, see harm.py
+BY_HARM = replace(DEFAULT, method="harm", steps=48, tokens_cpu=768, tokens_cuda=2048)
+# at sequence level otherwise: fast biases first find the layers to close for every text
 SEQUENCE = replace(DEFAULT, lr=0.0003, bias_lr=0.02)
+# at token level with --train bias
 ONLY_BIASES = replace(DEFAULT, bias_lr=0.02)
 
 RECIPES = {"paper": PAPER, "default": DEFAULT}
 
 
 def choose(name, granularity, **values):
-    """The recipe of a run: PAPER, or DEFAULT in the form for a granularity, with those of the values replaced
-    that are not None."""
+    """The recipe of a run: PAPER, or DEFAULT, or what stands in its place for this granularity, loss and
+    method; with those of the values replaced that are not None."""
     given = {key: value for key, value in values.items() if value is not None}
+    wanted = replace(RECIPES[name], **given)
+    at_sequence_level = granularity.endswith("sequence")
     recipe = RECIPES[name]
-    wanted = replace(recipe, **given)
-    if recipe is DEFAULT and granularity.endswith("sequence"):
-        can_measure = wanted.loss == "kl" and wanted.train != "all"
-        by_harm = given.get("method", "harm" if can_measure else "ramp") == "harm"
-        recipe = BY_HARM if by_harm else SEQUENCE
+    if recipe is DEFAULT and at_sequence_level:
+        recipe = SEQUENCE
+        if can_measure_harm(wanted, granularity) and given.get("method") in (None, "harm"):
+            recipe = BY_HARM
     elif recipe is DEFAULT and wanted.train == "bias":
         recipe = ONLY_BIASES
     return replace(recipe, **given)
+
+
+def can_measure_harm(recipe, granularity):
+    return granularity.endswith("sequence") and recipe.loss == "kl" and recipe.train != "all"
 
 
 # --------------------------------------------------------------------------------------------- their objects
 def ramp(score, threshold, width):
     """A gate between 0 and 1, one half at the threshold: sigmoid((logit(score) - logit(threshold)) / width).
 
-    Why not a step: let closing a sublayer cost d. Between open and closed the loss is about (1 - g)^2 d. The
-    straight-through step sees its slope only at the ends, 0 at g = 1 and -2 d at g = 0. But opening the gate
-    changes the loss by -d, the slope half-way, where a wide ramp is. (A Concrete gate, without noise.)
+    Why not a step: let closing a sublayer cost d. For a gate between, the loss is about (1 - g)^2 d, with
+    slope -2 (1 - g) d. Opening the gate changes the loss by -d in all, which is the slope at g = 1/2. The
+    straight-through step sees the slope at the ends only, 0 at g = 1 and -2 d at g = 0; a ramp sees those
+    between.
     """
     return torch.sigmoid((torch.logit(score, 1e-6) - math.log(threshold / (1 - threshold))) / width)
 
@@ -150,48 +160,48 @@ class Price:
             self.now = max(0.0, self.level + 10 * excess)
 
 
-def own_text(model, recipe, samples, seed):
+def own_text(model, recipe, samples, seed, path=None):
     """What the dense model writes after random first tokens, as in LLM-QAT (arXiv 2305.17888): text of
     another kind than the training samples, whose labels, the dense model's probabilities, are known.
 
-    Returns token ids (n, T) to calibrate on and Samples to learn from; None for what the recipe does not use.
+    Returns (token ids (n, T) to calibrate on, Samples to learn from); None for what the recipe does not use.
+    path: see write_text.
     """
     learns = recipe.learns_own_text and reads_dense(recipe.loss)
     if not learns and not recipe.calibrates:
         return None, None
-    torch.manual_seed(seed)
-    n, tokens = OWN_TEXTS if learns else CALIBRATION_SAMPLES, min(OWN_TOKENS, model.config.max_context)
-    first = torch.randint(model.config.vocab_size, (n, 1), device=model.embed.weight.device)
-    with tqdm(total=tokens - 1, desc="the model writes", unit="token", leave=False) as bar:
-        texts = model.generate(first, tokens - 1, temperature=1.0, on_token=lambda _: bar.update())
-    model.cache = None
-    release(model)
+    n_tokens = min(OWN_TOKENS, model.config.max_context)
+    ids = write_text(model, OWN_TEXTS if learns else CALIBRATION_SAMPLES, n_tokens, seed, path)
     if not learns:
-        return texts, None
+        return ids, None
     if recipe.method == "harm":                  # one decision per piece: pieces as long as a mean answer
-        tokens = max(8, sum(sum(s.answer) for s in samples) // len(samples))
-    return texts[:CALIBRATION_SAMPLES], pieces(texts[CALIBRATION_SAMPLES:], tokens)
+        n_tokens = max(8, sum(sum(s.answer) for s in samples) // len(samples))
+    return ids[:CALIBRATION_SAMPLES], pieces(ids[CALIBRATION_SAMPLES:], n_tokens)
 
 
-def make_source(recipe, samples, texts, args, device):
+def make_source(recipe, samples, own_samples, args, device):
     """(an iterator, without end, over the steps' batches, each a list of (kind of text, Batch); how many
     kinds).
 
-    samples: of the training data, kind 0; texts: Samples that the model wrote, kind 1, or None; args: those
-    of train_router.py.
+    samples: of the training data, kind 0; own_samples: of text that the model wrote, kind 1, or None; args:
+    those of train_router.py.
     """
     if recipe.step_samples:
         steps, n_kinds = epochs(samples, recipe.step_samples, args.tokens, args.seed), 1
     else:
-        kinds = [samples] if texts is None else [samples, texts]
-        steps, n_kinds = alternating(kinds, args.tokens, args.accumulate, args.seed), len(kinds)
-    return ([(kind, Batch.of(group, device)) for kind, group in groups] for groups in steps), n_kinds
+        by_kind = [samples] if own_samples is None else [samples, own_samples]
+        steps, n_kinds = alternating(by_kind, args.tokens, args.accumulate, args.seed), len(by_kind)
+
+    def batches():
+        for groups in steps:
+            yield [(kind, Batch.of(group, device)) for kind, group in groups]
+    return batches(), n_kinds
 
 
 @torch.no_grad()
-def answers_capacity(model, batches):
-    """Overall capacity on batches. Gates at token level are counted on answers alone: prompts begin with the
-    same template in every sample, and its gates say nothing about other text."""
+def measured_capacity(model, batches):
+    """Overall capacity on batches, after the threshold. Gates at token level are counted on answers alone:
+    prompts begin with the same template in every sample, and its gates say nothing about other text."""
     n_open = n_seen = 0
     for batch in batches:
         ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
@@ -206,47 +216,51 @@ def answers_capacity(model, batches):
     return overall_capacity([n_open / n_seen] * n_routed, model.config.n_layer)
 
 
-def calibration_batches(gates_read_prompts, samples, texts, tokens, device):
-    """[batches of training samples, batches of texts (n, T)]: whole ones for gates that read tokens. Where
-    gates read prompts, prompts will do, and more of them are needed: there is one decision per sequence."""
+def calibration_batches(gates_read_prompts, samples, own_ids, tokens, device):
+    """[batches of training samples, batches of the model's own text (n, T)]: whole ones for gates that read
+    tokens. For gates that read prompts, prompts alone, and more: there is one decision per sequence."""
     if gates_read_prompts:
         samples = [Sample(s.ids[:s.prompt], s.answer[:s.prompt], s.prompt)
                    for s in samples[:8 * CALIBRATION_SAMPLES]]
-        texts = pieces(texts, PLAIN_PROMPT)
+        own_samples = pieces(own_ids, PLAIN_PROMPT)
     else:
         samples = samples[:CALIBRATION_SAMPLES]
-        texts = pieces(texts, texts.shape[1])
-    return [[Batch.of(group, device) for group in pack(kind, tokens)] for kind in (samples, texts)]
+        own_samples = pieces(own_ids, own_ids.shape[1])
+    return [[Batch.of(group, device) for group in pack(kind, tokens)] for kind in (samples, own_samples)]
 
 
-def calibrate(model, samples, texts, capacity, tokens):
+def calibrate(model, samples, own_ids, capacity, tokens):
     """Set the threshold that gives an overall capacity; returns [(threshold, capacity)], all that was
     measured.
 
-    samples: of the training data; texts: token ids (n, T) that the model wrote, with equal weight, since
+    samples: of the training data; own_ids: token ids (n, T) that the model wrote, with equal weight, since
     other text opens other gates. First a grid of thresholds, then bisection. The head does not run.
     """
     model.eval()
     skips = list(mindskips(model).values())
     gates_read_prompts = skips[0].scope == "sequence" and skips[0].router.pool == "prompt"
-    kinds = calibration_batches(gates_read_prompts, samples, texts, tokens, model.embed.weight.device)
+    batches = calibration_batches(gates_read_prompts, samples, own_ids, tokens, model.embed.weight.device)
     measured = []
 
-    def capacity_at(logit):
+    def is_too_low(logit):
+        """Whether a threshold, given by its logit, opens too many gates."""
         for skip in skips:
             skip.threshold = 1 / (1 + math.exp(-logit))
-        mean = sum(answers_capacity(model, batches) for batches in kinds) / len(kinds)
+        mean = sum(measured_capacity(model, of_kind) for of_kind in batches) / len(batches)
         measured.append((skips[0].threshold, mean))
         bar.update()
-        return mean
+        return mean > capacity
 
+    low, high = -4, 4
     with tqdm(total=len(CALIBRATION_LOGITS) + 4, desc="calibration", unit="threshold", leave=False) as bar:
-        too_low = [logit for logit in CALIBRATION_LOGITS if capacity_at(logit) > capacity]
-        too_high = [logit for logit in CALIBRATION_LOGITS if logit not in too_low]
-        low, high = max(too_low, default=-4), min(too_high, default=4)
+        for logit in sorted(CALIBRATION_LOGITS, reverse=True):
+            if is_too_low(logit):
+                low = max(low, logit)
+            else:
+                high = logit
         for _ in range(4):
             middle = (low + high) / 2
-            if capacity_at(middle) > capacity:
+            if is_too_low(middle):
                 low = middle
             else:
                 high = middle

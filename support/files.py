@@ -148,6 +148,14 @@ def write_file(path, data):
         raise InputError(f"{path}: cannot be written ({reason(e)}); what was there is unchanged") from None
 
 
+def cache_folder():
+    """The folder in the user's cache where what was fetched or made is kept."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "router-tuning"
+    except RuntimeError:
+        raise InputError("there is no home folder to keep files in; set HOME or XDG_CACHE_HOME") from None
+
+
 @contextmanager
 def locked(path):
     """Within it no other process holds the lock `path`, a file that is made for it and stays."""

@@ -25,7 +25,7 @@ except ImportError:                                  # where there is none, runs
 FILES = "metrics.jsonl", "checkpoint.safetensors", "routers.safetensors"
 SAME_ON_RESUME = ("model", "dtype", "seed", "data", "granularity", "layers", "capacity", "recipe", "gate",
                   "train", "loss", "method", "steps", "lr", "penalty", "tokens", "accumulate", "pool",
-                  "held_out")
+                  "kv", "held_out")
 
 
 def check_output(model, out):

@@ -46,7 +46,9 @@ def drop_unwritable_streams():
 def run_script(name, main):
     """main(), with bad input told in one sentence and exit status 1, and Ctrl-C without a traceback. A reader
     that goes away, as `head` does, ends the script."""
-    from weights import InputError  # imports torch
+    from torch import OutOfMemoryError
+
+    from weights import InputError
     keep_freed_memory()
     prepare_streams()
     try:
@@ -54,6 +56,9 @@ def run_script(name, main):
         sys.stdout.flush()
     except InputError as e:
         sys.exit(f"{name}: {e}")
+    except OutOfMemoryError as e:
+        why = str(e).split(". ")[0]
+        sys.exit(f"{name}: {why}; lower --tokens, --batch or --context, or route fewer --layers")
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as e:

@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import is_one_sentence
 
 import bench
 import eval as evaluation
 import sample
 import train_router
+from support import script
 from support.cli import check_destinations, number, numbers, parse_layers, perplexity
 from weights import InputError
 
@@ -166,3 +168,12 @@ def test_perplexity(loss):
     else:
         assert float(text.removeprefix("10^")) == pytest.approx(loss / math.log(10), abs=0.06)
     assert len(text) <= 12
+
+
+def test_a_full_gpu_is_told_in_a_sentence(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+    with pytest.raises(SystemExit) as end:
+        script.run_script("bench.py", main)
+    said = end.value.code
+    assert is_one_sentence(said) and "bench.py: CUDA out of memory; lower --tokens" in said

@@ -221,8 +221,8 @@ def test_ramp_is_half_open_at_the_threshold_and_ends_as_the_step():
 
 def test_the_ramp_narrows_and_the_target_falls():
     widths = [DEFAULT.gate_estimator(step, 100).keywords["width"] for step in range(100)]
-    assert widths == sorted(widths, reverse=True) and (widths[0], widths[-1]) == DEFAULT.ramp
-    assert widths[80:] == [DEFAULT.ramp[1]] * 20
+    assert widths == sorted(widths, reverse=True) and (widths[0], widths[-1]) == DEFAULT.ramp_widths
+    assert widths[80:] == [DEFAULT.ramp_widths[1]] * 20
     targets = [DEFAULT.target(step, 100, 0.6) for step in range(100)]
     assert targets[0] == pytest.approx(0.992) and targets[49:] == pytest.approx([0.6] * 51)
     rates = [DEFAULT.learning_rate(step, 100, 1.0) for step in range(101)]

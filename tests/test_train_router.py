@@ -203,7 +203,7 @@ def test_gates_are_ramps_that_narrow_over_a_run(arguments, call, monkeypatch):
     widths = [{estimator.keywords["width"] for estimator in some} for some in estimators]
     assert all(len(some) == 1 for some in widths)
     widths = [width for some in widths for width in some]
-    assert widths == sorted(widths, reverse=True) and (widths[0], widths[-1]) == DEFAULT.ramp
+    assert widths == sorted(widths, reverse=True) and (widths[0], widths[-1]) == DEFAULT.ramp_widths
     estimators.clear()
     assert call(main, *arguments, "--method", "straight-through")[0] == 0
     assert estimators == [{straight_through}] * len(estimators)
@@ -225,7 +225,7 @@ def test_a_price_moves_once_a_step_by_the_mean_of_its_batches(tiny, monkeypatch)
     run = SimpleNamespace(checkpoint=None, n_steps=20, steps=lambda: range(1), check_finite=lambda *_: None,
                           log=lambda step, **numbers: lines.append(numbers), is_due=lambda step: False)
     train_router.tune(model, iter([batches]), recipe, 0.75, run, 2)
-    assert seen == [(1 / 8, 0.5, recipe.ramp[0])] * 4
+    assert seen == [(1 / 8, 0.5, recipe.ramp_widths[0])] * 4
     expected = Price(2.0), Price(2.0)
     expected[0].update(0.8 - 0.75)
     expected[1].update(0.6 - 0.75)

@@ -1,0 +1,49 @@
+"""Text that a model writes, kept in a file: it takes minutes where the machine has no bfloat16."""
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save as safetensors_bytes
+from tqdm import tqdm
+
+from support.files import InputError, cache_folder, open_safetensors, write_file
+from support.graph import release
+
+SHIPPED = Path(__file__).parent.parent / "data" / "own_text.safetensors"      # smollm2-135m, seed 0, bfloat16
+
+
+def own_text_file(model_name, seed, weights_hash):
+    """Where the text of a model is kept: that of the default one ships, others' are in the user's cache."""
+    if model_name == "smollm2-135m" and seed == 0:
+        return SHIPPED
+    return cache_folder() / "own_text" / f"{weights_hash}-{seed}.safetensors"
+
+
+def write_text(model, n, n_tokens, seed, path=None):
+    """Token ids (n, n_tokens) that the dense model writes after random first tokens; from the file `path` if
+    it has so many, else written, and kept there."""
+    device, n_vocab = model.embed.weight.device, model.config.vocab_size
+    ids = read_ids(path) if path else None
+    if ids is not None and len(ids) >= n and ids.shape[1] == n_tokens and int(ids.max()) < n_vocab:
+        return ids[:n].to(device)
+    torch.manual_seed(seed)
+    first = torch.randint(n_vocab, (n, 1), device=device)
+    with tqdm(total=n_tokens - 1, desc="the model writes", unit="token", leave=False) as bar:
+        ids = model.generate(first, n_tokens - 1, temperature=1.0, on_token=lambda _: bar.update())
+    model.cache = None
+    release(model)
+    if path and path != SHIPPED:
+        try:
+            write_file(path, safetensors_bytes({"ids": ids.cpu().int()}))
+        except InputError:           # a cache that cannot be written is done without
+            pass
+    return ids
+
+
+def read_ids(path):
+    """Token ids (n, T) of a file, or None where there is none or it is damaged."""
+    try:
+        ids = open_safetensors(path).get_tensor("ids").long()
+    except (InputError, SafetensorError):
+        return None
+    return ids if ids.dim() == 2 and ids.numel() and int(ids.min()) >= 0 else None
