@@ -78,6 +78,8 @@ def main():
     p.add_argument("--top-k", type=number(int, 1))
     p.add_argument("--plain", action="store_true", help="continue the prompt as text, not as a chat")
     args = p.parse_args()
+    if args.temperature < 1e-6:                     # the limit, without dividing by next to nothing
+        args.temperature = 0.0
     if args.capacity is not None and not args.routers:
         raise InputError("--capacity needs --routers, whose decisions it changes")
     device, dtype = device_and_dtype(args.device, args.dtype)
