@@ -6,6 +6,7 @@
 from support.script import run_script  # isort: skip (before torch, see there)
 
 import shutil
+import sys
 import time
 
 import torch
@@ -20,28 +21,25 @@ from weights import InputError
 class Printer:
     """Prints tokens as they come; bytes that do not yet make a whole character wait for the next token."""
 
-    def __init__(self, tok, silent):
-        self.tok, self.silent, self.ids, self.shown = tok, silent, [], 0
+    def __init__(self, tok):
+        self.tok, self.ids, self.shown = tok, [], 0
 
     def __call__(self, token):
-        if int(token) in self.silent:
-            return
         self.ids.append(int(token))
-        text = self.tok.decode(self.ids).rstrip("\ufffd")
+        text = self.tok.decode(i for i in self.ids if i not in self.tok.eos_ids).rstrip("\ufffd")
         print(text[self.shown:], end="", flush=True)
         self.shown = len(text)
 
 
 def generate(model, tok, ids, args):
-    """Stream a continuation of ids (1, T) to the terminal."""
+    """Stream a continuation of ids (1, T) to the terminal; returns its token ids."""
     torch.manual_seed(args.seed)
-    printer, start = Printer(tok, {tok.eos_id}), time.perf_counter()
-    out = model.generate(ids, args.max_new_tokens, args.temperature, args.top_k, eos_id=tok.eos_id,
-                         on_token=printer)
-    seconds = time.perf_counter() - start
-    new = out[0, ids.shape[1]:].tolist()
-    n = new.index(tok.eos_id) + 1 if tok.eos_id in new else len(new)
+    printer, start = Printer(tok), time.perf_counter()
+    model.generate(ids, args.max_new_tokens, args.temperature, args.top_k, eos_id=tok.eos_ids or None,
+                   on_token=printer)
+    seconds, n = time.perf_counter() - start, len(printer.ids)
     print(f"\n\n{n} tokens in {seconds:.2f} s, cache {model.cache.bytes() / 2**20:.2f} MiB\n")
+    return printer.ids
 
 
 def show_skipped(model, gates, prompt, width):
@@ -66,6 +64,20 @@ def show_skipped(model, gates, prompt, width):
             print(f"{i:4d} " + "".join("█" if i not in rows or rows[i][t] else "·" for t in columns))
 
 
+def show_shaded(tok, ids, gates, n_layer):
+    """The text once more, each token the darker the fewer of the n_layer layers it ran; in colours of the
+    terminal (24 steps of grey)."""
+    ran = torch.stack([torch.cat([gate[0] for gate in passes]) for passes in gates.values()]).float()
+    share = (ran.sum(0) + n_layer - len(gates)) / n_layer                                  # (tokens,)
+    shown = ""
+    for n, one in enumerate(share.tolist(), 1):
+        text = tok.decode(ids[:n]).rstrip("\ufffd")
+        grey = 232 + round(23 * one)                       # of the terminal's colours, black to white
+        print(f"\033[48;5;{grey}m\033[38;5;{231 if one < 0.5 else 16}m{text[len(shown):]}\033[0m", end="")
+        shown = text
+    print("\n")
+
+
 def main():
     p = common_arguments(__doc__)
     p.add_argument("prompt", nargs="?", default="Why is the sky blue?")
@@ -78,6 +90,8 @@ def main():
     p.add_argument("--top-k", type=number(int, 1))
     p.add_argument("--plain", action="store_true", help="continue the prompt as text, not as a chat")
     args = p.parse_args()
+    if args.temperature < 1e-6:                     # the limit, without dividing by next to nothing
+        args.temperature = 0.0
     if args.capacity is not None and not args.routers:
         raise InputError("--capacity needs --routers, whose decisions it changes")
     device, dtype = device_and_dtype(args.device, args.dtype)
@@ -86,7 +100,7 @@ def main():
     if args.routers:
         load_routers(model, args.routers, args.capacity)
     if args.plain or not args.prompt:
-        ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(args.prompt)
+        ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(args.prompt, special=False)
     else:
         ids, _ = tok.encode_chat([{"role": "user", "content": args.prompt}])
     ids = torch.tensor([ids], dtype=torch.int64, device=device)
@@ -98,7 +112,10 @@ def main():
         full = model.cache.bytes()
         print("--- routed")
         with trace(model) as gates:
-            generate(model, tok, ids, args)
+            new = generate(model, tok, ids, args)
+        decides_per_token = next(iter(mindskips(model).values())).scope == "token"
+        if decides_per_token and sys.stdout.isatty():
+            show_shaded(tok, ids[0].tolist() + new, gates, model.config.n_layer)
         show_skipped(model, gates, ids.shape[1], max(1, shutil.get_terminal_size().columns - 6))
         share = model.cache.bytes() / full
         print(f"\noverall capacity {capacity(model):.3f}, where there is a router"

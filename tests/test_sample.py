@@ -51,3 +51,11 @@ def test_a_very_narrow_terminal(columns, tiny, call, router_file, monkeypatch):
     status, said = call(sample.main, "the quick", "--model", tiny, "--max-new-tokens", 4, "--routers",
                         router_file("attn_token"))
     assert status == 0 and "overall capacity" in said and said.count("\n   3 ") >= 1
+
+
+def test_hardly_any_temperature_is_none(tiny, call):
+    texts = []
+    for least in 0, 1e-45, 1e-7:
+        _, said = call(sample.main, "hi", "--model", tiny, "--max-new-tokens", 8, "--temperature", least)
+        texts.append(said.rsplit(" tokens in", 1)[0])
+    assert texts[0] == texts[1] == texts[2]
