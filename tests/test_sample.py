@@ -1,4 +1,8 @@
 """sample.py on a tiny model: what it prints and draws, and what it refuses."""
+import json
+import re
+import shutil
+
 import pytest
 import torch
 
@@ -32,6 +36,30 @@ def test_sample_without_routers_is_the_greedy_continuation(tiny, call):
     status, said = call(sample.main, "def f(x)", "--plain", "--model", tiny, "--dtype", "float32",
                         "--max-new-tokens", 12)
     assert status == 0 and expected.split("<|im_end|>")[0].strip("\ufffd\n ")[:8] in said
+
+
+def test_words_are_shaded_by_the_layers_that_they_ran(tiny, capsys):
+    tok, n = Tokenizer.from_pretrained(tiny), 4
+    ids = tok.encode("the quick é")
+    gates = {i: [torch.tensor([[t % 3 < i for t in range(len(ids))]])] for i in (1, 2, 3)}
+    sample.show_shaded(tok, ids, gates, n)
+    said = capsys.readouterr().out
+    assert re.sub("\033\\[[0-9;]*m", "", said) == "the quick é\n\n"
+    greys = [232 + round(23 * (1 + sum(t % 3 < i for i in (1, 2, 3))) / n) for t in range(len(ids))]
+    assert [int(grey) for grey in re.findall(r"48;5;(\d+)m", said)] == greys
+
+
+def test_any_of_several_ends_ends_a_text(tiny, tmp_path, call):
+    """The second and third tokens of the greedy continuation, declared ends, in turn end it."""
+    shutil.copytree(tiny, tmp_path / "m")
+    tok, model = Tokenizer.from_pretrained(tiny), Llama.from_pretrained(tiny)
+    ids = torch.tensor([tok.encode("def f(x)")])
+    new = model.generate(ids, 12)[0, ids.shape[1]:].tolist()
+    for n in 2, 3:
+        ends = json.dumps({"eos_token_id": [319, new[n - 1]]})
+        (tmp_path / "m" / "generation_config.json").write_text(ends)
+        _, said = call(sample.main, "def f(x)", "--plain", "--model", tmp_path / "m", "--dtype", "float32")
+        assert f"\n{new.index(new[n - 1]) + 1} tokens in" in said
 
 
 @pytest.mark.parametrize("arguments, named", [
