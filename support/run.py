@@ -79,6 +79,8 @@ class Run:
         self.metrics, self.path, self.routers = (self.out / name for name in FILES)
         self.id = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         self.start, self.checkpoint = 0, None
+        if args.resume and not self.path.exists():
+            raise InputError(f"--resume: there is no {self.path}; run without --resume")
         self.file = self.open_metrics()
         self.remove_temporaries()
         if args.resume:
@@ -127,16 +129,17 @@ class Run:
         return lines
 
     def load(self):
-        if not self.path.exists():
-            raise InputError(f"--resume: there is no {self.path}; run without --resume")
         self.checkpoint = open_safetensors(self.path)
         meta = self.checkpoint.metadata() or {}
         if not {"step", "arguments"} <= meta.keys():
             raise InputError(f"{self.path}: not a checkpoint of train_router.py")
         saved = json_of(meta["arguments"], dict, f"{self.path}: its arguments")
+        if saved.keys() != self.settings.keys():
+            raise InputError(f"--resume: {self.path} is of another version of train_router.py; give another"
+                             " --out to start afresh")
         for what, value in self.settings.items():
-            if saved.get(what) != value:
-                raise InputError(f"--resume: {self.path} was made with {what} {saved.get(what)}, now it is"
+            if saved[what] != value:
+                raise InputError(f"--resume: {self.path} was made with {what} {saved[what]}, now it is"
                                  f" {value}; give the same, or another --out to start afresh")
         self.start = number_of(meta["step"], 1, self.n_steps, f"{self.path}: its step", int)
 
