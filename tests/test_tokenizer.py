@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from support.gguf import LLAMA3_SPLIT as LLAMA3
+from support.gguf import QWEN2_SPLIT as QWEN2
 from tokenizer import LLAMA3_SPECIAL, Tokenizer
-from weights import LLAMA3_SPLIT as LLAMA3
-from weights import QWEN2_SPLIT as QWEN2
 from weights import InputError
 
 PIECES = ["the", "The", " quick", "ing", "'s", "'ll", "I'VE", "don't", " ", "  ", "   ", "\t", "\n", "\r\n",

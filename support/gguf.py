@@ -1,0 +1,141 @@
+"""llama.cpp's files, translated to what a Hugging Face folder has: names of tensors, keys of config.json, a
+tokenizer.json."""
+import re
+import reprlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from support.files import Checkpoint, InputError, open_gguf, read_list, read_value, reason
+
+GGUF_ARCHITECTURES = "llama", "qwen2", "qwen3"
+GGUF_CONFIG = {     # what llama.cpp calls things, and what Hugging Face calls them
+    "block_count": "num_hidden_layers", "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
+    "context_length": "max_position_embeddings",
+}
+GGUF_TENSORS = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def sequence(*steps):
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+def split(regex):
+    cut = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return sequence(cut, BYTE_LEVEL | {"use_regex": False})
+
+
+GGUF_PRE_TOKENIZERS = {   # as a tokenizer.json says it
+    "gpt-2": BYTE_LEVEL, "smollm": sequence({"type": "Digits", "individual_digits": True}, BYTE_LEVEL),
+    "llama-bpe": split(LLAMA3_SPLIT), "qwen2": split(QWEN2_SPLIT),
+}
+
+
+class GGUF(Checkpoint):
+    """A llama.cpp file, dequantized by the `gguf` package and renamed to Hugging Face's names."""
+
+    def __init__(self, path, remedy="get it again"):
+        self.path, self.remedy = Path(path), remedy
+        part = re.search(r"-\d{5}-of-(\d{5})\.gguf$", self.path.name)
+        self.refuse_split(int(part[1]) if part else 1)
+        self.meta, tensors = open_gguf(self.path, remedy)
+        self.refuse_split(read_value(self.meta, self.path, "split.count", int, 1))
+        arch = self.meta.get("general.architecture")
+        if arch not in GGUF_ARCHITECTURES:
+            raise InputError(f"{self.path}: architecture {reprlib.repr(arch)} is not supported;"
+                             f" {', '.join(GGUF_ARCHITECTURES)} are")
+        self.stored = {self.rename(t.name): (t, tuple(int(n) for n in reversed(t.shape)))
+                       for t in tensors}
+        self.config = {theirs: self.meta[f"{arch}.{ours}"] for ours, theirs in GGUF_CONFIG.items()
+                       if f"{arch}.{ours}" in self.meta}
+        self.config.setdefault("num_key_value_heads", self.config.get("num_attention_heads"))
+        self.config |= {"model_type": arch, "tie_word_embeddings": "lm_head.weight" not in self.names}
+        if "model.embed_tokens.weight" in self.names:
+            self.config["vocab_size"] = ([*self.stored["model.embed_tokens.weight"][1], 0])[0]
+        scaling = self.rope_scaling(f"{arch}.rope")
+        if scaling:
+            self.config["rope_scaling"] = scaling
+
+    def refuse_split(self, n_files):
+        if n_files > 1:
+            raise InputError(f"{self.path}: one of {n_files} files of a split model; join them with"
+                             " `llama-gguf-split --merge FIRST-FILE WHOLE.gguf`")
+
+    def rope_scaling(self, rope):
+        """What config.json would say of it, or None. llama.cpp takes a factor without a type as linear."""
+        factor = read_value(self.meta, self.path, f"{rope}.scale_linear", float, 0)
+        factor = read_value(self.meta, self.path, f"{rope}.scaling.factor", float, factor)
+        kind = read_value(self.meta, self.path, f"{rope}.scaling.type", str, "linear")
+        if kind != "none" and (kind != "linear" or factor not in (0, 1)):
+            return {"rope_type": kind, "factor": factor}
+        if "rope_freqs.weight" not in self.names:
+            return None
+        factors = self.tensor("rope_freqs.weight")   # Llama 3.1's: a divisor of each pair's frequency
+        del self.stored["rope_freqs.weight"]
+        return {"rope_type": "factors", "factors": factors.flatten().tolist()}
+
+    @staticmethod
+    def rename(name):
+        stem, _, kind = name.rpartition(".")
+        block = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
+        if not block:
+            return f"{GGUF_TENSORS.get(stem, stem)}.{kind}"
+        return f"model.layers.{block[1]}.{GGUF_TENSORS.get(block[2], block[2])}.{kind}"
+
+    def read(self, name):
+        import gguf
+        t, shape = self.stored[name]
+        try:
+            with np.errstate(all="ignore"):
+                array = gguf.quants.dequantize(t.data, t.tensor_type)
+            array = np.array(array, dtype=np.float32).reshape(shape)
+        except (NotImplementedError, ValueError) as e:
+            raise InputError(f"{self.path}: tensor {name} of type {t.tensor_type.name} cannot be read"
+                             f" ({reason(e)})") from None
+        w = torch.from_numpy(array)
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        if heads and self.config["model_type"] == "llama":
+            # llama.cpp interleaves their rotary pairs, x0 y0 x1 y1 ...: back to x0 x1 ... y0 y1 ...
+            w = w.view(self.config[heads], -1, 2, shape[1]).transpose(1, 2).reshape(shape)
+        return w
+
+    def tokenizer(self):
+        where = f"{self.path}: tokenizer.ggml"
+        meta = {key.removeprefix("tokenizer.ggml."): value for key, value in self.meta.items()}
+        model, pre = meta.get("model"), read_value(meta, where, "pre", str, "gpt-2")
+        if model != "gpt2" or pre not in GGUF_PRE_TOKENIZERS:
+            raise InputError(f"{self.path}: its tokenizer, {model!r:.40} with pre-tokenizer {pre!r:.40}, is"
+                             " not supported; use a folder with the model's tokenizer.json")
+        tokens, merges = (read_list(meta, where, key, str) for key in ("tokens", "merges"))
+        kinds = read_list(meta, where, "token_type", int)
+        if len(kinds) != len(tokens):
+            raise InputError(f"{where}: has {len(tokens)} tokens, but {len(kinds)} token_type")
+        added = [{"id": i, "content": tokens[i], "special": kind == 3, "single_word": False, "lstrip": False,
+                  "rstrip": False, "normalized": False}
+                 for i, kind in enumerate(kinds) if kind in (3, 4)]                # control, user-defined
+        bpe = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges,
+               "ignore_merges": pre == "llama-bpe"}
+        ids = {key: read_value(meta, where, f"{key}_token_id", int, None, 0, len(tokens) - 1)
+               for key in ("bos", "eos", "eot", "eom")}
+        config = {f"{key}_token": tokens[ids[key]] for key in ("bos", "eos") if ids[key] is not None}
+        ends = [ids[key] for key in ("eos", "eot", "eom") if ids[key] is not None]
+        config["eos_token_ids"] = list(dict.fromkeys(ends))
+        config["add_bos_token"] = read_value(meta, where, "add_bos_token", bool, pre == "llama-bpe")
+        spec = {"version": "1.0", "added_tokens": added, "pre_tokenizer": GGUF_PRE_TOKENIZERS[pre],
+                "model": bpe, "decoder": BYTE_LEVEL,
+                "normalizer": {"type": "NFC"} if pre == "qwen2" else None}
+        return {"config": config, "json": spec}
