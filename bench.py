@@ -128,6 +128,13 @@ class Work(TorchDispatchMode):
         return out
 
 
+class Removed(torch.nn.Module):
+    """In the place of an attention that a static drop removes."""
+
+    def forward(self, x, ctx):
+        return x
+
+
 class Variant:
     """One way to run the model on one input: `run()` does it once and returns its seconds."""
 
@@ -144,7 +151,8 @@ class Variant:
         if self.granularity and self.args.routers:
             load_routers(model, self.args.routers, self.asked)
         elif self.granularity:
-            add_routers(model, self.granularity, self.args.layers)
+            kv = self.args.kv if self.granularity in ("attn_token", "block_token") else "all"
+            add_routers(model, self.granularity, self.args.layers, kv=kv)
             open_share(model, self.asked, self.args.seed)
         if self.name == "none":
             for skip in mindskips(model).values():
@@ -153,7 +161,13 @@ class Variant:
             model.requires_grad_(True)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
+        attentions = {}
+        for i in self.args.removed if self.name == "static" else ():
+            attentions[i], model.layers[i].attn = model.layers[i].attn, Removed()
+            self.capacity = 1 - len(attentions) / len(model.layers)
         seconds = getattr(self, self.phase)()
+        for i, attention in attentions.items():
+            model.layers[i].attn = attention
         if self.granularity:
             self.capacity = capacity(model)
             self.share = capacity(model, routed=True)
@@ -287,6 +301,8 @@ def make_variants(model, args, phase, batch, context):
         variants += [make("routed", granularity, c) for c in asked]
         if "masked" in args.against and phase == "prefill":
             variants.append(make("masked", granularity, asked[0]))
+    if args.removed:
+        variants.append(make("static"))
     if "transformers" in args.against:
         variants.append(make("transformers", kind=Transformers))
     return variants
@@ -450,7 +466,7 @@ def make_model(args):
 def choose_model(args):
     """Where none is given: on CUDA the largest shape that fits, with random weights; else smollm2-135m."""
     args.model = "smollm2-135m"
-    if args.device.type == "cuda":
+    if args.device.type == "cuda" and not args.routers:
         args.random_weights = True
         fit = [name for name in SHAPES if needed(SHAPES[name], args) < free_bytes(args.device)]
         args.model = max(fit, key=lambda name: needed(SHAPES[name], args), default=args.model)
@@ -467,6 +483,10 @@ def parse_arguments():
     p.add_argument("--granularity", type=words(GRANULARITIES), default=["attn_sequence", "attn_token"])
     p.add_argument("--layers", default="all", help="which layers have a gate")
     p.add_argument("--routers", help="a router file: its decisions on real text instead of random ones")
+    p.add_argument("--kv", default="all", choices=("all", "open"),
+                   help="which tokens have keys and values at token level, without --routers")
+    p.add_argument("--static", type=number(int, 0), default=0, metavar="N",
+                   help="also without N attentions, every so many layers, and without routers")
     p.add_argument("--random-weights", action="store_true", help=f"for the shapes {', '.join(SHAPES)}")
     p.add_argument("--against", type=words(("transformers", "masked")), default=[])
     p.add_argument("--loss", default="ce", choices=LOSSES, help="of a router-tuning step")
@@ -502,6 +522,9 @@ def main():
     if not args.random_weights:
         checkpoint = open_checkpoint(args.model)
         config = Config.from_hf(checkpoint.config, checkpoint.path)
+    if args.static > config.n_layer:
+        raise InputError(f"--static {args.static}: this model has {config.n_layer} layers")
+    args.removed = [i * config.n_layer // args.static for i in range(args.static)]
     longest = max(args.context) + (STEPS if "decode" in args.phase else 0)
     if longest > config.max_context:
         raise InputError(f"--context {max(args.context)}: {longest} tokens do not fit the model's context of"

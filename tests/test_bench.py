@@ -40,6 +40,22 @@ def test_bench_with_a_router_file(tiny, call, router_file):
     assert status == 0 and "routed        attn_token" in said
 
 
+@pytest.mark.parametrize("kv", ["all", "open"])
+def test_static_and_open_keys(kv, tiny, call, tmp_path):
+    """Without attentions 0 and 2 there are no routers, and half of the cache; so there is with kv open."""
+    status, _ = call(bench.main, "--model", tiny, "--context", 40, "--rounds", 2, "--dtype", "float32", "--kv",
+                     kv, "--granularity", "attn_token", "--static", 2, "--json", tmp_path / "b.json")
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert status == 0 and [row["variant"] for row in rows] == ["dense", "none", "routed", "static"] * 2
+    for dense, none, routed, static in rows[:4], rows[4:]:
+        assert static["capacity"] == 0.5 and static["granularity"] is static["limit"] is None
+        assert static["cache_bytes"] == dense["cache_bytes"] // 2
+        if kv == "all":
+            assert none["cache_bytes"] == routed["cache_bytes"] == dense["cache_bytes"]
+        elif dense["phase"] == "prefill":
+            assert none["cache_bytes"] == 0 < routed["cache_bytes"]
+
+
 def test_work_is_counted(tiny):
     """Operations as torch.utils.flop_counter has them; bytes of every weight once."""
     model, idx = Llama.from_pretrained(tiny), torch.randint(0, 320, (2, 33))
