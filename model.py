@@ -113,14 +113,14 @@ class Cache:
 
     def store_prompt(self, layer, k, v):
         """Store a prompt's keys and values from column 0 on."""
-        (B, K, T, D), n = k.shape, self.max_tokens
+        B, K, T, D = k.shape
         try:
-            self.k[layer] = k.new_empty(B, K, n, D)
-            self.v[layer] = v.new_empty(B, K, n, D)
+            self.k[layer] = k.new_empty(B, K, self.max_tokens, D)
+            self.v[layer] = v.new_empty(B, K, self.max_tokens, D)
         except RuntimeError as e:
-            size = 2 * len(self.k) * B * K * n * D * k.element_size() / 2**30
-            raise InputError(f"out of memory: keys and values of {B} rows of {n} tokens need {size:.2f}"
-                             " GiB; lower the batch, the prompt or max_new_tokens") from e
+            size = 2 * len(self.k) * self.max_tokens * k[:, :, :1].nbytes / 2**30
+            raise InputError(f"out of memory: keys and values of {B} rows of {self.max_tokens} tokens need"
+                             f" {size:.2f} GiB; lower the batch, the prompt or max_new_tokens") from e
         for memory, new in (self.k[layer], k), (self.v[layer], v):
             memory[:, :, :T] = new
             memory[:, :, T:] = 0                     # masked until written, but garbage could be NaN
@@ -329,10 +329,9 @@ class Llama(nn.Module):
 
     def angles_of(self, positions, end):
         """cos and sin as `rotate` wants them, in the model's dtype, at positions that all lie below `end`."""
-        weight = self.embed.weight
-        if self.angles is None or len(self.angles[0]) < end or self.angles[0].dtype != weight.dtype \
-                or self.angles[0].device != weight.device:
-            n = min(self.config.max_context, 1 << max(end - 1, 511).bit_length())   # a power of two, from 512
+        weight, cos = self.embed.weight, self.angles[0] if self.angles else None
+        if cos is None or len(cos) < end or (cos.dtype, cos.device) != (weight.dtype, weight.device):
+            n = min(self.config.max_context, max(512, 2 * end))
             angle = torch.outer(torch.arange(n).float(), rope_frequencies(self.config))       # (n, D/2)
             cos, sin = angle.cos(), angle.sin()
             self.angles = torch.cat((cos, cos), 1).to(weight), torch.cat((-sin, sin), 1).to(weight)
@@ -344,10 +343,9 @@ class Llama(nn.Module):
         """Continue each row of idx (B, T) by up to max_new_tokens; returns (B, T + max_new_tokens) token ids.
 
         Row b holds its prompt, lengths[b] tokens (default T), its new tokens, and padding: the first eos_id,
-        or 0. Rows stop at eos_id, one id or several, where given. temperature 0 takes the likeliest
-        token; else tokens are sampled from the top_k likeliest (default: all). on_token, if given, is called
-        with each step's tokens (B,). InputError where the result would not fit the context. The cache stays
-        in `self.cache`, so that it can be measured.
+        or 0. Rows stop at eos_id, one id or several, where given. temperature 0 takes the likeliest token;
+        else tokens are sampled from the top_k likeliest (default: all). on_token is called with each step's
+        tokens (B,). InputError where the result would not fit the context. `self.cache` keeps the cache.
         """
         B, T = idx.shape
         if max_new_tokens < 1:

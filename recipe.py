@@ -1,7 +1,8 @@
 """What a tuning run is made of, as values: PAPER, the published recipe, and DEFAULT, ours.
 
 A Recipe is data: `train_router.py --recipe paper|default` takes one of the two, and a flag such as --loss or
---steps replaces one value of it. The small objects that the values name are here too: the ramp, the price of
+--steps replaces one value of it (where DEFAULT is not meant for the granularity or the loss, `choose` takes
+another form of it first). The small objects that the values name are here too: the ramp, the price of
 capacity, the text that the model writes, the calibration of the threshold. docs/METHOD.md says why each is as
 it is.
 """
@@ -19,7 +20,7 @@ from support.data import PLAIN_PROMPT, Batch, Sample, alternating, epochs, pack,
 from support.own_text import write_text
 
 OWN_TEXTS, OWN_TOKENS = 96, 256       # texts that the model writes, and tokens of each
-CALIBRATION_SAMPLES = 24              # of the training samples, and of the texts, for the threshold
+CALIBRATION_SAMPLES = 24              # training samples, and texts, for the threshold at token level
 CALIBRATION_LOGITS = -0.5, -0.25, -0.12, 0, 0.12, 0.25, 0.5       # of the threshold
 
 

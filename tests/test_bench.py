@@ -43,8 +43,8 @@ def test_bench_with_a_router_file(tiny, call, router_file):
 @pytest.mark.parametrize("kv", ["all", "open"])
 def test_static_and_open_keys(kv, tiny, call, tmp_path):
     """Without attentions 0 and 2 there are no routers, and half of the cache; so there is with kv open."""
-    status, _ = call(bench.main, "--model", tiny, "--context", 40, "--rounds", 2, "--dtype", "float32", "--kv",
-                     kv, "--granularity", "attn_token", "--static", 2, "--json", tmp_path / "b.json")
+    status, _ = call(bench.main, "--model", tiny, "--context", 40, "--rounds", 2, "--dtype", "float32",
+                     "--kv", kv, "--granularity", "attn_token", "--static", 2, "--json", tmp_path / "b.json")
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert status == 0 and [row["variant"] for row in rows] == ["dense", "none", "routed", "static"] * 2
     for dense, none, routed, static in rows[:4], rows[4:]:
