@@ -39,7 +39,7 @@ from router import (
     GRANULARITIES,
     add_routers,
     capacity,
-    closed,
+    close_all,
     load_routers,
     mindskips,
     parse_layers,
@@ -156,7 +156,7 @@ class Variant:
             open_share(model, self.asked, self.args.seed)
         if self.name == "none":
             for skip in mindskips(model).values():
-                skip.override = closed
+                skip.override = close_all
         if self.name == "train_all":
             model.requires_grad_(True)
         if cuda:
@@ -544,7 +544,8 @@ def main():
         rows += these
         save(rows, args)
         show(these)
-    print("\n" + ", ".join(f"{key} {value}" for key, value in machine(args).items()))
+    print("\n~: within the spread of the measurements; 95 %: interval of the efficiency's median")
+    print(", ".join(f"{key} {value}" for key, value in machine(args).items()))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from harm import measure
 from losses import CHUNK, Usage, evaluate, log_probabilities
 from model import Cache, Llama, run_layers
-from router import add_routers, closed, load_routers, mindskips, remove_routers, routed_share
+from router import add_routers, close_all, load_routers, mindskips, remove_routers, routed_share
 from support.cli import check_destinations, common_arguments, device_and_dtype, number, perplexity
 from support.data import DEFAULT_DATA, HELD_OUT, Batch, batches, pack, read_samples
 from support.kernels import additive_mask
@@ -252,7 +252,7 @@ def make_variants(model, tok, args, device):
         def static():
             add_routers(model, "attn_token", layers)
             for skip in mindskips(model).values():
-                skip.override = closed
+                skip.override = close_all
         setters["static"] = static
     return setters
 
@@ -324,7 +324,7 @@ def show_average(scores):
         return
     for variant in scores:
         percent = 100 * sum(float(scores[variant][name].right.mean()) for name in tasks) / len(tasks)
-        line = f"{f'average of {len(tasks)}':26} {variant:18}{percent:7.1f}"
+        line = f"{f'average of {len(tasks)} of the paper':26} {variant:18}{percent:7.1f}"
         if variant != "dense":
             differences = [scores[variant][name].right - scores["dense"][name].right for name in tasks]
             difference = 100 * sum(float(d.mean()) for d in differences) / len(tasks)

@@ -127,7 +127,7 @@ class Cache:
         return k, v
 
     def store_step(self, layer, k, v, ctx):
-        """Store each row's latest T tokens, (B, K, T, D), one or more, the last at this step's position."""
+        """Store each row's T latest tokens, (B, K, T, D): one, or those that skipping.py let wait."""
         keys, values, T = self.k[layer], self.v[layer], k.shape[2]
         if ctx.positions is None:                    # every row is at the same position
             keys[:, :, ctx.end - T:ctx.end] = k

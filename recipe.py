@@ -1,8 +1,10 @@
 """What a tuning run is made of, as values: PAPER, the published recipe, and DEFAULT, ours.
 
 A Recipe is data: `train_router.py --recipe paper|default` takes one of the two, and a flag such as --loss or
---steps replaces one value of it (where DEFAULT is not meant for the granularity or the loss, `choose` takes
-another form of it first). The small objects that the values name are here too: the ramp, the price of
+--steps replaces one value of it (where DEFAULT is not meant for the granularity, the loss or what trains,
+`choose` takes another form of it first).
+
+The small objects that the values name are here too: the ramp, the price of
 capacity, the text that the model writes, the calibration of the threshold. docs/METHOD.md says why each is as
 it is.
 """
@@ -48,7 +50,7 @@ class Recipe:
     loss: str                           # of losses.LOSSES
     train: str                          # what trains: "routers", "bias" or "all"
     method: str                         # "ramp" or "straight-through": gradient of the gates; "harm": harm.py
-    # all but falls_until, learns_own_text, calibrates, steps and tokens is for gradients, and not for harm.py
+    # of those below "harm" uses falls_until, learns_own_text, calibrates, and how many steps and tokens
     regularizer: callable               # (model, lambda, target capacity) -> what is added to the loss
     penalty: float                      # lambda, the price of capacity, at first
     moves_penalty: bool                 # whether lambda follows the capacity, by dual ascent
@@ -165,7 +167,7 @@ def own_text(model, recipe, samples, seed, path=None):
     """What the dense model writes after random first tokens, as in LLM-QAT (arXiv 2305.17888): text of
     another kind than the training samples, whose labels, the dense model's probabilities, are known.
 
-    Returns (token ids (n, T) to calibrate on, Samples to learn from); None for what the recipe does not use.
+    Returns (token ids (n, T) to calibrate on, Samples to learn from), None where the recipe uses none.
     path: see write_text.
     """
     learns = recipe.learns_own_text and reads_dense(recipe.loss)
@@ -201,8 +203,9 @@ def make_source(recipe, samples, own_samples, args, device):
 
 @torch.no_grad()
 def measured_capacity(model, batches):
-    """Overall capacity on batches, after the threshold. Gates at token level are counted on answers alone:
-    prompts begin with the same template in every sample, and its gates say nothing about other text."""
+    """Overall capacity on batches, of decisions (score >= threshold). Gates at token level are counted on
+    answers alone: prompts begin with the same template in every sample, and its gates say nothing about other
+    text."""
     n_open = n_seen = 0
     for batch in batches:
         ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
@@ -243,8 +246,8 @@ def calibrate(model, samples, own_ids, capacity, tokens):
     batches = calibration_batches(gates_read_prompts, samples, own_ids, tokens, model.embed.weight.device)
     measured = []
 
-    def is_too_low(logit):
-        """Whether a threshold, given by its logit, opens too many gates."""
+    def try_threshold(logit):
+        """Set the threshold, given by its logit, and measure; returns whether it opens too many gates."""
         for skip in skips:
             skip.threshold = 1 / (1 + math.exp(-logit))
         mean = sum(measured_capacity(model, of_kind) for of_kind in batches) / len(batches)
@@ -255,13 +258,15 @@ def calibrate(model, samples, own_ids, capacity, tokens):
     low, high = -4, 4
     with tqdm(total=len(CALIBRATION_LOGITS) + 4, desc="calibration", unit="threshold", leave=False) as bar:
         for logit in sorted(CALIBRATION_LOGITS, reverse=True):
-            if is_too_low(logit):
+            if try_threshold(logit):
                 low = max(low, logit)
             else:
                 high = logit
-        for _ in range(4):
+        for n in range(10):
+            if n >= 4 and min(abs(mean - capacity) for _, mean in measured) < 0.02:
+                break
             middle = (low + high) / 2
-            if is_too_low(middle):
+            if try_threshold(middle):
                 low = middle
             else:
                 high = middle

@@ -64,7 +64,9 @@ class LinearRouter(nn.Linear):
         return (h[:, :longest].float() * is_read[..., None]).sum(1) / n[:, None]
 
 
-GATES = {       # kinds of gate, each by its router; to add one, add it here
+# Kinds of gate, each by its router. To add one, add a class: it is made of (n_embd, scope, pool), keeps pool,
+# and has pooled(h, ctx), what it reads, and forward of that, the logit of the score, (..., 1)
+GATES = {
     "linear": LinearRouter,                             # open at first
     "unbiased": partial(LinearRouter, bias=False),      # the paper's: every score is 0.5 at first, just open
 }
@@ -75,7 +77,7 @@ def straight_through(score, threshold):
     return (score >= threshold).to(score.dtype) + (score - score.detach())
 
 
-def closed(score, ctx):      # for MindSkip.override, see below: closes every gate
+def close_all(score, ctx):      # for MindSkip.override, see below
     return torch.zeros_like(score)
 
 
@@ -117,7 +119,7 @@ class MindSkip(nn.Module):
         if self.trace is not None:
             self.trace.append(is_open.cpu())
         if self.training:
-            return self.run_all(x, ctx, h, score)
+            return self.run_gated(x, ctx, h, score)
         if self.scope == "token":
             run = run_alone if self.kv == "open" else run_tokens
             return run(self, x, ctx, h, is_open)
@@ -143,7 +145,7 @@ class MindSkip(nn.Module):
             n_open, n_seen = self.opened + n_open, self.seen + n_seen
         self.opened, self.seen = n_open, n_seen
 
-    def run_all(self, x, ctx, h, score):
+    def run_gated(self, x, ctx, h, score):
         """Training: x + g * f(h), everything computed, since dL/dg is the product of f(h) and dL/dy."""
         gate = self.estimator(score, self.threshold)                     # (B,) or (B, T)
         if self.scope == "token":
@@ -189,7 +191,7 @@ def dense(model):
 
 @contextmanager
 def trace(model):
-    """Within it decisions are kept: {layer: [one bool tensor per forward pass, (B,) or (B, T)]}."""
+    """Within it decisions are kept: {layer: [a bool tensor of each pass that decides, (B,) or (B, T)]}."""
     skips = mindskips(model)
     for skip in skips.values():
         skip.trace = []
@@ -259,7 +261,7 @@ def open_shares(model):
 
 def capacity(model, routed=False):
     """Overall capacity: the mean gate of all layers in the last forward pass (after `generate`: since its
-    prompt), which is the share that ran, or in training would. routed=True: only of layers with a router."""
+    prompt), which is the share that ran; of soft gates in training. routed=True: of layers with a router."""
     shares = open_shares(model)
     n_layer = len(shares) if routed and shares else model.config.n_layer
     return float(torch.as_tensor(overall_capacity(shares, n_layer)).detach())
@@ -294,10 +296,12 @@ def save_routers(model, path, calibration=None, **notes):
 def threshold_for(capacity, table, path):
     """The threshold that gives an overall capacity, between the two of the calibration that lie around it."""
     table = sorted((measured, threshold) for threshold, measured in table)
-    if not table or not table[0][0] <= capacity <= table[-1][0]:
-        known = f"capacities from {table[0][0]:.3f} to {table[-1][0]:.3f}" if table else "no capacity"
-        raise InputError(f"{path}: its calibration has {known}, not {capacity}; ask for one that it has, or"
-                         " tune with --capacity")
+    if not table:
+        raise InputError(f"{path}: was not calibrated, as its recipe does not, or its run did not finish;"
+                         " leave out --capacity")
+    if not table[0][0] <= capacity <= table[-1][0]:
+        raise InputError(f"{path}: its calibration has capacities from {table[0][0]:.3f} to"
+                         f" {table[-1][0]:.3f}, not {capacity}; ask for one of these, or tune for it")
     capacities, thresholds = zip(*table)
     return float(np.interp(capacity, capacities, thresholds))
 

@@ -3,10 +3,10 @@
     run_rows      one gate per sequence: closed rows compute nothing and store nothing
     run_tokens    one gate per token, kv="all": closed tokens have a key and a value, and nothing else
     run_alone     one gate per token, kv="open": closed tokens take no part, as in Mixture of Depths. The open
-                  ones of a row are an ordinary shorter sequence, at positions of their own
+                  ones of a row are a shorter sequence, whose tokens keep their positions in the text
 
 `skip` is the MindSkip (router.py), x (B, T, C) the residual stream before its sublayer and h = norm(x). What
-a running generation remembers of the gates is kept in its cache, never in the modules.
+a running generation has to know of earlier decisions is kept in its cache, not in the modules.
 """
 import math
 from collections import defaultdict
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from model import merge_heads, rotate, split_heads
 from support.kernels import additive_mask, attention_of_some
 
-WAITING = 32        # steps of generation whose keys and values may wait, see `waits`
+WAITING = 32        # steps of generation whose keys and values may wait, see `defer_keys`
 GROWTH = 64         # columns by which a cache of open tokens grows
 
 
@@ -43,7 +43,7 @@ def select_rows(ctx, rows):
     def select(t):
         has_rows = t is not None and t.dim() in (1, 4) and len(t) > 1    # (B,), (B, 1, T, D) or (B, 1, T, S)
         return t[rows] if has_rows else t
-    names = "cos", "sin", "mask", "lengths", "prompt_lengths", "positions"     # all that is per row
+    names = "cos", "sin", "mask", "lengths", "prompt_lengths", "positions"     # the tensors that are per row
     return replace(ctx, **{name: select(getattr(ctx, name)) for name in names})
 
 
@@ -53,7 +53,7 @@ def run_tokens(skip, x, ctx, h, is_open):
     attn, columns = skip.attn, open_columns(is_open, ctx)
     n_open = sum(map(len, columns))
     skip.count(n_open, ctx)
-    if attn and ctx.decoding and waits(skip, h, ctx, n_open):
+    if attn and ctx.decoding and defer_keys(skip, h, ctx, n_open):
         return x
     if n_open == sum(ctx.host_lengths):
         return skip.run(x, ctx, h)
@@ -87,7 +87,7 @@ def open_columns(is_open, ctx):
 
 def keys_values(attn, h, ctx):
     """Keys and values of all tokens, (B, K, S, D) each, stored in the cache if there is one; h (B, T, C)."""
-    y = split_heads(attn.qkv(h, first=attn.n_head * attn.head_dim), attn.head_dim)      # (B, 2K, T, D)
+    y = split_heads(attn.qkv(h, start=attn.n_head * attn.head_dim), attn.head_dim)      # (B, 2K, T, D)
     k, v = y[:, :attn.n_kv_head], y[:, attn.n_kv_head:]
     if attn.k_norm:
         k = attn.k_norm(k)
@@ -107,9 +107,10 @@ def queries(attn, h, ctx, at):
     return rotate(q, ctx.cos[where], ctx.sin[where])
 
 
-def waits(skip, h, ctx, n_open):
-    """Whether a step of generation has no open token. Its keys and values then wait in the cache, to be
-    computed together, in one product, before a step that has one, or when there are WAITING."""
+def defer_keys(skip, h, ctx, n_open):
+    """Let the keys and values of a step of generation wait in the cache if no token is open. Those that wait
+    are computed together, in one product, before a step that has open tokens, or when there are WAITING.
+    Returns whether this step's wait, or did."""
     waiting = vars(ctx.cache).setdefault("waiting", defaultdict(list))[skip]            # [(h, ctx) of a step]
     if n_open == 0:
         waiting.append((h, ctx))
@@ -146,7 +147,7 @@ def run_alone(skip, x, ctx, h, is_open):
     host_n = n.tolist()                                                  # the one wait for the device
     skip.count(sum(host_n), ctx)
     columns = (~is_open).int().argsort(dim=1, stable=True)               # the open ones first, in order
-    columns = columns[:, :max(host_n)]                                   # (B, N), closed ones at shorter ends
+    columns = columns[:, :max(host_n)]                            # (B, N), rows filled up with closed ones
     is_real = torch.arange(columns.shape[1], device=x.device) < n[:, None]
     mask = ctx.mask
     if mask is not None:                                                 # (1, 1, T, T): a window

@@ -114,7 +114,7 @@ def check_destinations(*paths):
             try:
                 try_to_write(os.path.realpath(path))
             except OSError as e:
-                raise InputError(f"{path}: cannot be written ({e.strerror}); name another file") from None
+                raise InputError(f"{path}: cannot be written ({e.strerror}); name another place") from None
 
 
 def try_to_write(path):

@@ -30,10 +30,11 @@ def read_samples(path, tok, context):
     Returns (samples, how many were cut to `context` tokens), and prints how many records were read in which
     form, and how many have nothing to learn from. InputError names the line or the field that is wrong.
     """
-    text = read_text(path)
+    text = read_text(path, "give JSON, JSONL or plain text")
     if not text.strip() or "\0" in text:
         raise InputError(f"{path}: {'binary' if text.strip() else 'empty'}; give JSON, JSONL or plain text")
     if Path(path).suffix in (".txt", ".md") or text.lstrip()[0] not in "[{":
+        print(f"{path}: read as plain text", file=sys.stderr)
         return plain_samples(text, tok, min(PLAIN_PIECE, context)), 0
     samples, cut, forms, empty = [], 0, Counter(), 0
     for where, record in records(text, path):
@@ -67,7 +68,8 @@ def records(text, path):
             try:
                 yield f"{path}, line {i}", json.loads(line)
             except (ValueError, RecursionError) as e:
-                raise InputError(f"{path}, line {i}: not valid JSON ({e})") from None
+                raise InputError(f"{path}, line {i}: not valid JSON ({e}); give an array, or a record a"
+                                 " line") from None
 
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}      # what "conversations" call them
@@ -81,7 +83,10 @@ def sample_of(record, where, tok, context):
     if not isinstance(record, dict):
         raise InputError(f"{where}: lacks the field 'instruction'; it is not a JSON object")
     record = {key: value for key, value in record.items() if value is not None}     # null: absent
-    form = next((form for form, fields in FORMS.items() if record.keys() >= {*fields}), "instruction")
+    form = next((form for form, fields in FORMS.items() if record.keys() >= {*fields}), None)
+    if form is None:
+        forms = "; ".join(" and ".join(map(repr, fields)) for fields in FORMS.values())
+        raise InputError(f"{where}: has fields of no form that is read, which are {forms}")
     if form == "text":
         return form, plain_samples(field(record, "text", where), tok, min(PLAIN_PIECE, context))
     messages = messages_of(record, form, where)

@@ -65,16 +65,16 @@ class Linear(nn.Linear):
     packed = None      # within packed_weights(): {outputs: that part of the weight as oneDNN lays it out}
     rows = 1           # of the products that it is laid out for
 
-    def forward(self, x, first=0, end=None):
-        """F.linear; first, end: only these outputs."""
-        outputs = slice(first, end)
+    def forward(self, x, start=0, end=None):
+        """F.linear; start, end: only these outputs."""
+        outputs = slice(start, end)
         bias = None if self.bias is None else self.bias[outputs]
         if self.packed is None:
             return linear(x, self.weight[outputs], bias)
-        if (first, end) not in self.packed:
+        if (start, end) not in self.packed:
             part = self.weight.detach()[outputs]
-            self.packed[first, end] = torch.ops.mkldnn._reorder_linear_weight(part, self.rows)
-        return onednn_linear(x, self.packed[first, end], bias)
+            self.packed[start, end] = torch.ops.mkldnn._reorder_linear_weight(part, self.rows)
+        return onednn_linear(x, self.packed[start, end], bias)
 
 
 def should_pack(n_bytes, device, dtype):

@@ -60,6 +60,7 @@ def run_script(name, main):
         why = str(e).split(". ")[0]
         sys.exit(f"{name}: {why}; lower --tokens, --batch or --context, or route fewer --layers")
     except KeyboardInterrupt:
+        print(f"\n{name}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
     except OSError as e:
         if e.filename is not None:       # a file, not a stream

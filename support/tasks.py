@@ -120,7 +120,8 @@ def read_split(name, split, data_dir):
         import datasets
     except ImportError:
         raise InputError(f"{name}: give --data-dir DIR with {name}/{split}.jsonl, a line a question with the"
-                         " hub's field names, or pip install datasets to fetch it from the hub") from None
+                         " hub's field names (data/questions has a few), or pip install datasets to fetch it"
+                         " from the hub") from None
     try:
         lines = datasets.load_dataset(*hub, split=split)
         return [(f"{name}, {split} {i}", dict(line)) for i, line in enumerate(lines)]

@@ -418,7 +418,7 @@ def test_the_threshold_is_a_dial(tiny, tmp_path):
     with pytest.raises(InputError, match="0.300 to 0.900, not 0.95"):
         load_routers(model, path, 0.95)
     save_routers(model, path)
-    with pytest.raises(InputError, match="no capacity, not 0.5"):
+    with pytest.raises(InputError, match="was not calibrated"):
         load_routers(model, path, 0.5)
 
 
