@@ -161,7 +161,7 @@ def test_the_mode_alone_says_whether_to_mask_or_to_skip(granularity, tiny):
 def test_an_override_forces_decisions(granularity, tiny):
     model = routed(tiny, granularity)
     for skip in mindskips(model).values():
-        skip.override = router.closed
+        skip.override = router.close_all
     with torch.no_grad():
         model(tokens(), LENGTHS, PROMPTS)
         assert capacity(model) == 0
