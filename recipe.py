@@ -122,9 +122,8 @@ def choose(name, granularity, **values):
     method; with those of the values replaced that are not None."""
     given = {key: value for key, value in values.items() if value is not None}
     wanted = replace(RECIPES[name], **given)
-    at_sequence_level = granularity.endswith("sequence")
     recipe = RECIPES[name]
-    if recipe is DEFAULT and at_sequence_level:
+    if recipe is DEFAULT and granularity.endswith("sequence"):
         recipe = SEQUENCE
         if can_measure_harm(wanted, granularity) and given.get("method") in (None, "harm"):
             recipe = BY_HARM

@@ -139,7 +139,7 @@ def run_alone(skip, x, ctx, h, is_open):
         skip.count(len(rows), ctx)
         if len(rows) == 0:
             return x
-        step = open_keys(ctx.cache, skip).step(rows, select_rows(ctx, rows))
+        step = open_keys(ctx.cache)[skip].step(rows, select_rows(ctx, rows))
         return x.index_copy(0, rows, skip.run(x[rows], step, h[rows]))
 
     is_open = is_open & (torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None])
@@ -156,8 +156,7 @@ def run_alone(skip, x, ctx, h, is_open):
     shorter = replace(ctx, cos=ctx.cos[columns][:, None], sin=ctx.sin[columns][:, None], lengths=n,
                       host_lengths=host_n, mask=mask)
     if ctx.cache is not None:
-        shorter.cache = open_keys(ctx.cache, skip)
-        shorter.cache.start(columns, host_n, x)
+        shorter.cache = open_keys(ctx.cache)[skip] = OpenKeys(ctx.cache, skip.attn, columns, host_n)
     if not any(host_n):
         return x
     at = columns[..., None].expand(-1, -1, x.shape[2])                   # (B, N, C)
@@ -175,24 +174,20 @@ def hide_closed(ctx, gate, dtype):
     return replace(ctx, mask=mask + gate.clamp(min=1e-30).log().to(dtype)[:, None, None])   # (B, 1, T, T)
 
 
-def open_keys(cache, skip):
-    """The OpenKeys of a sublayer, carried by a generation's cache."""
-    by_skip = vars(cache).setdefault("open_keys", {})
-    return by_skip.setdefault(skip, OpenKeys(cache, skip.attn))
+def open_keys(cache):
+    """{MindSkip: its OpenKeys}, carried by a generation's cache."""
+    return vars(cache).setdefault("open_keys", {})
 
 
 class OpenKeys:
     """Keys and values of a layer's open tokens, of row b in its first n[b] columns. It stands in the place of
     the generation's cache, whose lists hold its memory."""
 
-    def __init__(self, cache, attn):
-        self.cache, self.attn, self.layer = cache, attn, attn.layer
-
-    def start(self, columns, n, x):
-        """A prompt x (B, T, C), whose open tokens are at `columns` (B, N), n (a list) of each row."""
-        self.positions, self.n = columns, n
-        for memory in self.cache.k, self.cache.v:
-            memory[self.layer] = x.new_zeros(len(x), self.attn.n_kv_head, 0, self.attn.head_dim)
+    def __init__(self, cache, attn, columns, n):
+        """Of a prompt whose open tokens are at `columns` (B, N), n (a list) of each row."""
+        self.cache, self.layer, self.positions, self.n = cache, attn.layer, columns, n
+        for memory in cache.k, cache.v:
+            memory[self.layer] = attn.qkv.weight.new_zeros(len(n), attn.n_kv_head, 0, attn.head_dim)
 
     def step(self, rows, ctx):
         """The Context of a step in which some rows, given by their indices (R,), are open."""

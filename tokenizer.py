@@ -46,14 +46,14 @@ class TokenizersFile:
         self.inner.no_padding()
         known = [text for text in marks if text and self.inner.token_to_id(text) is not None]
         self.inner.add_special_tokens(known)
-        self.spec, self.added = spec, self.inner.get_added_tokens_decoder()          # {id: AddedToken}
-        self.special = {token.content: i for i, token in self.added.items() if token.special}
+        added = self.inner.get_added_tokens_decoder()                                # {id: AddedToken}
+        self.spec, self.special = spec, {token.content: i for i, token in added.items() if token.special}
         self.id_of = {}                          # ids that stand for others, see `renamed`
 
     def renamed(self, names):
         """The same tokenizer with other texts for its special tokens: names, {text: other text}."""
         copy = TokenizersFile(self.spec | {"added_tokens": []})
-        for i, token in sorted(self.added.items()):
+        for i, token in sorted(self.inner.get_added_tokens_decoder().items()):
             token.content = names.get(token.content, token.content)
             copy.inner.add_tokens([token])
             copy.id_of[copy.inner.token_to_id(token.content)] = i

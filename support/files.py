@@ -156,14 +156,20 @@ def cache_folder():
         raise InputError("there is no home folder to keep files in; set HOME or XDG_CACHE_HOME") from None
 
 
+def lock(file, wait=True):
+    """Lock an open file until it is closed, or its process ends. BlockingIOError where another has it and
+    this one does not wait; nothing where the system has no such locks."""
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 @contextmanager
 def locked(path):
     """Within it no other process holds the lock `path`, a file that is made for it and stays."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab")
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file)
     except OSError as e:
         raise InputError(f"{path}: cannot be locked ({reason(e)})") from None
     with file:

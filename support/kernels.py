@@ -67,13 +67,15 @@ class Linear(nn.Linear):
 
     def forward(self, x, start=0, end=None):
         """F.linear; start, end: only these outputs."""
-        outputs = slice(start, end)
-        bias = None if self.bias is None else self.bias[outputs]
+        weight, bias = self.weight, self.bias
+        if (start, end) != (0, None):            # a slice of all would be a copy more in the backward pass
+            weight = weight[start:end]
+            bias = None if bias is None else bias[start:end]
         if self.packed is None:
-            return linear(x, self.weight[outputs], bias)
+            return linear(x, weight, bias)
         if (start, end) not in self.packed:
-            part = self.weight.detach()[outputs]
-            self.packed[start, end] = torch.ops.mkldnn._reorder_linear_weight(part, self.rows)
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.rows)
+            self.packed[start, end] = packed
         return onednn_linear(x, self.packed[start, end], bias)
 
 

@@ -15,12 +15,8 @@ from tqdm import tqdm
 
 from support.checked import json_of, number_of, tensor_of
 from support.cli import check_destinations
+from support.files import lock
 from weights import InputError, open_safetensors, write_file
-
-try:
-    import fcntl
-except ImportError:                                  # where there is none, runs are not kept apart
-    fcntl = None
 
 FILES = "metrics.jsonl", "checkpoint.safetensors", "routers.safetensors"
 SAME_ON_RESUME = ("model", "dtype", "seed", "data", "granularity", "layers", "capacity", "recipe", "gate",
@@ -99,8 +95,7 @@ class Run:
             raise InputError(f"{self.metrics}: cannot be written ({e.strerror}); name another --out") \
                 from None
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, wait=False)
         except BlockingIOError:
             raise InputError(f"--out {self.out}: another run is writing there; wait until it ends, or give"
                              " another --out") from None

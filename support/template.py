@@ -112,7 +112,9 @@ class ChatTemplate:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, after = self.beginning(messages[:i], True), self.beginning(messages[:i + 1], False)
+            before, after = self.beginning(messages[:i], True), text
+            if i + 1 < len(messages):
+                after = self.beginning(messages[:i + 1], False)
             if before and after and text.startswith(after) and after.startswith(before):
                 spans.append((len(before), len(after)))
                 continue

@@ -197,7 +197,7 @@ def test_two_runs_at_once(server, short, call, tmp_path):
 
 
 def test_without_locks_it_works(short, call, tmp_path, monkeypatch):
-    monkeypatch.setattr("support.run.fcntl", None)
+    monkeypatch.setattr("support.files.fcntl", None)
     assert call(main, *short, "--steps", 1)[0] == 0
 
 
