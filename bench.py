@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses import LOSSES, backward
 from model import Cache, Config, Llama, run_layers, sample
-from recipe import price_overall
+from recipe import overall_penalty
 from router import (
     GRANULARITIES,
     add_routers,
@@ -61,7 +61,8 @@ SHAPES = {
     "mistral-7b": Config(32, 32, 8, 4096, 14336, 32000, 128, 32768),
     "llama3-8b": Config(32, 32, 8, 4096, 14336, 128256, 128, 8192, rope_theta=5e5),
 }
-STEPS = 16      # tokens decoded in one measurement
+STEPS = 16      # tokens decoded in one measurement,
+UNTIMED = 4     # after as many others: the first ones lay out weights, or capture a graph
 FIELDS = ("phase", "variant", "granularity", "capacity", "batch", "context", "ms", "tokens_per_s", "speedup",
           "limit", "efficiency", "of_peak", "peak_bytes", "cache_bytes")
 
@@ -209,15 +210,17 @@ class Variant:
     @torch.no_grad()
     def decode(self):
         model, idx = self.model, self.args.text[:self.batch, :self.context]
-        cache = Cache(model.config, self.context + STEPS)
+        cache = Cache(model.config, self.context + UNTIMED + STEPS)
         token = sample(self.first_token(idx, cache))
 
-        def steps(step, token):
-            for i in range(STEPS):
-                x = step(token, [self.context + i] * self.batch)
+        def steps(step, token, start, n):
+            for i in range(n):
+                x = step(token, [self.context + start + i] * self.batch)
                 token = sample(model.head(model.norm(x)))
+            return token
         with stepper(model, cache, self.batch) as step:
-            seconds = self.time(lambda: steps(step, token))
+            token = steps(step, token, 0, UNTIMED)
+            seconds = self.time(lambda: steps(step, token, UNTIMED, STEPS))
         self.cache_bytes = cache.bytes()
         return seconds / STEPS
 
@@ -231,13 +234,14 @@ class Variant:
 
         def step():
             if self.name == "train_routers":
-                penalty = functools.partial(price_overall, model, 1.0, None)
+                penalty = functools.partial(overall_penalty, model, 1.0, None)
                 backward(model, batch, self.args.loss, 1 / len(batch.targets), penalty)
             else:
                 ctx = model.context(batch.idx, batch.lengths)
                 x = run_layers(model.layers, model.embed(batch.idx), ctx)
                 logits = model.head(model.norm(x)[batch.scored])
-                (F.cross_entropy(logits.float(), batch.targets) + price_overall(model, 1.0, None)).backward()
+                loss = F.cross_entropy(logits.float(), batch.targets)
+                (loss + overall_penalty(model, 1.0, None)).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return self.time(step)
@@ -275,11 +279,13 @@ class Transformers(Variant):
         idx = self.args.text[:self.batch, :self.context]
         out = self.args.theirs(idx, use_cache=True, logits_to_keep=1)
 
-        def steps(out):
-            for _ in range(STEPS):
+        def steps(out, n):
+            for _ in range(n):
                 token = sample(out.logits[:, -1])[:, None]
                 out = self.args.theirs(token, past_key_values=out.past_key_values, use_cache=True)
-        return self.time(lambda: steps(out)) / STEPS
+            return out
+        out = steps(out, UNTIMED)
+        return self.time(lambda: steps(out, STEPS)) / STEPS
 
 
 def make_variants(model, args, phase, batch, context):
@@ -387,7 +393,7 @@ def needed(c, args):
     q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
     layer = c.n_embd * (2 * q + 2 * kv + 3 * c.intermediate)
     weights = (c.n_layer * layer + c.vocab_size * c.n_embd * (1 if c.tie_embeddings else 2)) * item
-    tokens = batch * (context + STEPS)
+    tokens = batch * (context + UNTIMED + STEPS)
     total = weights + 2 * c.n_layer * kv * tokens * item
     wide = tokens * (4 * c.n_embd + 2 * q + 2 * kv + 4 * c.intermediate) * item           # alive in one layer
     if "train" in args.phase:                     # gradients, AdamW's two moments, every layer, logits
@@ -525,7 +531,7 @@ def main():
     if args.static > config.n_layer:
         raise InputError(f"--static {args.static}: this model has {config.n_layer} layers")
     args.removed = [i * config.n_layer // args.static for i in range(args.static)]
-    longest = max(args.context) + (STEPS if "decode" in args.phase else 0)
+    longest = max(args.context) + (UNTIMED + STEPS if "decode" in args.phase else 0)
     if longest > config.max_context:
         raise InputError(f"--context {max(args.context)}: {longest} tokens do not fit the model's context of"
                          f" {config.max_context}")

@@ -48,7 +48,7 @@ def log_probabilities(model, x):
     return model.head(model.norm(x)).float().log_softmax(-1)
 
 
-def two_passes(model, batch, teacher=None):
+def hidden_states(model, batch, teacher=None):
     """The residual stream where a next token is scored, (N, C): of the routed model, and of the dense
     `teacher` (None without one). A model can be its own teacher: what lies below its first router then serves
     both."""
@@ -73,10 +73,10 @@ def backward(model, batch, loss, weight=1.0, regularizer=None, teacher=None):
 
     loss: a name in LOSSES. regularizer: a function without arguments, called after the forward pass; its
     result, a scalar computed from the gates, is differentiated too, but is not in what is returned. teacher:
-    the dense model, if not the model.
+    the dense model (default: the model with its gates bypassed).
     """
     teacher = teacher or model
-    x, reference = two_passes(model, batch, teacher if reads_dense(loss) else None)
+    x, reference = hidden_states(model, batch, teacher if reads_dense(loss) else None)
     leaf, total = x.detach().requires_grad_(), 0.0
     for start in range(0, len(leaf), CHUNK):
         chunk = slice(start, start + CHUNK)
@@ -126,7 +126,7 @@ def evaluate(model, batches, teacher=None):
     teacher = teacher or model
     sums, tokens, usage = torch.zeros(3, dtype=torch.float64), 0, Usage(model)
     for batch in batches:
-        x, reference = two_passes(model, batch, teacher)
+        x, reference = hidden_states(model, batch, teacher)
         for start in range(0, len(x), CHUNK):
             chunk = slice(start, start + CHUNK)
             targets = batch.targets[chunk]

@@ -7,7 +7,7 @@ Notable:
 - rows of a batch may have different lengths: they are padded on the right, where causal attention never looks
 - grouped-query attention, Llama 3.1's rope scaling, Mistral's sliding window, Qwen2's bias on q, k and v,
   Qwen3's norm on q and k, tied or untied head
-- support/kernels.py and support/graph.py compute what the plain PyTorch calls do, sooner
+- support/kernels.py and support/graph.py compute what the plain PyTorch calls do, faster
 
 Shapes: B rows, T columns (tokens), S keys, C n_embd, H n_head, K n_kv_head, D head_dim, V vocabulary.
 """
@@ -82,7 +82,7 @@ def rope_frequencies(config):
     if r and "factors" in r:
         return freq / torch.tensor(r["factors"])
     if r:                     # slow pairs turn `factor` times slower, fast ones as before, a ramp between
-        turns = r["original_max_position_embeddings"] * freq / (2 * math.pi)   # within the first context
+        turns = r["original_max_position_embeddings"] * freq / (2 * math.pi)   # in the context before scaling
         ramp = (turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])
         ramp = ramp.clamp(0, 1)
         freq = freq * (ramp + (1 - ramp) / r["factor"])
@@ -313,8 +313,8 @@ class Llama(nn.Module):
                        end=end)
 
     def ragged_context(self, cache, positions, end):
-        """The same for any positions (B,), by a mask over the keys below `end`, which lies above all of them.
-        The host needs only `end`, so that support/graph.py can run one captured step at other positions."""
+        """As step_context, at any positions (B,): a mask hides what of the `end` keys comes later. The host
+        needs only `end`, so that support/graph.py can run one captured step at other positions."""
         window, B = self.config.sliding_window, len(positions)
         query, key = positions[:, None, None, None], torch.arange(end, device=positions.device)
         visible = key <= query                                                # (B, 1, 1, end)

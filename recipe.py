@@ -1,12 +1,12 @@
 """What a tuning run is made of, as values: PAPER, the published recipe, and DEFAULT, ours.
 
 A Recipe is data: `train_router.py --recipe paper|default` takes one of the two, and a flag such as --loss or
---steps replaces one value of it (where DEFAULT is not meant for the granularity, the loss or what trains,
-`choose` takes another form of it first).
+--steps replaces one value of it. DEFAULT has other forms for other granularities, losses and methods: see
+`default_for`. The small objects that a run needs besides are here too: the ramp, the penalty on capacity, the
+text that the model writes, the calibration of the threshold. docs/METHOD.md says why each is as it is.
 
-The small objects that the values name are here too: the ramp, the price of
-capacity, the text that the model writes, the calibration of the threshold. docs/METHOD.md says why each is as
-it is.
+Method "harm" (harm.py) takes no gradient: the KL that closing each gate adds is measured, and the routers are
+fitted to it by ridge regression.
 """
 import math
 from dataclasses import dataclass, replace
@@ -22,22 +22,22 @@ from support.data import PLAIN_PROMPT, Batch, Sample, alternating, epochs, pack,
 from support.own_text import write_text
 
 OWN_TEXTS, OWN_TOKENS = 96, 256       # texts that the model writes, and tokens of each
-CALIBRATION_SAMPLES = 24              # training samples, and texts, for the threshold at token level
-CALIBRATION_LOGITS = -0.5, -0.25, -0.12, 0, 0.12, 0.25, 0.5       # of the threshold
+CALIBRATION_SAMPLES = 24              # training samples, and texts, for the threshold
+CALIBRATION_LOGITS = 0.5, 0.25, 0.12, 0, -0.12, -0.25, -0.5       # of the threshold
 
 
 # ---------------------------------------------------------------------------------------------- regularizers
-def price_overall(model, price, target):
-    """price * overall capacity. The target is not used: a Price moves until it is met."""
-    return price * overall_capacity(open_shares(model), model.config.n_layer)
+def overall_penalty(model, penalty, target):
+    """penalty * overall capacity. The target is not used: a Penalty moves until it is met."""
+    return penalty * overall_capacity(open_shares(model), model.config.n_layer)
 
 
-def excess_per_layer(model, price, target):
-    """The paper's: price * the sum over routed layers of relu(c - c*), with c the layer's mean gate in the
+def excess_penalty(model, penalty, target):
+    """The paper's: penalty * the sum over routed layers of relu(c - c*), with c the layer's mean gate in the
     batch and c* the share of open gates that gives the overall capacity."""
     shares = open_shares(model)
     routed_target = routed_share(target, len(shares), model.config.n_layer)
-    return price * sum(torch.relu(share - routed_target) for share in shares)
+    return penalty * sum(torch.relu(share - routed_target) for share in shares)
 
 
 # --------------------------------------------------------------------------------------------------- recipes
@@ -52,7 +52,7 @@ class Recipe:
     method: str                         # "ramp" or "straight-through": gradient of the gates; "harm": harm.py
     # of those below "harm" uses falls_until, learns_own_text, calibrates, and how many steps and tokens
     regularizer: callable               # (model, lambda, target capacity) -> what is added to the loss
-    penalty: float                      # lambda, the price of capacity, at first
+    penalty: float                      # lambda, the penalty on capacity, at first
     moves_penalty: bool                 # whether lambda follows the capacity, by dual ascent
     falls_until: float                  # the target falls from 1 to --capacity over this share of the steps
     learns_own_text: bool               # whether text that the model writes is learned from too
@@ -96,13 +96,13 @@ class Recipe:
 
 PAPER = Recipe(
     name="paper", gate="unbiased", pool="all", kv="all", loss="ce", train="routers",
-    method="straight-through", regularizer=excess_per_layer, penalty=0.0, moves_penalty=False,
+    method="straight-through", regularizer=excess_penalty, penalty=0.0, moves_penalty=False,
     falls_until=0.0, learns_own_text=False, calibrates=False, lr=1e-5, bias_lr=None, model_lr=1e-5,
     betas=(0.9, 0.999), warmup=0.03, final_lr=0.0, clip=1.0, epochs=1, step_samples=64)
 
 DEFAULT = Recipe(
     name="default", gate="linear", pool="prompt", kv="all", loss="kl", train="routers", method="ramp",
-    regularizer=price_overall, penalty=2.0, moves_penalty=True, falls_until=0.5,
+    regularizer=overall_penalty, penalty=2.0, moves_penalty=True, falls_until=0.5,
     learns_own_text=True, calibrates=True, lr=0.002, bias_lr=None, model_lr=1e-5, betas=(0.9, 0.95),
     warmup=0.05, final_lr=0.02, clip=None, steps=160)
 
@@ -117,23 +117,28 @@ ONLY_BIASES = replace(DEFAULT, bias_lr=0.02)
 RECIPES = {"paper": PAPER, "default": DEFAULT}
 
 
+def default_for(granularity, loss="kl", train="routers", method=None):
+    """DEFAULT, or the form of it for this granularity and these values, where they are given."""
+    if granularity.endswith("token"):
+        return ONLY_BIASES if train == "bias" else DEFAULT
+    if method in (None, "harm") and can_measure_harm(granularity, loss, train):
+        return BY_HARM
+    return SEQUENCE
+
+
+def can_measure_harm(granularity, loss, train):
+    return granularity.endswith("sequence") and loss == "kl" and train != "all"
+
+
 def choose(name, granularity, **values):
-    """The recipe of a run: PAPER, or DEFAULT, or what stands in its place for this granularity, loss and
-    method; with those of the values replaced that are not None."""
+    """The recipe of a run: PAPER or a form of DEFAULT, with those of the values replaced that are not
+    None."""
     given = {key: value for key, value in values.items() if value is not None}
-    wanted = replace(RECIPES[name], **given)
     recipe = RECIPES[name]
-    if recipe is DEFAULT and granularity.endswith("sequence"):
-        recipe = SEQUENCE
-        if can_measure_harm(wanted, granularity) and given.get("method") in (None, "harm"):
-            recipe = BY_HARM
-    elif recipe is DEFAULT and wanted.train == "bias":
-        recipe = ONLY_BIASES
+    if recipe is DEFAULT:
+        form_of = {key: given[key] for key in ("loss", "train", "method") if key in given}
+        recipe = default_for(granularity, **form_of)
     return replace(recipe, **given)
-
-
-def can_measure_harm(recipe, granularity):
-    return granularity.endswith("sequence") and recipe.loss == "kl" and recipe.train != "all"
 
 
 # --------------------------------------------------------------------------------------------- their objects
@@ -148,25 +153,27 @@ def ramp(score, threshold, width):
     return torch.sigmoid((torch.logit(score, 1e-6) - math.log(threshold / (1 - threshold))) / width)
 
 
-class Price:
-    """Lambda by dual ascent with damping. Where capacity exceeds its target by e, the level moves slowly, l
-    <- max(0, l + 0.5 e), and the price that is paid answers at once: max(0, l + 10 e)."""
+class Penalty:
+    """Lambda, moved by dual ascent with damping. Where capacity exceeds its target by e, the level integrates
+    it, level <- max(0, level + 0.5 e), and the value, with which a step is penalized, answers at once: value
+    = max(0, level + 10 e)."""
 
     def __init__(self, first, moves=True):
-        self.level = self.now = first
+        self.level = self.value = first
         self.moves = moves
 
     def update(self, excess):
         if self.moves:
             self.level = max(0.0, self.level + 0.5 * excess)
-            self.now = max(0.0, self.level + 10 * excess)
+            self.value = max(0.0, self.level + 10 * excess)
 
 
 def own_text(model, recipe, samples, seed, path=None):
     """What the dense model writes after random first tokens, as in LLM-QAT (arXiv 2305.17888): text of
     another kind than the training samples, whose labels, the dense model's probabilities, are known.
 
-    Returns (token ids (n, T) to calibrate on, Samples to learn from), None where the recipe uses none.
+    Returns (token ids (n, T) to calibrate on, Samples to learn from), each None where the recipe does not use
+    it.
     path: see write_text.
     """
     learns = recipe.learns_own_text and reads_dense(recipe.loss)
@@ -229,7 +236,7 @@ def calibration_batches(gates_read_prompts, samples, own_ids, tokens, device):
     else:
         samples = samples[:CALIBRATION_SAMPLES]
         own_samples = pieces(own_ids, own_ids.shape[1])
-    return [[Batch.of(group, device) for group in pack(kind, tokens)] for kind in (samples, own_samples)]
+    return [[Batch.of(group, device) for group in pack(source, tokens)] for source in (samples, own_samples)]
 
 
 def calibrate(model, samples, own_ids, capacity, tokens):
@@ -237,7 +244,8 @@ def calibrate(model, samples, own_ids, capacity, tokens):
     measured.
 
     samples: of the training data; own_ids: token ids (n, T) that the model wrote, with equal weight, since
-    other text opens other gates. First a grid of thresholds, then bisection. The head does not run.
+    other text opens other gates. First a grid of thresholds, then 4 to 10 steps of bisection. Logits are not
+    computed.
     """
     model.eval()
     skips = list(mindskips(model).values())
@@ -256,7 +264,7 @@ def calibrate(model, samples, own_ids, capacity, tokens):
 
     low, high = -4, 4
     with tqdm(total=len(CALIBRATION_LOGITS) + 4, desc="calibration", unit="threshold", leave=False) as bar:
-        for logit in sorted(CALIBRATION_LOGITS, reverse=True):
+        for logit in CALIBRATION_LOGITS:
             if try_threshold(logit):
                 low = max(low, logit)
             else:

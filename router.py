@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from skipping import hide_closed, open_rows, run_alone, run_rows, run_tokens
+from skipping import mask_closed_keys, open_rows, run_open_only, run_rows, run_tokens
 from support.checked import open_router_file, tensor_of
 from support.cli import parse_layers
 from support.kernels import recomputed
@@ -93,7 +93,7 @@ class MindSkip(nn.Module):
         self.sublayer, self.threshold, self.gate_name = sublayer, threshold, gate
         self.router = GATES[gate](n_embd, self.scope, pool).to(next(sublayer.parameters()).device)
         self.estimator = straight_through    # (score, threshold) -> the gate in training, with its gradient
-        self.override = None                 # (score, ctx) -> the scores to use instead: forces decisions
+        self.override = None                 # (score, ctx) -> the scores to use instead, where a gate decides
         self.bypass = False                  # True: the dense model; no score is computed
         self.opened = self.seen = None       # sum of the gates since the last prompt, and their number
         self.trace = None                    # a list: collects the decisions of every pass
@@ -121,7 +121,7 @@ class MindSkip(nn.Module):
         if self.training:
             return self.run_gated(x, ctx, h, score)
         if self.scope == "token":
-            run = run_alone if self.kv == "open" else run_tokens
+            run = run_open_only if self.kv == "open" else run_tokens
             return run(self, x, ctx, h, is_open)
         rows = is_open.nonzero().squeeze(1)                              # the one wait for the device
         self.count(len(rows), ctx)
@@ -152,7 +152,7 @@ class MindSkip(nn.Module):
             is_real = torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
             self.count((gate * is_real).sum(), ctx)
             if self.kv == "open":
-                ctx = hide_closed(ctx, gate, x.dtype)
+                ctx = mask_closed_keys(ctx, gate, x.dtype)
             gate = gate[..., None]                                       # (B, T, 1)
         else:
             self.count(gate.sum(), ctx)

@@ -2,7 +2,7 @@
 
     run_rows      one gate per sequence: closed rows compute nothing and store nothing
     run_tokens    one gate per token, kv="all": closed tokens have a key and a value, and nothing else
-    run_alone     one gate per token, kv="open": closed tokens take no part, as in Mixture of Depths. The open
+    run_open_only one gate per token, kv="open": closed tokens take no part, as in Mixture of Depths. The open
                   ones of a row are a shorter sequence, whose tokens keep their positions in the text
 
 `skip` is the MindSkip (router.py), x (B, T, C) the residual stream before its sublayer and h = norm(x). What
@@ -39,9 +39,11 @@ def run_rows(skip, x, ctx, rows, h=None):
 
 
 def select_rows(ctx, rows):
-    """The Context of some rows of the batch, given by their indices (n,)."""
+    """The Context of some rows of the batch, given by their indices (n,), as a sublayer reads it: what the
+    host knows of lengths stays that of all rows."""
     def select(t):
-        has_rows = t is not None and t.dim() in (1, 4) and len(t) > 1    # (B,), (B, 1, T, D) or (B, 1, T, S)
+        # (B,), (B, 1, T, D) or (B, 1, T, S); a first dimension of 1 is of all rows, (T, D) has none
+        has_rows = t is not None and t.dim() in (1, 4) and len(t) > 1
         return t[rows] if has_rows else t
     names = "cos", "sin", "mask", "lengths", "prompt_lengths", "positions"     # the tensors that are per row
     return replace(ctx, **{name: select(getattr(ctx, name)) for name in names})
@@ -101,16 +103,15 @@ def queries(attn, h, ctx, at):
     if attn.q_norm:
         q = attn.q_norm(q)
     T = ctx.cos.shape[-2]
-    where = at % T                                                                      # of cos (T, D)
-    if ctx.cos.dim() == 4:                                                              # (B, 1, T, D)
-        where = at // T, 0, where
-    return rotate(q, ctx.cos[where], ctx.sin[where])
+    row, column = at // T, at % T
+    index = column if ctx.cos.dim() == 2 else (row, 0, column)              # of (T, D) or (B, 1, T, D)
+    return rotate(q, ctx.cos[index], ctx.sin[index])
 
 
 def defer_keys(skip, h, ctx, n_open):
     """Let the keys and values of a step of generation wait in the cache if no token is open. Those that wait
     are computed together, in one product, before a step that has open tokens, or when there are WAITING.
-    Returns whether this step's wait, or did."""
+    Returns whether no token is open, so that nothing else is to be done in this step."""
     waiting = vars(ctx.cache).setdefault("waiting", defaultdict(list))[skip]            # [(h, ctx) of a step]
     if n_open == 0:
         waiting.append((h, ctx))
@@ -132,7 +133,7 @@ def compute_waiting(attn, waiting):
 
 
 # ----------------------------------------------------------------------- gates of tokens, keys of open tokens
-def run_alone(skip, x, ctx, h, is_open):
+def run_open_only(skip, x, ctx, h, is_open):
     """The sublayer on the open tokens only, is_open (B, T), which attend to open tokens only."""
     if ctx.decoding:
         rows = is_open.squeeze(1).nonzero().squeeze(1)                   # the one wait for the device
@@ -165,7 +166,7 @@ def run_alone(skip, x, ctx, h, is_open):
     return x.scatter(1, at, torch.where(is_real[..., None], y, open_x))
 
 
-def hide_closed(ctx, gate, dtype):
+def mask_closed_keys(ctx, gate, dtype):
     """The Context of a training pass in which closed tokens take no part: log g, gate (B, T), is added to the
     scores of a token's key."""
     T, mask = gate.shape[1], ctx.mask
@@ -180,20 +181,21 @@ def open_keys(cache):
 
 
 class OpenKeys:
-    """Keys and values of a layer's open tokens, of row b in its first n[b] columns. It stands in the place of
-    the generation's cache, whose lists hold its memory."""
+    """The cache of one layer for its open tokens alone: those of row b are in slots 0 to n[b] - 1, and
+    positions[b, slot] is where the token stands in the text. Its tensors (B, K, slots, D) are in the lists of
+    the generation's cache. A step of generation calls `step`, then the attention calls `store`."""
 
     def __init__(self, cache, attn, columns, n):
         """Of a prompt whose open tokens are at `columns` (B, N), n (a list) of each row."""
         self.cache, self.layer, self.positions, self.n = cache, attn.layer, columns, n
-        for memory in cache.k, cache.v:
+        for memory in cache.k, cache.v:                                  # a prompt may open no token
             memory[self.layer] = attn.qkv.weight.new_zeros(len(n), attn.n_kv_head, 0, attn.head_dim)
 
     def step(self, rows, ctx):
         """The Context of a step in which some rows, given by their indices (R,), are open."""
         self.rows, host_rows = rows, rows.tolist()
-        columns = [self.n[row] for row in host_rows]                     # where they write
-        self.columns, end = torch.tensor(columns, device=rows.device), max(columns) + 1
+        slots = [self.n[row] for row in host_rows]                       # where they write
+        self.slots, end = torch.tensor(slots, device=rows.device), max(slots) + 1
         for row in host_rows:
             self.n[row] += 1
         keys, values = self.cache.k, self.cache.v
@@ -202,13 +204,13 @@ class OpenKeys:
                 memory[self.layer] = F.pad(memory[self.layer], (0, 0, 0, GROWTH))
         if end > self.positions.shape[1]:
             self.positions = F.pad(self.positions, (0, GROWTH))
-        self.positions[rows, self.columns] = ctx.end - 1 if ctx.positions is None else ctx.positions
+        self.positions[rows, self.slots] = ctx.end - 1 if ctx.positions is None else ctx.positions
         mask, dtype = ctx.mask, keys[self.layer].dtype
         if mask is not None:                                             # of all positions, (R or 1, 1, 1, S)
             of_row = mask.expand(len(rows), 1, 1, -1)
             mask = of_row.gather(3, self.positions[rows, None, None, :end])
-        if min(columns) < max(columns):
-            is_key = torch.arange(end, device=rows.device) <= self.columns[:, None, None, None]
+        if min(slots) < max(slots):
+            is_key = torch.arange(end, device=rows.device) <= self.slots[:, None, None, None]
             own = additive_mask(is_key, dtype)
             mask = own if mask is None else mask + own
         return replace(ctx, cache=self, mask=mask, end=end)
@@ -221,7 +223,7 @@ class OpenKeys:
                 memory[layer] = F.pad(new, (0, 0, 0, GROWTH))
                 stored.append(new)
                 continue
-            memory[layer][self.rows, :, self.columns] = new[:, :, 0]
+            memory[layer][self.rows, :, self.slots] = new[:, :, 0]
             keys = memory[layer][:, :, :ctx.end]
             stored.append(keys if len(self.rows) == len(keys) else keys[self.rows])
         return stored

@@ -6,8 +6,9 @@
     python train_router.py --resume             # go on where Ctrl-C stopped
 
 A run reads its data, makes the recipe (recipe.py), tunes in the one loop below, or by default at sequence
-level in that of harm.py, and prints a table of samples that were held out. By default the threshold is moved
-before, until the capacity is met.
+level in that of harm.py, and prints a table of samples that were held out. Before that table, by default, the
+threshold is calibrated, so that the capacity is met.
+
 --train says which weights learn: the routers'; only their biases, which closes the same layers for all text;
 or all of the model's with its routers, as Mixture of Depths does, which are then kept in out/model.
 """
@@ -25,7 +26,7 @@ import torch
 import harm
 import losses
 from model import Llama
-from recipe import RECIPES, Price, calibrate, can_measure_harm, choose, make_source, own_text
+from recipe import RECIPES, Penalty, calibrate, can_measure_harm, choose, make_source, own_text
 from router import GATES, GRANULARITIES, add_routers, capacity, mindskips, remove_routers, save_routers
 from support.cli import common_arguments, device_and_dtype, number, parse_layers, perplexity
 from support.data import DEFAULT_DATA, HELD_OUT, Batch, pack, read_samples
@@ -41,12 +42,12 @@ FIXED_DATE = datetime(2024, 7, 26)      # for chat templates that print today's:
 # ------------------------------------------------------------------------------------------------------- loop
 def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
     """Tune by gradient. source: for each step a list of (kind of text, Batch); each of the n_kinds has a
-    price of its own, and a step pays the mean over its batches. run: a Run, which says what steps remain and
-    keeps what they give; teacher: see losses.backward."""
+    penalty of its own, and that of a step is the mean over its batches. run: a Run, which says what steps
+    remain and keeps what they give; teacher: see losses.backward."""
     optimizer = make_optimizer(model, recipe)
-    prices = [Price(recipe.penalty, recipe.moves_penalty) for _ in range(n_kinds)]
+    penalties = [Penalty(recipe.penalty, recipe.moves_penalty) for _ in range(n_kinds)]
     if run.checkpoint:
-        restore(model, optimizer, prices, run)
+        restore(model, optimizer, penalties, run)
     for step in run.steps():
         batches = next(source)
         target = recipe.target(step, run.n_steps, capacity_wanted)
@@ -56,12 +57,12 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
             skip.estimator = recipe.gate_estimator(step, run.n_steps)
 
         loss, paid = 0.0, []
-        capacities = [[] for _ in prices]            # of each kind of text: the mean gate of each batch
+        capacities = [[] for _ in penalties]            # of each kind of text: the mean gate of each batch
         for kind, batch in batches:
-            regularizer = partial(recipe.regularizer, model, prices[kind].now / len(batches), target)
+            regularizer = partial(recipe.regularizer, model, penalties[kind].value / len(batches), target)
             loss += losses.backward(model, batch, recipe.loss, weight, regularizer, teacher)
             capacities[kind].append(capacity(model))
-            paid.append(prices[kind].now)
+            paid.append(penalties[kind].value)
 
         run.check_finite(step, float(loss))
         if recipe.clip:
@@ -70,14 +71,14 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
             group["lr"] = recipe.learning_rate(step, run.n_steps, group["peak"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        for price, measured in zip(prices, capacities):
+        for penalty, measured in zip(penalties, capacities):
             if measured:                             # a step need not hold every kind
-                price.update(mean(measured) - target)
+                penalty.update(mean(measured) - target)
 
         run.log(step, loss=float(loss), target=target, capacity=mean(sum(capacities, [])),
                 **{"lambda": mean(paid), "lr": recipe.learning_rate(step, run.n_steps, recipe.lr)})
         if run.is_due(step):
-            run.save(step, tuning_state(model, optimizer, prices))
+            run.save(step, tuning_state(model, optimizer, penalties))
 
 
 def mean(values):
@@ -107,19 +108,20 @@ def make_optimizer(model, recipe):
 
 
 # ------------------------------------------------------------------------------------------------- checkpoint
-def tuning_state(model, optimizer, prices):
-    """{name: tensor} to continue from: what trains, AdamW's moments, the prices."""
-    tensors = {"prices": torch.tensor([[price.level, price.now] for price in prices], dtype=torch.float64)}
+def tuning_state(model, optimizer, penalties):
+    """{name: tensor} to continue from: what trains, AdamW's moments, the penalties."""
+    values = [[penalty.level, penalty.value] for penalty in penalties]
+    tensors = {"penalties": torch.tensor(values, dtype=torch.float64)}
     for name, parameter in trained(model).items():
         state = optimizer.state[parameter]
         tensors |= {name: parameter.detach(), f"{name}.m": state["exp_avg"], f"{name}.v": state["exp_avg_sq"]}
     return tensors
 
 
-def restore(model, optimizer, prices, run):
+def restore(model, optimizer, penalties, run):
     """The inverse of tuning_state."""
-    for price, (level, now) in zip(prices, run.tensor("prices", (len(prices), 2)).tolist()):
-        price.level, price.now = level, now
+    for penalty, (level, value) in zip(penalties, run.tensor("penalties", (len(penalties), 2)).tolist()):
+        penalty.level, penalty.value = level, value
     for name, parameter in trained(model).items():
         value, m, v = (run.tensor(key, parameter.shape) for key in (name, f"{name}.m", f"{name}.v"))
         parameter.data.copy_(value)
@@ -149,7 +151,7 @@ def parse_arguments():
                    help="gradient of the gates: a ramp's or the score's; or harm: regression, no gradient")
     p.add_argument("--steps", type=count)
     p.add_argument("--lr", type=rate, help="learning rate of the routers")
-    p.add_argument("--penalty", type=rate, help="lambda, the price of capacity, to begin with")
+    p.add_argument("--penalty", type=rate, help="lambda, the penalty on capacity, to begin with")
     p.add_argument("--pool", choices=("prompt", "all"), help="what the gate of a sequence reads")
     p.add_argument("--kv", choices=("all", "open"), help="which tokens have keys and values, at token level")
     args = p.parse_args()
@@ -160,19 +162,19 @@ def parse_arguments():
 
 
 def make_recipe(args, n_samples, model):
-    """The Recipe, and in args the values that follow from it. Refuses what does not go together."""
-    keys = "gate", "loss", "train", "method", "lr", "pool", "kv", "steps"
-    values = {key: getattr(args, key) for key in keys}
-    recipe = choose(args.recipe, args.granularity, penalty=args.penalty, **values)
-    has_bias = recipe.gate != "unbiased"
-    if recipe.method == "harm" and not (can_measure_harm(recipe, args.granularity) and has_bias):
+    """The Recipe of the flags; its values, and what follows from them, are written into args. Refuses what
+    does not go together."""
+    keys = "gate", "loss", "train", "method", "lr", "penalty", "pool", "kv", "steps"
+    recipe = choose(args.recipe, args.granularity, **{key: getattr(args, key) for key in keys})
+    has_bias = getattr(GATES[recipe.gate](1, "sequence", recipe.pool), "bias", None) is not None
+    can_measure = can_measure_harm(args.granularity, recipe.loss, recipe.train)
+    if recipe.method == "harm" and not (can_measure and has_bias):
         raise InputError("--method harm: only for gates at sequence level, with a bias, --loss kl and a"
                          " frozen model")
     if recipe.train == "bias" and not has_bias:
-        raise InputError("--train bias: gates of the kind 'unbiased' have none; add --gate linear")
+        raise InputError("--train bias: gates of the kind {recipe.gate!r} have none; add --gate linear")
     for key in keys:
         setattr(args, key, getattr(recipe, key))
-    args.penalty = recipe.penalty
     args.steps = recipe.steps or recipe.epochs * math.ceil(n_samples / recipe.step_samples)
     on_cuda = model.embed.weight.device.type == "cuda"
     first_router = min(parse_layers(args.layers, model.config.n_layer))
@@ -182,7 +184,7 @@ def make_recipe(args, n_samples, model):
 
 
 def check(args, n_layer):
-    """Refuse an impossible capacity before any work is done."""
+    """Refuse an impossible capacity before the tuning."""
     n_free = n_layer - len(parse_layers(args.layers, n_layer))
     if not 0 < args.capacity <= 1:
         raise InputError(f"--capacity should be above 0 and at most 1; it is {args.capacity}")
@@ -241,7 +243,7 @@ def main():
         teacher = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False)
 
     source, n_kinds = make_source(recipe, train_set, own_samples, args, device)
-    for _ in range(run.start):                       # the data of the steps that were done before
+    for _ in range(run.start):                       # skip the data of the steps that are done
         next(source)
     if recipe.method == "harm":
         harm.tune(model, source, recipe, args.capacity, run)

@@ -1,4 +1,4 @@
-"""The products and the attention of the model, sooner: every function equals a plain PyTorch call.
+"""The products and the attention of the model, faster: every function equals a plain PyTorch call.
 
     here                      the plain form
     Linear, linear            F.linear

@@ -159,8 +159,8 @@ def test_checkpoints(arguments, call, tmp_path, tiny, monkeypatch):
     def work():
         opened = run.Run(args, settings, None)
         optimizer = train_router.make_optimizer(model, recipe)
-        prices = [train_router.Price(1.0)]
-        train_router.restore(model, optimizer, prices, opened)
+        penalties = [train_router.Penalty(1.0)]
+        train_router.restore(model, optimizer, penalties, opened)
         assert 0 < opened.start <= 3 and all(p.isfinite().all() for p in train_router.trained(model).values())
     for i in range(N):
         write_mutated(rng, path, tensors, meta)

@@ -7,7 +7,7 @@ from conftest import open_gates_at_random
 
 import losses
 from model import Llama
-from recipe import price_overall
+from recipe import overall_penalty
 from router import add_routers, capacity, dense, mindskips, open_shares
 from support.data import Batch, pack
 
@@ -30,7 +30,7 @@ def test_chunked_backward_equals_the_plain_one(train, kind, layers, tiny, sample
     if train == "all":  # the dense model that it began as
         teacher = Llama.from_pretrained(tiny)
         model.requires_grad_(True)
-    loss = losses.backward(model, batch, kind, weight, partial(price_overall, model, 3.0, None), teacher)
+    loss = losses.backward(model, batch, kind, weight, partial(overall_penalty, model, 3.0, None), teacher)
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
@@ -62,7 +62,7 @@ def test_layers_below_the_first_router_run_once_and_without_a_graph(tiny, sample
 
     for layer in model.layers:
         layer.register_forward_hook(hook)
-    losses.two_passes(model, Batch.of(samples[:4], "cpu"), model)
+    losses.hidden_states(model, Batch.of(samples[:4], "cpu"), model)
     assert runs == [1, 1, 2, 2] and graphs == [False, False, True, True]
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 import losses
 import train_router
 from model import Llama
-from recipe import DEFAULT, PAPER, Price, calibrate, choose, own_text, ramp
+from recipe import DEFAULT, PAPER, Penalty, calibrate, choose, own_text, ramp
 from router import add_routers, capacity, mindskips, straight_through, trace
 from support.data import Batch, pieces, read_samples
 
@@ -248,11 +248,11 @@ def test_the_model_writes_text_to_learn_from(granularity, tiny, samples):
 
 def test_the_price_settles_where_demand_meets_the_target():
     """Capacity that falls as the price rises, with noise: the target is met, at the price that meets it."""
-    price, used = Price(2.0), []
+    price, used = Penalty(2.0), []
     for _ in range(300):
         used.append(1 - 0.1 * price.level + 0.01 * float(torch.randn(())))
         price.update(used[-1] - 0.7)
-        assert price.now >= 0 and price.level >= 0
+        assert price.value >= 0 and price.level >= 0
     assert sum(used[-50:]) / 50 == pytest.approx(0.7, abs=0.005) and price.level == pytest.approx(3, abs=0.1)
 
 

@@ -292,9 +292,9 @@ def test_metrics_that_were_lost_do_not_matter(unfinished, call, tmp_path):
     (lambda meta, tensors: meta.update(arguments="[" * 100000), "its arguments"),
     (lambda meta, tensors: meta.update(arguments="[]"), "its arguments"),
     (lambda meta, tensors: meta.update(arguments="{}"), "another version"),
-    (lambda meta, tensors: tensors.pop("prices"), "tensor prices is missing"),
-    (lambda meta, tensors: tensors.update(prices=torch.zeros(5, 2)), "shape (1, 2)"),
-    (lambda meta, tensors: tensors.update(prices=torch.tensor([[float("nan"), 1]])), "not finite"),
+    (lambda meta, tensors: tensors.pop("penalties"), "tensor penalties is missing"),
+    (lambda meta, tensors: tensors.update(penalties=torch.zeros(5, 2)), "shape (1, 2)"),
+    (lambda meta, tensors: tensors.update(penalties=torch.tensor([[float("nan"), 1]])), "not finite"),
     (lambda meta, tensors: tensors.pop("layers.1.attn.router.bias.m"), "router.bias.m is missing"),
     (lambda meta, tensors: tensors.update({"layers.1.attn.router.weight": torch.zeros(1, 47)}), "(1, 48)"),
 ])

@@ -21,7 +21,7 @@ import sample
 import train_router
 from losses import evaluate
 from model import Llama
-from recipe import DEFAULT, Price, choose
+from recipe import DEFAULT, Penalty, choose
 from router import GRANULARITIES, add_routers, load_routers, mindskips, straight_through
 from support.data import Batch, pack, read_samples
 from support.run import Run
@@ -220,16 +220,16 @@ def test_a_price_moves_once_a_step_by_the_mean_of_its_batches(tiny, monkeypatch)
 
     monkeypatch.setattr(train_router.losses, "backward", backward)
     monkeypatch.setattr(train_router, "capacity", lambda _: next(used))
-    monkeypatch.setattr(train_router, "Price", lambda *a: prices.append(Price(*a)) or prices[-1])
-    prices, batches = [], [(kind, SimpleNamespace(targets=[1, 2])) for kind in (0, 1, 0, 1)]
+    monkeypatch.setattr(train_router, "Penalty", lambda *a: penalties.append(Penalty(*a)) or penalties[-1])
+    penalties, batches = [], [(kind, SimpleNamespace(targets=[1, 2])) for kind in (0, 1, 0, 1)]
     run = SimpleNamespace(checkpoint=None, n_steps=20, steps=lambda: range(1), check_finite=lambda *_: None,
                           log=lambda step, **numbers: lines.append(numbers), is_due=lambda step: False)
     train_router.tune(model, iter([batches]), recipe, 0.75, run, 2)
     assert seen == [(1 / 8, 0.5, recipe.ramp_widths[0])] * 4
-    expected = Price(2.0), Price(2.0)
+    expected = Penalty(2.0), Penalty(2.0)
     expected[0].update(0.8 - 0.75)
     expected[1].update(0.6 - 0.75)
-    for price, one in zip(prices, expected, strict=True):
+    for price, one in zip(penalties, expected, strict=True):
         assert vars(price) == pytest.approx(vars(one), abs=1e-6)
     line, = lines
     assert line["capacity"] == pytest.approx(0.7) and line["lambda"] == 2.0 and line["loss"] == 1.0
