@@ -50,7 +50,6 @@ from support.cli import check_destinations, common_arguments, device_and_dtype, 
 from support.data import DEFAULT_DATA, Batch, Sample
 from support.graph import stepper
 from support.kernels import should_pack
-from support.plot import check_picture, speedups
 from tokenizer import Tokenizer
 from weights import InputError, open_checkpoint, write_file
 
@@ -137,7 +136,9 @@ class Removed(torch.nn.Module):
 
 
 class Variant:
-    """One way to run the model on one input: `run()` does it once and returns its seconds."""
+    """One way to run the model on one input: `run()` does it once and returns its seconds. asked: the
+    capacity to run at (routed if gates are drawn at random, else overall), or the number of attentions to
+    remove."""
 
     def __init__(self, model, args, phase, name, batch, context, granularity=None, asked=None):
         self.model, self.args, self.phase, self.name = model, args, phase, name
@@ -163,9 +164,11 @@ class Variant:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         attentions = {}
-        for i in self.args.removed if self.name == "static" else ():
-            attentions[i], model.layers[i].attn = model.layers[i].attn, Removed()
-            self.capacity = 1 - len(attentions) / len(model.layers)
+        if self.name == "static":
+            self.capacity = 1 - self.asked / len(model.layers)
+            for i in range(self.asked):
+                layer = i * len(model.layers) // self.asked
+                attentions[layer], model.layers[layer].attn = model.layers[layer].attn, Removed()
         seconds = getattr(self, self.phase)()
         for i, attention in attentions.items():
             model.layers[i].attn = attention
@@ -307,8 +310,7 @@ def make_variants(model, args, phase, batch, context):
         variants += [make("routed", granularity, c) for c in asked]
         if "masked" in args.against and phase == "prefill":
             variants.append(make("masked", granularity, asked[0]))
-    if args.removed:
-        variants.append(make("static"))
+    variants += [make("static", asked=n) for n in args.static]
     if "transformers" in args.against:
         variants.append(make("transformers", kind=Transformers))
     return variants
@@ -459,7 +461,7 @@ def machine(args):
             name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "python": platform.python_version(), "dtype": str(args.dtype).removeprefix("torch."),
-            "model": args.model, "gb_per_s": round(args.bandwidth / 1e9, 1),
+            "model": args.model, "kv": args.kv, "gb_per_s": round(args.bandwidth / 1e9, 1),
             "tflop_per_s": round(args.flops / 1e12, 2)}
 
 
@@ -491,19 +493,17 @@ def parse_arguments():
     p.add_argument("--routers", help="a router file: its decisions on real text instead of random ones")
     p.add_argument("--kv", default="all", choices=("all", "open"),
                    help="which tokens have keys and values at token level, without --routers")
-    p.add_argument("--static", type=number(int, 0), default=0, metavar="N",
-                   help="also without N attentions, every so many layers, and without routers")
+    p.add_argument("--static", type=numbers(int, 1), default=[], metavar="N",
+                   help="also without N attentions, evenly spaced, and without routers; one N or several")
     p.add_argument("--random-weights", action="store_true", help=f"for the shapes {', '.join(SHAPES)}")
     p.add_argument("--against", type=words(("transformers", "masked")), default=[])
     p.add_argument("--loss", default="ce", choices=LOSSES, help="of a router-tuning step")
     p.add_argument("--rounds", type=number(int, 2), default=7, help="measurements of each variant")
     p.add_argument("--json", help="write the table there, with the machine's name")
-    p.add_argument("--plot", help="draw speedup against context to this .png file; needs matplotlib")
     args = p.parse_args()
     if "train" in args.phase and not args.granularity:
         raise InputError("--phase train needs a --granularity, that of the routers which train")
     check_destinations(args.json)
-    check_picture(args.plot)
     args.device, args.dtype = device_and_dtype(args.device, args.dtype)
     if args.model is None:
         choose_model(args)
@@ -513,12 +513,10 @@ def parse_arguments():
 
 
 def save(rows, args):
-    """Write --json and --plot: what has been measured so far."""
+    """Write --json: what has been measured so far."""
     if args.json:
         table = {"machine": machine(args), "rows": [{key: row[key] for key in FIELDS} for row in rows]}
         write_file(args.json, json.dumps(table, indent=1).encode())
-    if args.plot:
-        speedups(rows, args.plot)
 
 
 def main():
@@ -528,9 +526,8 @@ def main():
     if not args.random_weights:
         checkpoint = open_checkpoint(args.model)
         config = Config.from_hf(checkpoint.config, checkpoint.path)
-    if args.static > config.n_layer:
-        raise InputError(f"--static {args.static}: this model has {config.n_layer} layers")
-    args.removed = [i * config.n_layer // args.static for i in range(args.static)]
+    if max(args.static, default=0) > config.n_layer:
+        raise InputError(f"--static {max(args.static)}: this model has {config.n_layer} layers")
     longest = max(args.context) + (UNTIMED + STEPS if "decode" in args.phase else 0)
     if longest > config.max_context:
         raise InputError(f"--context {max(args.context)}: {longest} tokens do not fit the model's context of"
@@ -538,7 +535,8 @@ def main():
     check_fit(config, args)
     model, n = make_model(args), max(args.batch) * max(args.context)
     if args.routers:
-        args.granularity = [load_routers(model, args.routers)["granularity"]]
+        meta = load_routers(model, args.routers)
+        args.granularity, args.kv = [meta["granularity"]], meta["kv"]
         ids = Tokenizer.from_pretrained(args.model).encode(DEFAULT_DATA.read_text("utf-8"))
     else:
         ids = torch.randint(0, config.vocab_size, (n,)).tolist()

@@ -29,14 +29,13 @@ from harm import measure
 from losses import CHUNK, Usage, evaluate, log_probabilities
 from model import Cache, Llama, run_layers
 from router import add_routers, close_all, load_routers, mindskips, remove_routers, routed_share
-from support.cli import check_destinations, common_arguments, device_and_dtype, number, perplexity
-from support.data import DEFAULT_DATA, HELD_OUT, Batch, batches, pack, read_samples
+from support.cli import check_destinations, common_arguments, device_and_dtype, number, numbers, perplexity
+from support.data import DEFAULT_DATA, HELD_OUT, Batch, batches, common_beginning, pack, read_samples
 from support.kernels import additive_mask
 from support.tasks import (
     QUESTIONS,
     TASKS,
     Scores,
-    common_beginning,
     read_task,
     rows_of,
     size,
@@ -147,7 +146,7 @@ def log_likelihoods(model, questions, tok, budget, usages):
             if not row.cut:
                 groups.setdefault(questions[row.question].group, []).append(row)
         for group in groups.values():
-            shared, beginning = common_beginning(group), None
+            shared, beginning = common_beginning([row.context for row in group]), None
             if shared >= SHARED and len(group) > 1 and not by_sequence:
                 beginning = Beginning(model, group[0].context[:shared])
                 count()
@@ -156,12 +155,12 @@ def log_likelihoods(model, questions, tok, budget, usages):
 
 
 # --------------------------------------------------------------------------------------------------- variants
-def least_harmful(model, samples, n, args, device):
-    """The n layers whose attention the output misses least, closed one at a time on `samples`."""
+def by_harm(model, samples, args, device):
+    """All layers, those first whose attention the output misses least, closed one at a time on `samples`."""
     add_routers(model, "attn_token")                                       # all open
     groups = islice(batches(samples, STATIC_TOKENS, args.seed), STATIC_BATCHES)
     harm = sum(measure(model, Batch.of(group, device))[0].sum(0) for group in groups)       # (n_layer,)
-    return sorted(harm.argsort()[:n].tolist())
+    return harm.argsort().tolist()
 
 
 def override_real(model, change):
@@ -213,13 +212,19 @@ def capacity_of_file(meta, path):
     return min(table, key=lambda pair: abs(pair[0] - float(meta["threshold"])))[1]
 
 
+def named(name, values):
+    """{name: the value} of one value; of several {"name value": each}."""
+    return {name: values[0]} if len(values) == 1 else {f"{name} {value:g}": value for value in values}
+
+
 def make_variants(model, tok, args, device):
     """{name: a function that turns the model into this variant}; the first is the dense model."""
     setters = {"dense": lambda: remove_routers(model)}
     if args.routers:
-        meta = load_routers(model, args.routers, args.capacity)      # a bad file is told before the work
-        load = partial(load_routers, model, args.routers, args.capacity)
-        setters["routed"] = load
+        for name, capacity in named("routed", args.capacity).items():
+            load = setters[name] = partial(load_routers, model, args.routers, capacity)
+            meta = load()                                            # a bad file is told before the work
+        args.kind = {key: meta[key] for key in ("granularity", "kv")}
     if args.shuffled:
         shuffle = Shuffle(args.seed)
 
@@ -234,7 +239,7 @@ def make_variants(model, tok, args, device):
             override_real(model, shuffle.deal)
         setters |= {"routed": routed, "shuffled": shuffled}
     if args.random:
-        capacity = capacity_of_file(meta, args.routers) if args.capacity is None else args.capacity
+        capacity = capacity_of_file(meta, args.routers) if args.capacity == [None] else args.capacity[0]
         share = routed_share(capacity, len(mindskips(model)), model.config.n_layer)
 
         def random():
@@ -242,18 +247,20 @@ def make_variants(model, tok, args, device):
             override_real(model, random_scores(share, args.seed))
         setters["random"] = random
     if args.static:
-        if args.static > model.config.n_layer:
-            raise InputError(f"--static {args.static}: this model has {model.config.n_layer} layers")
+        if max(args.static) > model.config.n_layer:
+            raise InputError(f"--static {max(args.static)}: this model has {model.config.n_layer} layers")
         samples, _ = read_samples(args.static_data, tok, model.config.max_context)
-        layers = least_harmful(model, samples[:-HELD_OUT] or samples, args.static, args, device)
-        layers = ",".join(map(str, layers))
-        print(f"static: without the attention of layers {layers}, those of least harm on {args.static_data}")
+        ranked = by_harm(model, samples[:-HELD_OUT] or samples, args, device)
 
-        def static():
+        def static(layers):
             add_routers(model, "attn_token", layers)
             for skip in mindskips(model).values():
                 skip.override = close_all
-        setters["static"] = static
+        for name, n in named("static", args.static).items():
+            layers = ",".join(map(str, sorted(ranked[:n])))
+            setters[name] = partial(static, layers)
+            print(f"{name}: without the attention of layers {layers}, those of least harm on"
+                  f" {args.static_data}")
     return setters
 
 
@@ -272,10 +279,12 @@ class Result:
 
 
 def save(results, args):
-    """Write --json: the routed model's entry, or the dense one's, with the other variants' beside it."""
+    """Write --json: the (first) routed model's entry, or the dense one's, with the other variants' beside
+    it."""
     if args.json:
         entries = {variant: result.entry() for variant, result in results.items()}
-        first = entries.pop("routed" if args.routers else "dense")
+        first = entries.pop(list(entries)[1 if args.routers else 0])
+        entries |= {"routers": args.kind} if args.routers else {}
         write_file(args.json, json.dumps(first | entries, allow_nan=False).encode())
 
 
@@ -308,7 +317,7 @@ def run_task(name, questions, shots, setters, results, model, tok, budget):
                             f"{d['changed']:9}{d['kl']:10.4f}")
         percent, used = 100 * float(scores.right.mean()), usage.summary()
         result.keep[name] = used["keep"]
-        print(f"{name:14}{len(questions):6}{shots:6} {variant:9}{metric:>9}{percent:7.1f}"
+        print(f"{name:14}{len(questions):6}{shots:6} {variant:12}{metric:>9}{percent:7.1f}"
               f"{plus_minus(100 * standard_error(scores.right), 4)}{beside_dense}{used['capacity']:9.3f}"
               f"{used['routed_capacity']:8.3f}{seconds:9.1f}", flush=True)
     if n_cut:
@@ -324,7 +333,7 @@ def show_average(scores):
         return
     for variant in scores:
         percent = 100 * sum(float(scores[variant][name].right.mean()) for name in tasks) / len(tasks)
-        line = f"{f'average of {len(tasks)} of the paper':26} {variant:18}{percent:7.1f}"
+        line = f"{f'average of {len(tasks)} of the paper':26} {variant:21}{percent:7.1f}"
         if variant != "dense":
             differences = [scores[variant][name].right - scores["dense"][name].right for name in tasks]
             difference = 100 * sum(float(d.mean()) for d in differences) / len(tasks)
@@ -335,7 +344,7 @@ def show_average(scores):
 
 def run_text(path, samples, setters, results, model, budget, device):
     """Perplexity of a text with every variant, and KL to the dense model."""
-    print(f"\n{'text, tokens':>20} {'variant':9}{'loss':>9}{'perplexity':>12}{'KL to dense':>13}"
+    print(f"\n{'text, tokens':>20} {'variant':12}{'loss':>9}{'perplexity':>12}{'KL to dense':>13}"
           f"{'capacity':>10}{'routed':>8}")
     for variant, set_up in setters.items():
         set_up()
@@ -343,15 +352,15 @@ def run_text(path, samples, setters, results, model, budget, device):
         check_finite([r["dense_loss"], r["loss"], r["kl"]], path, variant)
         results[variant].text = {"file": path} | r
         results[variant].keep[path] = r["keep"]
-        print(f"{r['tokens']:20,} {variant:9}{r['loss']:9.4f}{perplexity(r['loss']):>12}{r['kl']:13.4f}"
+        print(f"{r['tokens']:20,} {variant:12}{r['loss']:9.4f}{perplexity(r['loss']):>12}{r['kl']:13.4f}"
               f"{r['capacity']:10.3f}{r['routed_capacity']:8.3f}", flush=True)
 
 
 def parse_arguments():
     p, count = common_arguments(__doc__), number(int, 1)
     p.add_argument("--routers", help="a file that train_router.py wrote")
-    p.add_argument("--capacity", type=number(float, 0, 1),
-                   help="overall; default: what the routers were tuned for")
+    p.add_argument("--capacity", type=numbers(float, 0, 1), default=[None],
+                   help="overall, one or several; default: what the routers were tuned for")
     p.add_argument("--tasks", help=f"comma-separated, of {', '.join(TASKS)} (default: all of --data-dir)")
     p.add_argument("--data-dir", help="folder with <task>/<split>.jsonl (default: fetch from the hub)")
     p.add_argument("--text", help="perplexity of this file: any that train_router.py --data reads")
@@ -359,8 +368,8 @@ def parse_arguments():
     p.add_argument("--limit", type=count, help="only so many lines at the beginning of each task")
     p.add_argument("--num-fewshot", type=number(int, 0),
                    help="examples before each question (default: the paper's)")
-    p.add_argument("--static", type=number(int, 0), default=0, metavar="N",
-                   help="also without the N attentions whose removal does least harm")
+    p.add_argument("--static", type=numbers(int, 1), default=[], metavar="N",
+                   help="also without the N attentions whose removal does least harm; one N or several")
     p.add_argument("--static-data", default=str(DEFAULT_DATA), help="the text they are chosen on")
     p.add_argument("--shuffled", action="store_true", help="also with each layer's decisions shuffled")
     p.add_argument("--random", action="store_true",
@@ -369,8 +378,10 @@ def parse_arguments():
     p.add_argument("--json", help="write every log-likelihood, and how often each layer ran, to this file")
     args = p.parse_args()
     check_destinations(args.json)
-    if (args.shuffled or args.random or args.capacity is not None) and not args.routers:
+    if (args.shuffled or args.random or args.capacity != [None]) and not args.routers:
         raise InputError("--shuffled, --random and --capacity need --routers, whose decisions they change")
+    if (args.shuffled or args.random) and len(args.capacity) > 1:
+        raise InputError("--shuffled and --random: give one --capacity")
     if not (args.tasks or args.data_dir or args.text):
         args.data_dir, args.text, args.last = str(QUESTIONS), str(DEFAULT_DATA), HELD_OUT
         print("No --tasks: a few questions written for this project, to see that all works. They are no"
@@ -399,8 +410,9 @@ def main():
     tokens, start = 0, time.perf_counter()
 
     if tasks:
-        print(f"{'task':14}{'n':>6}{'shots':>6} {'variant':9}{'metric':>9}{'score':>7}{'':6}{'difference':>9}"
-              f"{'95 %':>7}{'changed':>9}{'KL':>9}{'capacity':>9}{'routed':>8}{'seconds':>9}")
+        print(f"{'task':14}{'n':>6}{'shots':>6} {'variant':12}{'metric':>9}{'score':>7}{'':6}"
+              f"{'difference':>9}{'95 %':>7}{'changed':>9}{'KL':>9}{'capacity':>9}{'routed':>8}"
+              f"{'seconds':>9}")
     for name, (questions, shots) in tasks.items():
         tokens += run_task(name, questions, shots, setters, results, model, tok, budget)
         save(results, args)

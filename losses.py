@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from model import run_layers
-from router import dense, mindskips, overall_capacity
+from router import dense, mindskips, overall_capacity, trace
 
 CHUNK = 128      # tokens whose logits exist at once
 
@@ -117,16 +117,21 @@ class Usage:
 
 @torch.no_grad()
 def evaluate(model, batches, teacher=None):
-    """Dense and routed loss and KL(dense || routed) in nats per token, capacity, and how often each layer
-    ran.
+    """Dense and routed loss and KL(dense || routed) in nats per token, capacity of all tokens and of the
+    answers' alone, and how often each layer ran.
 
     batches: an iterable of Batch; the model skips (it is set to eval mode).
     """
     model.eval()
     teacher = teacher or model
     sums, tokens, usage = torch.zeros(3, dtype=torch.float64), 0, Usage(model)
+    in_answers = []                                                      # decisions on answers' tokens
     for batch in batches:
-        x, reference = hidden_states(model, batch, teacher)
+        with trace(model) as decisions:
+            x, reference = hidden_states(model, batch, teacher)
+        for (is_open,) in decisions.values():                            # (B,) or (B, T)
+            is_open = is_open[batch.scored.cpu()] if is_open.dim() == 2 else is_open
+            in_answers.append(is_open)
         for start in range(0, len(x), CHUNK):
             chunk = slice(start, start + CHUNK)
             targets = batch.targets[chunk]
@@ -137,4 +142,7 @@ def evaluate(model, batches, teacher=None):
         tokens += len(x)
         usage.add()
     dense_loss, loss, divergence = (sums / tokens).tolist()
-    return {"tokens": tokens, "dense_loss": dense_loss, "loss": loss, "kl": divergence} | usage.summary()
+    share = float(torch.cat(in_answers).float().mean()) if in_answers else 1.0
+    answers = overall_capacity([share] * len(mindskips(model)), model.config.n_layer)
+    return {"tokens": tokens, "dense_loss": dense_loss, "loss": loss, "kl": divergence,
+            "answer_capacity": answers} | usage.summary()

@@ -12,17 +12,21 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from losses import reads_dense
 from model import run_layers
 from router import mindskips, open_shares, overall_capacity, routed_share, straight_through, trace
-from support.data import PLAIN_PROMPT, Batch, Sample, alternating, epochs, pack, pieces
+from support.data import PLAIN_PROMPT, Batch, Sample, alternating, common_beginning, epochs, pack, pieces
 from support.own_text import write_text
 
 OWN_TEXTS, OWN_TOKENS = 96, 256       # texts that the model writes, and tokens of each
-CALIBRATION_SAMPLES = 24              # training samples, and texts, for the threshold
+NOT_LEARNED = 24                      # of these texts only serve to calibrate the threshold
+CALIBRATION_SAMPLES = 24              # training samples for the threshold, and texts that the model writes
+CALIBRATION_TEXTS, CALIBRATION_TOKENS = 64, 128
+CALIBRATION_ERROR = 0.003             # of the capacity
 CALIBRATION_LOGITS = 0.5, 0.25, 0.12, 0, -0.12, -0.25, -0.5       # of the threshold
 
 
@@ -179,13 +183,14 @@ def own_text(model, recipe, samples, seed, path=None):
     learns = recipe.learns_own_text and reads_dense(recipe.loss)
     if not learns and not recipe.calibrates:
         return None, None
-    n_tokens = min(OWN_TOKENS, model.config.max_context)
-    ids = write_text(model, OWN_TEXTS if learns else CALIBRATION_SAMPLES, n_tokens, seed, path)
+    n, n_tokens = (OWN_TEXTS, OWN_TOKENS) if learns else (CALIBRATION_TEXTS, CALIBRATION_TOKENS)
+    ids = write_text(model, n, min(n_tokens, model.config.max_context), seed, path)
+    to_calibrate = ids[:CALIBRATION_TEXTS, :CALIBRATION_TOKENS]
     if not learns:
-        return ids, None
+        return to_calibrate, None
     if recipe.method == "harm":                  # one decision per piece: pieces as long as a mean answer
         n_tokens = max(8, sum(sum(s.answer) for s in samples) // len(samples))
-    return ids[:CALIBRATION_SAMPLES], pieces(ids[CALIBRATION_SAMPLES:], n_tokens)
+    return to_calibrate, pieces(ids[NOT_LEARNED:], n_tokens)
 
 
 def make_source(recipe, samples, own_samples, args, device):
@@ -208,18 +213,19 @@ def make_source(recipe, samples, own_samples, args, device):
 
 
 @torch.no_grad()
-def measured_capacity(model, batches):
-    """Overall capacity on batches, of decisions (score >= threshold). Gates at token level are counted on
-    answers alone: prompts begin with the same template in every sample, and its gates say nothing about other
-    text."""
+def measured_capacity(model, batches, start=0):
+    """Overall capacity on batches, of decisions (score >= threshold): all tokens from column `start` on,
+    or all sequences, count. Logits are not computed."""
     n_open = n_seen = 0
     for batch in batches:
         ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
         with trace(model) as decisions:
             run_layers(model.layers, model.embed(batch.idx), ctx)
+        column = torch.arange(batch.idx.shape[1])
+        counts = (column >= start) & (column < batch.lengths.cpu()[:, None])     # (B, T)
         for (is_open,) in decisions.values():                            # one pass: (B,) or (B, T)
             if is_open.dim() == 2:
-                is_open = is_open[batch.scored.cpu()]
+                is_open = is_open[counts]
             n_open += int(is_open.sum())
             n_seen += len(is_open)
     n_routed = len(mindskips(model))
@@ -227,8 +233,9 @@ def measured_capacity(model, batches):
 
 
 def calibration_batches(gates_read_prompts, samples, own_ids, tokens, device):
-    """[batches of training samples, batches of the model's own text (n, T)]: whole ones for gates that read
-    tokens. For gates that read prompts, prompts alone, and more: there is one decision per sequence."""
+    """[(batches of training samples, first column that counts), (batches of the model's own text (n, T), 0)]:
+    whole ones for gates that read tokens. For gates that read prompts, prompts alone, and more: there is one
+    decision per sequence."""
     if gates_read_prompts:
         samples = [Sample(s.ids[:s.prompt], s.answer[:s.prompt], s.prompt)
                    for s in samples[:8 * CALIBRATION_SAMPLES]]
@@ -236,7 +243,9 @@ def calibration_batches(gates_read_prompts, samples, own_ids, tokens, device):
     else:
         samples = samples[:CALIBRATION_SAMPLES]
         own_samples = pieces(own_ids, own_ids.shape[1])
-    return [[Batch.of(group, device) for group in pack(source, tokens)] for source in (samples, own_samples)]
+    shared = common_beginning([s.ids for s in samples])
+    return [([Batch.of(group, device) for group in pack(source, tokens)], start)
+            for source, start in ((samples, shared), (own_samples, 0))]
 
 
 def calibrate(model, samples, own_ids, capacity, tokens):
@@ -244,40 +253,38 @@ def calibrate(model, samples, own_ids, capacity, tokens):
     measured.
 
     samples: of the training data; own_ids: token ids (n, T) that the model wrote, with equal weight, since
-    other text opens other gates. First a grid of thresholds, then 4 to 10 steps of bisection. Logits are not
-    computed.
+    other text opens other gates. What all samples begin with, the template of a chat, does not count. First a
+    grid of thresholds, from which `load_routers` reads other capacities; then the one that lies on the line
+    between its neighbours, until it gives the capacity.
     """
     model.eval()
     skips = list(mindskips(model).values())
     gates_read_prompts = skips[0].scope == "sequence" and skips[0].router.pool == "prompt"
-    batches = calibration_batches(gates_read_prompts, samples, own_ids, tokens, model.embed.weight.device)
-    measured = []
+    sources = calibration_batches(gates_read_prompts, samples, own_ids, tokens, model.embed.weight.device)
+    measured = {}                                                        # {threshold's logit: capacity}
+    least = overall_capacity([0.0] * len(skips), model.config.n_layer)
 
-    def try_threshold(logit):
-        """Set the threshold, given by its logit, and measure; returns whether it opens too many gates."""
+    def set_threshold(logit):
         for skip in skips:
             skip.threshold = 1 / (1 + math.exp(-logit))
-        mean = sum(measured_capacity(model, of_kind) for of_kind in batches) / len(batches)
-        measured.append((skips[0].threshold, mean))
-        bar.update()
-        return mean > capacity
 
-    low, high = -4, 4
-    with tqdm(total=len(CALIBRATION_LOGITS) + 4, desc="calibration", unit="threshold", leave=False) as bar:
+    def measure(logit):
+        set_threshold(logit)
+        capacities = [measured_capacity(model, batches, start) for batches, start in sources]
+        measured[logit] = sum(capacities) / len(capacities)
+        bar.update()
+
+    def nearest():
+        return min(measured, key=lambda logit: abs(measured[logit] - capacity))
+
+    with tqdm(total=len(CALIBRATION_LOGITS) + 2, desc="calibration", unit="threshold", leave=False) as bar:
         for logit in CALIBRATION_LOGITS:
-            if try_threshold(logit):
-                low = max(low, logit)
-            else:
-                high = logit
-        for n in range(10):
-            if n >= 4 and min(abs(mean - capacity) for _, mean in measured) < 0.02:
+            measure(logit)
+        for _ in range(8):
+            if abs(measured[nearest()] - capacity) < CALIBRATION_ERROR:
                 break
-            middle = (low + high) / 2
-            if try_threshold(middle):
-                low = middle
-            else:
-                high = middle
-    best = min(measured, key=lambda pair: abs(pair[1] - capacity))[0]
-    for skip in skips:
-        skip.threshold = best
-    return measured
+            known = measured | {-4.0: 1.0, 4.0: least}                   # there all are open, or closed
+            capacities, logits = zip(*sorted((c, logit) for logit, c in known.items()))
+            measure(float(np.interp(capacity, capacities, logits)))
+    set_threshold(nearest())
+    return [(1 / (1 + math.exp(-logit)), c) for logit, c in measured.items()]

@@ -208,11 +208,13 @@ def read_data(args, tok, context):
 def report(result, recipe, args):
     """The final table."""
     print(f"\nrecipe {recipe.name}, held out: {result['tokens']:,} answer tokens")
-    print(f"{'':8}{'loss':>8}{'perplexity':>12}{'KL to dense':>13}{'capacity overall':>18}{'routed':>8}")
-    for name, loss, kl, overall, routed in (
-            ("dense", result["dense_loss"], 0.0, 1.0, 1.0),
-            ("routed", result["loss"], result["kl"], result["capacity"], result["routed_capacity"])):
-        print(f"{name:8}{loss:8.4f}{perplexity(loss):>12}{kl:13.4f}{overall:18.3f}{routed:8.3f}")
+    print(f"{'':8}{'loss':>8}{'perplexity':>12}{'KL to dense':>13}{'capacity overall':>18}{'routed':>8}"
+          f"{'of answers':>12}")
+    dense = {"loss": result["dense_loss"], "kl": 0.0, "capacity": 1.0, "routed_capacity": 1.0,
+             "answer_capacity": 1.0}
+    for name, row in ("dense", dense), ("routed", result):
+        print(f"{name:8}{row['loss']:8.4f}{perplexity(row['loss']):>12}{row['kl']:13.4f}"
+              f"{row['capacity']:18.3f}{row['routed_capacity']:8.3f}{row['answer_capacity']:12.3f}")
     print(f"\nhow often each layer's {args.granularity.split('_')[0]} ran")
     for layer, share in result["keep"].items():
         print(f"{layer:4d} {'█' * round(40 * share):40} {share:.3f}")

@@ -163,6 +163,13 @@ def pieces(texts, size):
     return samples
 
 
+def common_beginning(texts):
+    """How many ids all texts, lists of ids, start with, leaving each at least one of its own."""
+    first, last = min(texts), max(texts)
+    n = min(map(len, texts)) - 1
+    return next((i for i in range(n) if first[i] != last[i]), n)
+
+
 def batches(samples, budget, seed):
     """Lists of samples, forever: of similar lengths, at most `budget` tokens with padding, shuffled."""
     if not samples:

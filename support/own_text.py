@@ -24,8 +24,8 @@ def write_text(model, n, n_tokens, seed, path=None):
     it has so many, else written, and kept there."""
     device, n_vocab = model.embed.weight.device, model.config.vocab_size
     ids = read_ids(path) if path else None
-    if ids is not None and len(ids) >= n and ids.shape[1] == n_tokens and int(ids.max()) < n_vocab:
-        return ids[:n].to(device)
+    if ids is not None and len(ids) >= n and ids.shape[1] >= n_tokens and int(ids.max()) < n_vocab:
+        return ids[:n, :n_tokens].to(device)
     torch.manual_seed(seed)
     first = torch.randint(n_vocab, (n, 1), device=device)
     with tqdm(total=n_tokens - 1, desc="the model writes", unit="token", leave=False) as bar:

@@ -220,13 +220,6 @@ def size(row):
     return len(row.context) + sum(len(continuation) - 1 for continuation in row.branches.values())
 
 
-def common_beginning(rows):
-    """How many ids all contexts start with, leaving each at least one of its own."""
-    first, last = min(row.context for row in rows), max(row.context for row in rows)
-    n = min(len(row.context) for row in rows) - 1
-    return next((i for i in range(n) if first[i] != last[i]), n)
-
-
 # ----------------------------------------------------------------------------------------------------- scores
 def first_largest(values):
     """The place of the largest value, of the first where several are."""

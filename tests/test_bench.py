@@ -44,10 +44,13 @@ def test_bench_with_a_router_file(tiny, call, router_file):
 def test_static_and_open_keys(kv, tiny, call, tmp_path):
     """Without attentions 0 and 2 there are no routers, and half of the cache; so there is with kv open."""
     status, _ = call(bench.main, "--model", tiny, "--context", 40, "--rounds", 2, "--dtype", "float32",
-                     "--kv", kv, "--granularity", "attn_token", "--static", 2, "--json", tmp_path / "b.json")
+                     "--kv", kv, "--granularity", "attn_token", "--static", "2,1", "--json",
+                     tmp_path / "b.json")
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
-    assert status == 0 and [row["variant"] for row in rows] == ["dense", "none", "routed", "static"] * 2
-    for dense, none, routed, static in rows[:4], rows[4:]:
+    variants = ["dense", "none", "routed", "static", "static"]
+    assert status == 0 and [row["variant"] for row in rows] == variants * 2
+    for dense, none, routed, static, one in rows[:5], rows[5:]:
+        assert one["capacity"] == 0.75 and one["cache_bytes"] == dense["cache_bytes"] * 3 // 4
         assert static["capacity"] == 0.5 and static["granularity"] is static["limit"] is None
         assert static["cache_bytes"] == dense["cache_bytes"] // 2
         if kv == "all":
@@ -82,11 +85,10 @@ def test_bench_takes_other_capacities_from_the_calibration(tiny, call, router_fi
     save_routers(model, tmp_path / "r.safetensors", [(0.0, 1.0), (0.4, 0.8), (0.6, 0.6), (1.0, 0.25)])
     flags = ["--model", tiny, "--phase", "prefill", "--context", 40, "--rounds", 2, "--dtype", "float32"]
     flags += ["--routers", tmp_path / "r.safetensors", "--json", tmp_path / "b.json"]
-    flags += ["--plot", tmp_path / "b.png"]
     status, _ = call(bench.main, *flags, "--capacity", "0.3,0.9")
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     used = {r["variant"]: r["capacity"] for r in rows}
-    assert status == 0 and used["none"] == 0.25 and used["dense"] is None and (tmp_path / "b.png").exists()
+    assert status == 0 and used["none"] == 0.25 and used["dense"] is None
     low, high = (r["capacity"] for r in rows if r["variant"] == "routed")
     assert 0.25 <= low < high < 1
     status, said = call(bench.main, *flags, "--capacity", "0.2")

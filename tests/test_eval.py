@@ -12,8 +12,8 @@ import eval as evaluation
 from losses import Usage
 from model import Llama
 from router import GRANULARITIES, add_routers, save_routers, trace
-from support.data import Batch, pack
-from support.tasks import QUESTIONS, TASKS, Scores, common_beginning, read_task, rows_of, size
+from support.data import Batch, common_beginning, pack
+from support.tasks import QUESTIONS, TASKS, Scores, read_task, rows_of, size
 from tokenizer import Tokenizer
 from weights import InputError
 
@@ -116,7 +116,7 @@ def test_a_beginning_is_run_once(tiny, question_files):
     tok, model = Tokenizer.from_pretrained(tiny), Llama.from_pretrained(tiny)
     questions = questions_of(question_files, "arc_challenge", 1)
     rows = rows_of(questions, tok, 512, apart=False)
-    shared = common_beginning(rows)
+    shared = common_beginning([row.context for row in rows])
     assert shared > evaluation.SHARED and len(rows) == len(questions)
     _, _, tokens = evaluation.log_likelihoods(model, questions, tok, 512, [])
     assert tokens == sum(size(row) - shared for row in rows)
@@ -206,8 +206,8 @@ def test_shuffled_decisions_go_elsewhere_at_every_layers_rate(granularity, tiny,
     with_gates(model, granularity)
     save_routers(model, tmp_path / "r.safetensors")
     samples, _ = evaluation.read_samples(evaluation.DEFAULT_DATA, tok, 512)
-    args = types.SimpleNamespace(routers=tmp_path / "r.safetensors", capacity=None, shuffled=True,
-                                 random=False, static=0, seed=0)
+    args = types.SimpleNamespace(routers=tmp_path / "r.safetensors", capacity=[None], shuffled=True,
+                                 random=False, static=[], seed=0)
     found, said = evaluation.make_variants(model, tok, args, "cpu"), {}
     for name in "routed", "shuffled", "routed", "shuffled":
         found[name]()
@@ -230,7 +230,7 @@ def test_static_drops_what_is_missed_least(tiny):
     model.layers[2].attn.o.weight.data.zero_()
     args = types.SimpleNamespace(seed=0)
     samples, _ = evaluation.read_samples(evaluation.DEFAULT_DATA, tok, 512)
-    assert evaluation.least_harmful(model, samples[:20], 1, args, "cpu") == [2]
+    assert evaluation.by_harm(model, samples[:20], args, "cpu")[0] == 2
 
 
 def test_without_arguments(tiny, call):

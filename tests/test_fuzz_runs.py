@@ -169,6 +169,9 @@ def test_checkpoints(arguments, call, tmp_path, tiny, monkeypatch):
     assert 0 < good < N
 
 
+BENCH = {"machine": {"kv": "all"}, "rows": [
+    {"phase": "prefill", "variant": variant, "granularity": "attn_token", "batch": 1, "context": 64,
+     "capacity": 0.8, "speedup": 1.2} for variant in ("routed", "static")]}
 SCORES = {"tasks": {"piqa": {"n": 2, "acc": 0.5, "acc_norm": 0.5, "items": []}}, "capacity": 0.7,
           "text": {"file": "data/x.txt", "capacity": 0.7, "kl": 0.1}, "keep": {"piqa": {"0": 1.0, "1": 0.4}}}
 
@@ -177,15 +180,18 @@ def test_pictures(tmp_path):
     """Every file is read; what is accepted is drawn, some of it to the end."""
     rng, drawn, path = random.Random(3), 0, tmp_path / "x.json"
     steps = [{"step": i, "loss": 1.0 / (i + 1), "capacity": 0.9, "target": 0.8} for i in range(4)]
-    scores = SCORES | {"dense": SCORES | {"keep": {}}, "static": SCORES}
+    scores = SCORES | {"dense": SCORES | {"keep": {}}, "static 2": SCORES, "static 4": SCORES,
+                       "routers": {"granularity": "attn_token", "kv": "all"}}
     for i in range(N):
-        rows = steps if i % 2 else [scores]
+        rows = (steps, [scores], [BENCH])[i % 3]
         text = "".join(json.dumps(row) + "\n" for row in [*rows[:-1], mutated(rng, rows[-1])])
         data = text.encode(errors="replace")
         path.write_bytes(damaged(rng, data) if i % 5 == 0 else data)
 
         def work(to_the_end=drawn % 8 == 0):
             value = plot.read(path)
+            if "rows" in value:
+                return [*plot.equal_harm(plot.tradeoffs([scores], [value]))]
             draws = [plot.kl, plot.accuracy, plot.keep] if isinstance(value, dict) else [plot.curves]
             for draw in draws:
                 figure = plot.new_figure(4)
@@ -230,7 +236,7 @@ FLAGS = {
     evaluation: """--model --routers --capacity --tasks --data-dir --text --last --limit --num-fewshot
         --static --static-data --shuffled --random --tokens --json""",
     bench: """--phase --batch --context --capacity --granularity --layers --routers --random-weights --against
-        --loss --rounds --json --plot --seed""",
+        --loss --rounds --json --static --kv --seed""",
     sample: "--model --routers --capacity --max-new-tokens --temperature --top-k --plain",
     plot: "--out",
 }

@@ -42,7 +42,41 @@ SCORES = {"tasks": {"piqa": {"acc": 0.5, "acc_norm": 0.5}}, "capacity": 0.7, "ke
           "text": {"file": "x", "capacity": 0.7, "kl": 0.1}}
 
 
+ROW = {"phase": "prefill", "variant": "routed", "granularity": "attn_token", "batch": 1, "context": 64,
+       "capacity": 0.6, "speedup": 1.2}
+BENCH = {"machine": {"kv": "all"}, "rows": [
+    ROW, ROW | {"capacity": 0.8, "speedup": 1.1}, ROW | {"variant": "dense", "capacity": None},
+    ROW | {"variant": "static", "granularity": None, "capacity": 0.75, "speedup": 1.15}]}
+
+
+def evaluated(capacity, kl):
+    return SCORES | {"text": {"file": "c4/x.jsonl", "capacity": capacity, "kl": kl}}
+
+
+def test_speedup_at_equal_harm(call, tmp_path):
+    """KL at the capacities that were timed, and the speedup at a KL, by hand; a second setting and text."""
+    scores = evaluated(0.7, 0.3) | {"dense": evaluated(1.0, 0.0), "routed 0.5": evaluated(0.5, 0.7),
+                                    "static": evaluated(0.75, 0.5),
+                                    "routers": {"granularity": "attn_token", "kv": "all"}}
+    points = plot.tradeoffs([scores], [BENCH])["c4/x.jsonl"]
+    dots = points["prefill", 1, 64]
+    assert dots["attn_token"] == [(1.1, pytest.approx(0.2)), (1.2, pytest.approx(0.5))]
+    assert dots["static"] == [(1.15, pytest.approx(0.5))]
+    (tmp_path / "s.json").write_text(json.dumps(scores))
+    (tmp_path / "b.json").write_text(json.dumps(BENCH))
+    status, said = call(plot.main, tmp_path / "s.json", tmp_path / "b.json", "--out", tmp_path)
+    table = {float(line.split()[-3]): line.split()[-2:] for line in said.splitlines() if "batch 1" in line}
+    assert status == 0 and table == {0.1: ["-", "-"], 0.2: ["1.100", "-"], 0.4: ["1.167", "-"]}
+    assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    other = scores | {"routers": {"granularity": "attn_token", "kv": "open"}}
+    assert plot.harms([other])["c4/x.jsonl"].keys() == {"attn_token, kv open", "static"}
+
+
 @pytest.mark.parametrize("value, named", [
+    (BENCH | {"machine": {}}, "'kv'"), (BENCH | {"rows": [5]}, "an object"),
+    (BENCH | {"rows": [ROW | {"speedup": None}]}, "'speedup'"),
+    (BENCH | {"rows": [ROW | {"granularity": None}]}, "'granularity'"),
+    (SCORES | {"routers": {"kv": "all"}}, "'granularity'"), (SCORES | {"static 3": 1}, "object"),
     (STEP | {"loss": "1.0"}, "'loss'"), (STEP | {"loss": None}, "'loss'"),
     (STEP | {"loss": float("nan")}, "'loss'"),
     (STEP | {"capacity": 2}, "'capacity'"), (STEP | {"step": True}, "'step'"),

@@ -185,7 +185,7 @@ def test_a_run_learns_from_what_the_model_wrote(more, learns, arguments, call, m
     assert call(main, *arguments, *more)[0] == 0
     _, samples, texts, *_ = calls["make_source"]
     _, same, held, capacity, _ = calls["calibrate"]
-    assert samples is same and len(samples) == 32 and held.shape == (24, 256) and capacity == 0.7
+    assert samples is same and len(samples) == 32 and held.shape == (64, 128) and capacity == 0.7
     assert (texts is not None) == learns
     learned = {tuple(s.ids) for s in texts or []}
     assert not any(tuple(row[:len(ids)].tolist()) == ids for row in held for ids in learned)
