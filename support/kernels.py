@@ -136,21 +136,25 @@ def attention(q, k, v, mask=None, causal=False):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
-def attention_by_products(q, k, v, mask, causal):
-    """`attention` by plain products, CHUNK queries at a time: causal ones only with the keys up to their
-    last."""
+def attention_by_products(q, k, v, mask, causal, positions=None):
+    """`attention` by plain products, CHUNK queries at a time: causal ones with the keys up to their last.
+    positions (T,), rising: query t sees the keys up to positions[t], not up to t."""
     (B, H, T, D), K = q.shape, k.shape[1]
     q = q.mul(D ** -0.5).unflatten(1, (K, -1)).flatten(0, 1)                  # (BK, H/K, T, D)
     k, v = k.flatten(0, 1), v.flatten(0, 1)                                   # (BK, S, D)
     if causal:
-        triangle = additive_mask(torch.ones(CHUNK, CHUNK, dtype=torch.bool).tril(), q.dtype)
+        positions = torch.arange(T, dtype=torch.int32) if positions is None else positions.int()
+        key = torch.arange(k.shape[1], dtype=torch.int32)
     outputs = []
     for start, queries in zip(range(0, T, CHUNK), q.split(CHUNK, 2)):
         size, end, bias = queries.shape[2], k.shape[1], None
-        if causal:
-            end, bias = start + size, triangle[:size, :size]
+        chunk = slice(start, start + size)
+        if causal:                                                            # all see the keys up to `first`
+            first, last = int(positions[start]), int(positions[start + size - 1])
+            end = min(end, -(-(last + 1) // KEY_MULTIPLE) * KEY_MULTIPLE)
+            bias = additive_mask(key[first + 1:end] <= positions[chunk, None], q.dtype)
         elif mask is not None:
-            bias = mask[..., start:start + size, :]
+            bias = mask[..., chunk, :]
         score = torch.bmm(queries.flatten(1, 2), k[:, :end].mT)               # (BK, H/K * size, end)
         if bias is not None and bias.requires_grad:                           # the gates', then of all keys
             score = (score.view(B, H, size, end) + bias).view_as(score)
@@ -161,7 +165,7 @@ def attention_by_products(q, k, v, mask, causal):
 
 
 def attention_of_some(q, k, v, columns, at, T, mask=None):
-    """Causal attention for some queries only, CHUNK of a row's at a time.
+    """Causal attention for some queries only, row by row.
 
     q (1, H, N, D): the chosen queries of row 0, then those of row 1, and so on; k and v (B, K, S, D), whose
     last T keys are this pass's own. columns: a list with each row's chosen columns, on the host; at (N,): row
@@ -169,22 +173,36 @@ def attention_of_some(q, k, v, columns, at, T, mask=None):
     mask (B or 1, 1, T, S) that hides at least all later ones, those that the mask shows. Returns (1, H, N,
     D).
     """
-    S = k.shape[2]
-    y, done = torch.empty_like(q), 0
+    outputs, done, S = [], 0, k.shape[2]
     for row, row_columns in enumerate(columns):
-        for chunk in row_columns.split(CHUNK) if len(row_columns) else ():
-            first, last, n = int(chunk[0]) + S - T, int(chunk[-1]) + S - T, len(chunk)
-            end = last + 1                                               # of the keys that a query here sees
-            if n > 1:
-                end = min(S, -(-end // KEY_MULTIPLE) * KEY_MULTIPLE)
-            bias = None
-            if mask is not None:
-                bias = mask[row if len(mask) > 1 else 0, 0, chunk.to(q.device), :end]        # (n, end)
-            elif n > 1:                                                  # all see the keys up to `first`
-                key = torch.arange(first + 1, end, device=q.device, dtype=torch.int32)
-                position = (at[done:done + n, None] % T + (S - T)).int()
-                bias = additive_mask(key <= position, q.dtype)                          # (n, end - first - 1)
-            here = slice(done, done + n)
-            y[:, :, here] = attention(q[:, :, here], k[row:row + 1, :, :end], v[row:row + 1, :, :end], bias)
-            done += n
-    return y
+        n = len(row_columns)
+        if n == 0:
+            continue
+        keys, values, queries = k[row:row + 1], v[row:row + 1], q[:, :, done:done + n]
+        if n > 1 and mask is None and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+            y = attention_by_products(queries, keys, values, None, True, row_columns + (S - T))
+        else:
+            row_mask = None if mask is None else mask[row if len(mask) > 1 else 0, 0]           # (T, S)
+            y = attention_in_chunks(queries, keys, values, row_columns, at[done:done + n] % T, T, row_mask)
+        outputs.append(y)
+        done += n
+    return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
+
+
+def attention_in_chunks(q, k, v, host_columns, columns, T, mask):
+    """attention_of_some for one row, CHUNK queries at a time: q (1, H, n, D), k and v (1, K, S, D), columns
+    (n,), on the host and on the device, mask (T, S) or None."""
+    S, outputs = k.shape[2], []
+    chunks = zip(q.split(CHUNK, 2), host_columns.split(CHUNK), columns.split(CHUNK))
+    for queries, on_host, chunk in chunks:
+        first, last = int(on_host[0]) + S - T, int(on_host[-1]) + S - T
+        end, bias = last + 1, None                                       # of the keys that a query here sees
+        if len(chunk) > 1:
+            end = min(S, -(-end // KEY_MULTIPLE) * KEY_MULTIPLE)
+        if mask is not None:
+            bias = mask[chunk, :end]                                                            # (n, end)
+        elif len(chunk) > 1:                                             # all see the keys up to `first`
+            key = torch.arange(first + 1, end, device=q.device)
+            bias = additive_mask(key <= chunk[:, None] + (S - T), q.dtype)              # (n, end - first - 1)
+        outputs.append(attention(queries, k[:, :, :end], v[:, :, :end], bias))
+    return torch.cat(outputs, 2)
