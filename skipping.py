@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from model import merge_heads, rotate, split_heads
-from support.kernels import additive_mask, attention_of_some
+from support.kernels import additive_mask, attention, attention_of_some
 
-WAITING = 32        # steps of generation whose keys and values may wait, see `defer_keys`
+WAITING = 32        # steps of generation whose keys and values may wait
 GROWTH = 64         # columns by which a cache of open tokens grows
 
 
@@ -54,11 +54,20 @@ def run_tokens(skip, x, ctx, h, is_open):
     """The sublayer on the open tokens only, is_open (B, T); keys and values are computed of all."""
     attn, columns = skip.attn, open_columns(is_open, ctx)
     n_open = sum(map(len, columns))
+    all_open = n_open == sum(ctx.host_lengths)
     skip.count(n_open, ctx)
-    if attn and ctx.decoding and defer_keys(skip, h, ctx, n_open):
+    waiting = waiting_steps(skip, ctx) if attn and ctx.decoding else []
+    if attn and ctx.decoding and n_open == 0:
+        waiting.append((h, ctx))
+        if len(waiting) == WAITING:
+            store_waiting(attn, waiting)
         return x
-    if n_open == sum(ctx.host_lengths):
+    if all_open and waiting:
+        return run_with_waiting(skip, x, ctx, h, waiting)
+    if all_open:
         return skip.run(x, ctx, h)
+    if waiting:
+        store_waiting(attn, waiting)
     if attn:
         k, v = keys_values(attn, h, ctx)
     if n_open == 0:
@@ -89,8 +98,13 @@ def open_columns(is_open, ctx):
 
 def keys_values(attn, h, ctx):
     """Keys and values of all tokens, (B, K, S, D) each, stored in the cache if there is one; h (B, T, C)."""
-    y = split_heads(attn.qkv(h, start=attn.n_head * attn.head_dim), attn.head_dim)      # (B, 2K, T, D)
-    k, v = y[:, :attn.n_kv_head], y[:, attn.n_kv_head:]
+    kv = split_heads(attn.qkv(h, start=attn.n_head * attn.head_dim), attn.head_dim)     # (B, 2K, T, D)
+    return store_heads(attn, kv, ctx)
+
+
+def store_heads(attn, kv, ctx):
+    """The same, from their heads before the rotation, (B, 2K, T, D)."""
+    k, v = kv[:, :attn.n_kv_head], kv[:, attn.n_kv_head:]
     if attn.k_norm:
         k = attn.k_norm(k)
     k = rotate(k, ctx.cos, ctx.sin)
@@ -108,28 +122,42 @@ def queries(attn, h, ctx, at):
     return rotate(q, ctx.cos[index], ctx.sin[index])
 
 
-def defer_keys(skip, h, ctx, n_open):
-    """Let the keys and values of a step of generation wait in the cache if no token is open. Those that wait
-    are computed together, in one product, before a step that has open tokens, or when there are WAITING.
-    Returns whether no token is open, so that nothing else is to be done in this step."""
-    waiting = vars(ctx.cache).setdefault("waiting", defaultdict(list))[skip]            # [(h, ctx) of a step]
-    if n_open == 0:
-        waiting.append((h, ctx))
-    if waiting and (n_open or len(waiting) == WAITING):
-        compute_waiting(skip.attn, waiting)
-        waiting.clear()
-    return n_open == 0
+# A step of generation in which no token is open lets its keys and values wait in the cache: what waits is
+# computed in one product, with those of the next step that has open tokens, or when there are WAITING.
+def waiting_steps(skip, ctx):
+    """[(h, ctx) of each step that waits], carried by a generation's cache."""
+    return vars(ctx.cache).setdefault("waiting", defaultdict(list))[skip]
 
 
-def compute_waiting(attn, waiting):
-    """Store the keys and values of steps that follow one another."""
-    h = torch.cat([h for h, _ in waiting], 1)                                           # (B, n, C)
+def joined(steps):
+    """h (B, n, C) of n steps that follow one another, and a Context that has all their angles."""
+    h = torch.cat([h for h, _ in steps], 1)
     angles = {}
     for name in "cos", "sin":
-        of_steps = [getattr(ctx, name).expand(len(h), 1, 1, -1) for _, ctx in waiting]
-        angles[name] = torch.cat(of_steps, 2)                                           # (B, 1, n, D)
-    last = waiting[-1][1]
-    keys_values(attn, h, replace(last, **angles))
+        angle_of_steps = [getattr(ctx, name).expand(len(h), 1, 1, -1) for _, ctx in steps]
+        angles[name] = torch.cat(angle_of_steps, 2)                                     # (B, 1, n, D)
+    return h, replace(steps[-1][1], **angles)
+
+
+def store_waiting(attn, waiting):
+    """Compute and store the keys and values that wait."""
+    keys_values(attn, *joined(waiting))
+    waiting.clear()
+
+
+def run_with_waiting(skip, x, ctx, h, waiting):
+    """A step in which every row is open, and the keys and values that wait, in one product."""
+    attn = skip.attn
+    all_h, all_ctx = joined([*waiting, (h, ctx)])
+    waiting.clear()
+    y = split_heads(attn.qkv(all_h), attn.head_dim)                                     # (B, H + 2K, n, D)
+    q, kv = y[:, :attn.n_head, -1:], y[:, attn.n_head:]
+    if attn.q_norm:
+        q = attn.q_norm(q)
+    k, v = store_heads(attn, kv, all_ctx)
+    y = attention(rotate(q, ctx.cos, ctx.sin), k, v, ctx.mask)                          # (B, H, 1, D)
+    x = x + attn.o(merge_heads(y))
+    return skip.sublayer.mlp(x) if skip.part == "block" else x
 
 
 # ----------------------------------------------------------------------- gates of tokens, keys of open tokens
