@@ -22,7 +22,7 @@ from router import mindskips, open_shares, overall_capacity, routed_share, strai
 from support.data import PLAIN_PROMPT, Batch, Sample, alternating, common_beginning, epochs, pack, pieces
 from support.own_text import write_text
 
-OWN_TEXTS, OWN_TOKENS = 96, 256       # texts that the model writes, and tokens of each
+OWN_TEXTS, OWN_TOKENS = 288, 256      # texts that the model writes, and tokens of each
 NOT_LEARNED = 24                      # of these texts only serve to calibrate the threshold
 CALIBRATION_SAMPLES = 24              # training samples for the threshold, and texts that the model writes
 CALIBRATION_TEXTS, CALIBRATION_TOKENS = 64, 128

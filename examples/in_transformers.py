@@ -1,0 +1,118 @@
+"""Routers inside transformers: a router file on a Hugging Face Llama, for their evaluation and serving tools.
+
+    python examples/in_transformers.py MODEL out/routers.safetensors "Why is the sky blue?"
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    handles = attach_routers(model, "out/routers.safetensors", capacity=0.8)      # handle.remove() undoes one
+
+A forward hook on every routed sublayer multiplies what it returns by its gate: the predictions of the routed
+model. It saves no time, since the hook runs after the sublayer was computed; and it cannot hide keys, so that
+router files with kv "open" are refused. To skip, load the model here: model.py, router.load_routers.
+"""
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from router import GATES, threshold_for  # noqa: E402
+from support.checked import json_of, open_router_file, tensor_of  # noqa: E402
+from support.cli import parse_layers  # noqa: E402
+from weights import InputError  # noqa: E402
+
+SIZES = {"n_layer": "num_hidden_layers", "n_embd": "hidden_size", "n_head": "num_attention_heads",
+         "n_kv_head": "num_key_value_heads", "intermediate": "intermediate_size", "vocab_size": "vocab_size"}
+
+
+def attach_routers(model, path, capacity=None, prompt=None):
+    """Hang the routers of a file on a transformers model of the Llama family; returns the hooks' handles.
+
+    capacity: as in load_routers. prompt: how many tokens at the beginning are what a gate of sequences reads;
+    None: the whole first pass, as when generating. Rows of a batch have to be of one length for such gates.
+    InputError where the file is for another model, or cannot be had by hooks.
+    """
+    file, meta = open_router_file(path)
+    if meta["kv"] == "open":
+        raise InputError(f"{path}: kv 'open' hides the keys of closed tokens, which a hook cannot do; load"
+                         " the model with model.py instead")
+    if meta["gate"] not in GATES:
+        raise InputError(f"{path}: its gate, {meta['gate']!r}, is not one of {', '.join(GATES)}")
+    for ours, theirs in SIZES.items():
+        wanted, size = json_of(meta["model"], dict, path).get(ours), getattr(model.config, theirs)
+        if wanted != size:
+            raise InputError(f"{path}: these routers are for a model whose {theirs} is {wanted}, not {size}")
+    part, scope = meta["granularity"].split("_")
+    threshold = float(meta["threshold"])
+    if capacity is not None:
+        threshold = threshold_for(capacity, json_of(meta["calibration"], list, path), path)
+    handles = []
+    for i in parse_layers(meta["layers"], model.config.num_hidden_layers):
+        layer = model.model.layers[i]
+        router = GATES[meta["gate"]](model.config.hidden_size, scope, meta["pool"])
+        for name, parameter in router.named_parameters():
+            parameter.data.copy_(tensor_of(file, f"layers.{i}.{name}", parameter.shape, path))
+        gate = Gate(router.to(layer.self_attn.q_proj.weight.device), threshold, prompt, i)
+        sublayer = {"attn": layer.self_attn, "mlp": layer.mlp, "block": layer}[part]
+        hook = gate.close_block if part == "block" else gate.close
+        handles.append(sublayer.register_forward_hook(hook, with_kwargs=True))
+    return handles
+
+
+class Gate:
+    """One router, its threshold, and, at sequence level, what it decided at the prompt."""
+
+    def __init__(self, router, threshold, prompt, layer):
+        self.router, self.threshold, self.prompt, self.layer = router, threshold, prompt, layer
+        self.decided = None                                              # of sequences, (B, 1)
+
+    @torch.no_grad()
+    def gate(self, h, cache):
+        """0 or 1 for each token, (B, T) or (B, 1), from the sublayer's normalized input h (B, T, C)."""
+        B, T, _ = h.shape
+        by_sequence = self.router.scope == "sequence"
+        if by_sequence and cache is not None and cache.get_seq_length(self.layer) > T:
+            return self.decided                                          # the text goes on
+        n = min(T, self.prompt or T)
+        ctx = SimpleNamespace(lengths=torch.full((B,), T, device=h.device), longest_prompt=n,
+                              prompt_lengths=torch.full((B,), n, device=h.device))
+        score = torch.sigmoid(self.router(self.router.pooled(h, ctx)).squeeze(-1))
+        gate = score >= self.threshold
+        if by_sequence:
+            gate = self.decided = gate[:, None]
+        return gate
+
+    def close(self, module, args, kwargs, output):
+        """Hook of attention or MLP."""
+        h = args[0] if args else kwargs["hidden_states"]
+        gate = self.gate(h, kwargs.get("past_key_values"))[..., None].to(h.dtype)         # (B, T or 1, 1)
+        if isinstance(output, tuple):                                    # attention: with its weights
+            return output[0] * gate, *output[1:]
+        return output * gate
+
+    def close_block(self, layer, args, kwargs, output):
+        """Hook of a whole layer: where the gate is 0, its input."""
+        x = args[0] if args else kwargs["hidden_states"]
+        gate = self.gate(layer.input_layernorm(x), kwargs.get("past_key_values"))[..., None]
+        return torch.where(gate, output, x)
+
+
+def main():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    if len(sys.argv) != 4:
+        sys.exit("in_transformers.py: give a model, a router file and a text")
+    name, path, text = sys.argv[1:]
+    tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
+    ids = tokenizer(text, return_tensors="pt")
+    for title in "dense", "routed":
+        out = model.generate(**ids, max_new_tokens=40, do_sample=False)
+        print(f"{title}: {tokenizer.decode(out[0])}")
+        if title == "dense":
+            try:
+                attach_routers(model, path)
+            except InputError as e:
+                sys.exit(f"in_transformers.py: {e}")
+
+
+if __name__ == "__main__":
+    main()
