@@ -516,7 +516,7 @@ def save(rows, args):
     """Write --json: what has been measured so far."""
     if args.json:
         table = {"machine": machine(args), "rows": [{key: row[key] for key in FIELDS} for row in rows]}
-        write_file(args.json, json.dumps(table, indent=1).encode())
+        write_file(args.json, json.dumps(table).encode())
 
 
 def main():

@@ -2,7 +2,7 @@
 does it.
 
     python eval.py                             # the questions and the text in data/: no benchmark
-    python eval.py --routers routers/smollm2-135m.attn_token.safetensors --static 6
+    python eval.py --routers routers/smollm2-135m.attn_token.safetensors --capacity 0.85,0.73 --static 4,8
     python eval.py --tasks piqa,arc_challenge --data-dir benchmarks --limit 100 --json scores.json
 
 A question's choices are scored by their log-likelihood after its context; acc takes the likeliest, acc_norm

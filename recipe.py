@@ -243,9 +243,10 @@ def calibration_batches(gates_read_prompts, samples, own_ids, tokens, device):
     else:
         samples = samples[:CALIBRATION_SAMPLES]
         own_samples = pieces(own_ids, own_ids.shape[1])
-    shared = common_beginning([s.ids for s in samples])
+    texts = [s.ids for s in samples]
+    template = common_beginning(texts) if min(texts) < max(texts) else 0
     return [([Batch.of(group, device) for group in pack(source, tokens)], start)
-            for source, start in ((samples, shared), (own_samples, 0))]
+            for source, start in ((samples, template), (own_samples, 0))]
 
 
 def calibrate(model, samples, own_ids, capacity, tokens):

@@ -191,15 +191,19 @@ def dense(model):
 
 @contextmanager
 def trace(model):
-    """Within it decisions are kept: {layer: [a bool tensor of each pass that decides, (B,) or (B, T)]}."""
+    """Within it decisions are kept: {layer: [a bool tensor of each pass that decides, (B,) or (B, T)]}. One
+    trace may lie within another."""
     skips = mindskips(model)
+    outer = {i: skip.trace for i, skip in skips.items()}
     for skip in skips.values():
         skip.trace = []
     try:
         yield {i: skip.trace for i, skip in skips.items()}
     finally:
-        for skip in skips.values():
-            skip.trace = None
+        for i, skip in skips.items():
+            if outer[i] is not None:
+                outer[i] += skip.trace
+            skip.trace = outer[i]
 
 
 def place(model, layer, part, module):

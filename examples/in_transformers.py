@@ -46,33 +46,43 @@ def attach_routers(model, path, capacity=None, prompt=None):
     threshold = float(meta["threshold"])
     if capacity is not None:
         threshold = threshold_for(capacity, json_of(meta["calibration"], list, path), path)
-    handles = []
+    generation = Generation()
+    handles = [model.model.register_forward_pre_hook(generation.begin, with_kwargs=True)]
     for i in parse_layers(meta["layers"], model.config.num_hidden_layers):
         layer = model.model.layers[i]
         router = GATES[meta["gate"]](model.config.hidden_size, scope, meta["pool"])
         for name, parameter in router.named_parameters():
             parameter.data.copy_(tensor_of(file, f"layers.{i}.{name}", parameter.shape, path))
-        gate = Gate(router.to(layer.self_attn.q_proj.weight.device), threshold, prompt, i)
+        gate = Gate(router.to(layer.self_attn.q_proj.weight.device), threshold, prompt, generation)
         sublayer = {"attn": layer.self_attn, "mlp": layer.mlp, "block": layer}[part]
         hook = gate.close_block if part == "block" else gate.close
         handles.append(sublayer.register_forward_hook(hook, with_kwargs=True))
     return handles
 
 
+class Generation:
+    """Whether a pass goes on with a text, whose gates of sequences are decided."""
+    goes_on = False
+
+    def begin(self, model, args, kwargs):
+        cache = kwargs.get("past_key_values")
+        self.goes_on = cache is not None and cache.get_seq_length() > 0
+
+
 class Gate:
     """One router, its threshold, and, at sequence level, what it decided at the prompt."""
 
-    def __init__(self, router, threshold, prompt, layer):
-        self.router, self.threshold, self.prompt, self.layer = router, threshold, prompt, layer
+    def __init__(self, router, threshold, prompt, generation):
+        self.router, self.threshold, self.prompt, self.generation = router, threshold, prompt, generation
         self.decided = None                                              # of sequences, (B, 1)
 
     @torch.no_grad()
-    def gate(self, h, cache):
+    def gate(self, h):
         """0 or 1 for each token, (B, T) or (B, 1), from the sublayer's normalized input h (B, T, C)."""
         B, T, _ = h.shape
         by_sequence = self.router.scope == "sequence"
-        if by_sequence and cache is not None and cache.get_seq_length(self.layer) > T:
-            return self.decided                                          # the text goes on
+        if by_sequence and self.generation.goes_on:
+            return self.decided
         n = min(T, self.prompt or T)
         ctx = SimpleNamespace(lengths=torch.full((B,), T, device=h.device), longest_prompt=n,
                               prompt_lengths=torch.full((B,), n, device=h.device))
@@ -85,7 +95,7 @@ class Gate:
     def close(self, module, args, kwargs, output):
         """Hook of attention or MLP."""
         h = args[0] if args else kwargs["hidden_states"]
-        gate = self.gate(h, kwargs.get("past_key_values"))[..., None].to(h.dtype)         # (B, T or 1, 1)
+        gate = self.gate(h)[..., None].to(h.dtype)                       # (B, T or 1, 1)
         if isinstance(output, tuple):                                    # attention: with its weights
             return output[0] * gate, *output[1:]
         return output * gate
@@ -93,8 +103,7 @@ class Gate:
     def close_block(self, layer, args, kwargs, output):
         """Hook of a whole layer: where the gate is 0, its input."""
         x = args[0] if args else kwargs["hidden_states"]
-        gate = self.gate(layer.input_layernorm(x), kwargs.get("past_key_values"))[..., None]
-        return torch.where(gate, output, x)
+        return torch.where(self.gate(layer.input_layernorm(x))[..., None], output, x)
 
 
 def main():

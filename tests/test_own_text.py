@@ -32,10 +32,10 @@ def test_a_file_that_does_not_fit_is_written_anew(tiny, tmp_path):
 
 
 def test_the_text_that_ships(tmp_path, monkeypatch):
-    """96 texts of 256 tokens, whose first tokens are those of seed 0, and which read as text."""
+    """288 texts of 256 tokens, whose first tokens are those of seed 0, and which read as text."""
     ids = read_ids(own_text.SHIPPED)
     torch.manual_seed(0)
-    assert torch.equal(ids[:, :1], torch.randint(49152, (96, 1))) and ids.shape == (96, 256)
+    assert torch.equal(ids[:, :1], torch.randint(49152, (288, 1))) and ids.shape == (288, 256)
     text = Tokenizer.from_pretrained("smollm2-135m").decode(ids[3].tolist())
     assert len(text.split()) > 100
     assert own_text_file("smollm2-135m", 0, "abc") == own_text.SHIPPED

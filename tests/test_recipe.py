@@ -236,7 +236,7 @@ def test_the_model_writes_text_to_learn_from(granularity, tiny, samples):
     held, own = own_text(model, choose("default", granularity), samples, seed=3)
     again, same = own_text(model, choose("default", granularity), samples, seed=3)
     assert torch.equal(held, again) and own == same and held.shape == (64, 128)
-    assert sum(len(s.ids) for s in own) == 72 * 256 and all(all(s.answer) for s in own)
+    assert sum(len(s.ids) for s in own) == 264 * 256 and all(all(s.answer) for s in own)
     answer = sum(sum(s.answer) for s in samples) // len(samples)
     assert max(len(s.ids) for s in own) == (256 if granularity == "attn_token" else answer)
     assert len({tuple(s.ids) for s in own}) == len(own)

@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(arguments, cal
 @pytest.mark.parametrize("more, learns", [
     ([], True), (["--granularity", "attn_sequence"], True), (["--loss", "ce"], False)])
 def test_a_run_learns_from_what_the_model_wrote(more, learns, arguments, call, monkeypatch):
-    """Where labels are known, as with KL; the threshold is calibrated on texts that it did not learn from."""
+    """Where labels are known, as with KL; the threshold is calibrated on the beginnings of texts."""
     calls = {}
 
     def spy(name, result=None):
@@ -187,8 +187,6 @@ def test_a_run_learns_from_what_the_model_wrote(more, learns, arguments, call, m
     _, same, held, capacity, _ = calls["calibrate"]
     assert samples is same and len(samples) == 32 and held.shape == (64, 128) and capacity == 0.7
     assert (texts is not None) == learns
-    learned = {tuple(s.ids) for s in texts or []}
-    assert not any(tuple(row[:len(ids)].tolist()) == ids for row in held for ids in learned)
 
 
 def test_gates_are_ramps_that_narrow_over_a_run(arguments, call, monkeypatch):
