@@ -284,8 +284,9 @@ def calibrate(model, samples, own_ids, capacity, tokens):
         for _ in range(8):
             if abs(measured[nearest()] - capacity) < CALIBRATION_ERROR:
                 break
-            known = measured | {-4.0: 1.0, 4.0: least}                   # there all are open, or closed
-            capacities, logits = zip(*sorted((c, logit) for logit, c in known.items()))
-            measure(float(np.interp(capacity, capacities, logits)))
+            known = {-4.0: 1.0, 4.0: least} | measured                   # there all are open, or closed
+            below = min(logit for logit, c in known.items() if c <= capacity)
+            above = max(logit for logit, c in known.items() if c >= capacity)
+            measure(float(np.interp(capacity, [known[below], known[above]], [below, above])))
     set_threshold(nearest())
     return [(1 / (1 + math.exp(-logit)), c) for logit, c in measured.items()]

@@ -172,7 +172,7 @@ def make_recipe(args, n_samples, model):
         raise InputError("--method harm: only for gates at sequence level, with a bias, --loss kl and a"
                          " frozen model")
     if recipe.train == "bias" and not has_bias:
-        raise InputError("--train bias: gates of the kind {recipe.gate!r} have none; add --gate linear")
+        raise InputError(f"--train bias: gates of the kind {recipe.gate!r} have none; add --gate linear")
     for key in keys:
         setattr(args, key, getattr(recipe, key))
     args.steps = recipe.steps or recipe.epochs * math.ceil(n_samples / recipe.step_samples)

@@ -182,13 +182,17 @@ def tradeoffs(evaluations, benches):
     return points
 
 
+def all_settings(points):
+    return list(dict.fromkeys(setting for by_setting in points.values() for setting in by_setting))
+
+
 def tradeoff(figure, points):
     """points: see tradeoffs. A row of panels per text, a column per setting; the lines to the right win."""
-    settings = list(next(iter(points.values())))
+    settings = all_settings(points)
     panels = figure.subplots(len(points), len(settings), squeeze=False, sharey="row")
     for row, (text, by_setting) in zip(panels, points.items()):
         for axes, (phase, batch, context) in zip(row, settings):
-            for name, dots in sorted(by_setting[phase, batch, context].items()):
+            for name, dots in sorted(by_setting.get((phase, batch, context), {}).items()):
                 axes.plot(*zip(*dots), marker="o", markersize=4, label=name)
             axes.axvline(1, color="grey", linewidth=0.5)
             axes.set(title=f"{phase}, {context:,} tokens, batch {batch}", xlabel="speedup over dense")
@@ -265,8 +269,7 @@ def main():
             print(Path(args.out) / name)
     points = tradeoffs(evaluations, benches)
     if points:
-        n_columns = len(next(iter(points.values())))
-        figure = new_figure(1 + 3.5 * n_columns, 0.5 + 3.5 * len(points))
+        figure = new_figure(1 + 3.5 * len(all_settings(points)), 0.5 + 3.5 * len(points))
         tradeoff(figure, points)
         save_figure(figure, Path(args.out) / "tradeoff.png", dpi=100)
         print(Path(args.out) / "tradeoff.png", *equal_harm(points), sep="\n")
