@@ -176,8 +176,7 @@ def own_text(model, recipe, samples, seed, path=None):
     """What the dense model writes after random first tokens, as in LLM-QAT (arXiv 2305.17888): text of
     another kind than the training samples, whose labels, the dense model's probabilities, are known.
 
-    Returns (token ids (n, T) to calibrate on, Samples to learn from), each None where the recipe does not use
-    it.
+    Returns (token ids (n, T) to calibrate on, Samples to learn from), each None where it is not used.
     path: see write_text.
     """
     learns = recipe.learns_own_text and reads_dense(recipe.loss)
@@ -250,8 +249,7 @@ def calibration_batches(gates_read_prompts, samples, own_ids, tokens, device):
 
 
 def calibrate(model, samples, own_ids, capacity, tokens):
-    """Set the threshold that gives an overall capacity; returns [(threshold, capacity)], all that was
-    measured.
+    """Set the threshold that gives an overall capacity; returns all measured [(threshold, capacity)].
 
     samples: of the training data; own_ids: token ids (n, T) that the model wrote, with equal weight, since
     other text opens other gates. What all samples begin with, the template of a chat, does not count. First a

@@ -191,8 +191,7 @@ def dense(model):
 
 @contextmanager
 def trace(model):
-    """Within it decisions are kept: {layer: [a bool tensor of each pass that decides, (B,) or (B, T)]}. One
-    trace may lie within another."""
+    """Within it decisions are kept: {layer: [a bool tensor of each pass that decides, (B,) or (B, T)]}."""
     skips = mindskips(model)
     outer = {i: skip.trace for i, skip in skips.items()}
     for skip in skips.values():
