@@ -125,7 +125,7 @@ def attention(q, k, v, mask=None, causal=False):
     if q.shape[2] == 1:   # one token: the query heads of a key head are as good as its rows, and much faster
         y = F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, q.shape[3]), k, v, attn_mask=mask)
         return y.reshape(q.shape)
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+    if products_are_faster(q):
         return recomputed(attention_by_products, q, k, v, mask, causal)
     if mask is not None and mask.shape[-1] < k.shape[2]:
         mask = F.pad(mask, (k.shape[2] - mask.shape[-1], 0))
@@ -136,23 +136,26 @@ def attention(q, k, v, mask=None, causal=False):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
-def attention_by_products(q, k, v, mask, causal, positions=None):
+def products_are_faster(q):
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+def attention_by_products(q, k, v, mask=None, causal=False, positions=None):
     """`attention` by plain products, CHUNK queries at a time: causal ones with the keys up to their last.
-    positions (T,), rising: query t sees the keys up to positions[t], not up to t."""
+    positions (T,), int32, rising: query t sees the keys up to positions[t]."""
     (B, H, T, D), K = q.shape, k.shape[1]
     q = q.mul(D ** -0.5).unflatten(1, (K, -1)).flatten(0, 1)                  # (BK, H/K, T, D)
     k, v = k.flatten(0, 1), v.flatten(0, 1)                                   # (BK, S, D)
     if causal:
-        positions = torch.arange(T, dtype=torch.int32) if positions is None else positions.int()
-        key = torch.arange(k.shape[1], dtype=torch.int32)
+        triangle = additive_mask(torch.ones(CHUNK, CHUNK, dtype=torch.bool).tril(), q.dtype)
     outputs = []
     for start, queries in zip(range(0, T, CHUNK), q.split(CHUNK, 2)):
         size, end, bias = queries.shape[2], k.shape[1], None
         chunk = slice(start, start + size)
-        if causal:                                                            # all see the keys up to `first`
-            first, last = int(positions[start]), int(positions[start + size - 1])
-            end = min(end, -(-(last + 1) // KEY_MULTIPLE) * KEY_MULTIPLE)
-            bias = additive_mask(key[first + 1:end] <= positions[chunk, None], q.dtype)
+        if causal:
+            end, bias = start + size, triangle[:size, :size]
+        elif positions is not None:
+            end, bias = keys_seen(positions[chunk], positions[chunk], end, q.dtype)
         elif mask is not None:
             bias = mask[..., chunk, :]
         score = torch.bmm(queries.flatten(1, 2), k[:, :end].mT)               # (BK, H/K * size, end)
@@ -162,6 +165,17 @@ def attention_by_products(q, k, v, mask, causal, positions=None):
             score.view(B, H, size, end)[..., end - bias.shape[-1]:] += bias
         outputs.append(torch.bmm(score.softmax(-1), v[:, :end]).view(B, H, size, D))
     return torch.cat(outputs, 2)
+
+
+def keys_seen(on_host, positions, S, dtype):
+    """How many of S keys are seen by one of the queries at these rising positions (n,), which the host knows
+    too, and the mask of the last of these, which not all queries see, (n, last ones); None for one query."""
+    first, last, n = int(on_host[0]), int(on_host[-1]), len(on_host)
+    if n == 1:
+        return last + 1, None
+    end = min(S, -(-(last + 1) // KEY_MULTIPLE) * KEY_MULTIPLE)
+    key = torch.arange(first + 1, end, device=positions.device, dtype=torch.int32)       # all see `first`
+    return end, additive_mask(key <= positions[:, None], dtype)
 
 
 def attention_of_some(q, k, v, columns, at, T, mask=None):
@@ -179,30 +193,26 @@ def attention_of_some(q, k, v, columns, at, T, mask=None):
         if n == 0:
             continue
         keys, values, queries = k[row:row + 1], v[row:row + 1], q[:, :, done:done + n]
-        if n > 1 and mask is None and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-            y = attention_by_products(queries, keys, values, None, True, row_columns + (S - T))
+        on_host = (row_columns + (S - T)).int()
+        positions = on_host if q.device.type == "cpu" else (at[done:done + n] % T + (S - T)).int()
+        if n > 1 and mask is None and products_are_faster(q):
+            y = attention_by_products(queries, keys, values, positions=positions)
         else:
             row_mask = None if mask is None else mask[row if len(mask) > 1 else 0, 0]           # (T, S)
-            y = attention_in_chunks(queries, keys, values, row_columns, at[done:done + n] % T, T, row_mask)
+            y = attention_in_chunks(queries, keys, values, on_host, positions, row_mask)
         outputs.append(y)
         done += n
     return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
 
 
-def attention_in_chunks(q, k, v, host_columns, columns, T, mask):
-    """attention_of_some for one row, CHUNK queries at a time: q (1, H, n, D), k and v (1, K, S, D), columns
-    (n,), on the host and on the device, mask (T, S) or None."""
+def attention_in_chunks(q, k, v, on_host, positions, mask):
+    """attention_of_some for one row, CHUNK queries at a time: q (1, H, n, D), k and v (1, K, S, D), positions
+    (n,) of the queries, on the device and on the host, mask (T, S) or None."""
     S, outputs = k.shape[2], []
-    chunks = zip(q.split(CHUNK, 2), host_columns.split(CHUNK), columns.split(CHUNK))
-    for queries, on_host, chunk in chunks:
-        first, last = int(on_host[0]) + S - T, int(on_host[-1]) + S - T
-        end, bias = last + 1, None                                       # of the keys that a query here sees
-        if len(chunk) > 1:
-            end = min(S, -(-end // KEY_MULTIPLE) * KEY_MULTIPLE)
+    chunks = zip(q.split(CHUNK, 2), on_host.split(CHUNK), positions.split(CHUNK))
+    for queries, chunk_on_host, chunk in chunks:
+        end, bias = keys_seen(chunk_on_host, chunk, S, q.dtype)
         if mask is not None:
-            bias = mask[chunk, :end]                                                            # (n, end)
-        elif len(chunk) > 1:                                             # all see the keys up to `first`
-            key = torch.arange(first + 1, end, device=q.device)
-            bias = additive_mask(key <= chunk[:, None] + (S - T), q.dtype)              # (n, end - first - 1)
+            bias = mask[chunk - (S - len(mask)), :end]                                          # (n, end)
         outputs.append(attention(queries, k[:, :, :end], v[:, :, :end], bias))
     return torch.cat(outputs, 2)
