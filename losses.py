@@ -96,6 +96,12 @@ def backward(model, batch, loss, weight=1.0, regularizer=None, teacher=None):
     return total
 
 
+def decisions_on(decisions, tokens):
+    """All decisions (n,) that `trace` kept of one pass: at token level those on `tokens`, a mask (B, T)."""
+    layers = [layer for (layer,) in decisions.values()]                       # (B,) or (B, T) each
+    return torch.cat([layer[tokens] if layer.dim() == 2 else layer for layer in layers])
+
+
 class Usage:
     """How often the gates were open over many passes: call `add` after each."""
 
@@ -117,11 +123,8 @@ class Usage:
 
 @torch.no_grad()
 def evaluate(model, batches, teacher=None):
-    """Dense and routed loss and KL(dense || routed) in nats per token, capacity of all tokens and of the
-    answers' alone, and how often each layer ran.
-
-    batches: an iterable of Batch; the model skips (it is set to eval mode).
-    """
+    """Dense and routed loss and KL(dense || routed) in nats per token, capacity on all tokens and on answers,
+    and how often each layer ran. batches: an iterable of Batch; the model skips (it is set to eval mode)."""
     model.eval()
     teacher = teacher or model
     sums, tokens, usage = torch.zeros(3, dtype=torch.float64), 0, Usage(model)
@@ -129,9 +132,8 @@ def evaluate(model, batches, teacher=None):
     for batch in batches:
         with trace(model) as decisions:
             x, reference = hidden_states(model, batch, teacher)
-        for (is_open,) in decisions.values():                            # (B,) or (B, T)
-            is_open = is_open[batch.scored.cpu()] if is_open.dim() == 2 else is_open
-            in_answers.append(is_open)
+        if decisions:
+            in_answers.append(decisions_on(decisions, batch.scored.cpu()))
         for start in range(0, len(x), CHUNK):
             chunk = slice(start, start + CHUNK)
             targets = batch.targets[chunk]

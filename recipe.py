@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from losses import reads_dense
+from losses import decisions_on, reads_dense
 from model import run_layers
 from router import mindskips, open_shares, overall_capacity, routed_share, straight_through, trace
 from support.data import PLAIN_PROMPT, Batch, Sample, alternating, common_beginning, epochs, pack, pieces
@@ -222,13 +222,10 @@ def measured_capacity(model, batches, start=0):
             run_layers(model.layers, model.embed(batch.idx), ctx)
         column = torch.arange(batch.idx.shape[1])
         counts = (column >= start) & (column < batch.lengths.cpu()[:, None])     # (B, T)
-        for (is_open,) in decisions.values():                            # one pass: (B,) or (B, T)
-            if is_open.dim() == 2:
-                is_open = is_open[counts]
-            n_open += int(is_open.sum())
-            n_seen += len(is_open)
-    n_routed = len(mindskips(model))
-    return overall_capacity([n_open / n_seen] * n_routed, model.config.n_layer)
+        is_open = decisions_on(decisions, counts)
+        n_open += int(is_open.sum())
+        n_seen += len(is_open)
+    return overall_capacity([n_open / n_seen] * len(mindskips(model)), model.config.n_layer)
 
 
 def calibration_batches(gates_read_prompts, samples, own_ids, tokens, device):

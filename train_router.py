@@ -6,8 +6,7 @@
     python train_router.py --resume             # go on where Ctrl-C stopped
 
 A run reads its data, makes the recipe (recipe.py), tunes in the one loop below, or by default at sequence
-level in that of harm.py, and prints a table of samples that were held out. Before that table, by default, the
-threshold is calibrated, so that the capacity is met.
+level in that of harm.py, by default calibrates the threshold, and prints a table of held-out samples.
 
 --train says which weights learn: the routers'; only their biases, which closes the same layers for all text;
 or all of the model's with its routers, as Mixture of Depths does, which are then kept in out/model.
