@@ -40,7 +40,8 @@ def read(path):
             check(step, STEP, where)
         return [step for _, step in found]
     if first.keys() >= TABLE.keys() and len(found) == 1:
-        check(first.get("routers", dict.fromkeys(ROUTERS, "")), ROUTERS, f"{path}: routers")
+        if "routers" in first:
+            check(first["routers"], ROUTERS, f"{path}: routers")
         for _, table in tables_of(first):
             check_table(table, path)
         return first
@@ -113,7 +114,7 @@ def harms(evaluations):
         for name, table in tables_of(scores):
             if table.get("text") and name != "dense":
                 if name == "routed" and "routers" in scores:
-                    name = routers_name(**scores["routers"])
+                    name = routers_name(scores["routers"]["granularity"], scores["routers"]["kv"])
                 text = points.setdefault(table["text"]["file"], {})
                 text.setdefault(name, []).append((table["text"]["capacity"], table["text"]["kl"]))
     return points
@@ -171,9 +172,9 @@ def speeds(benches):
 def tradeoffs(evaluations, benches):
     """{text: {setting: {variant: [(speedup, KL)]}}}: KL at the capacity that was timed, interpolated between
     those that were evaluated and (capacity 1, KL 0)."""
-    points = {}
+    points, timings = {}, speeds(benches)
     for text, kl_points in harms(evaluations).items():
-        for setting, timed in speeds(benches).items():
+        for setting, timed in timings.items():
             for name in timed.keys() & kl_points.keys():
                 capacities, values = zip(*sorted([*kl_points[name], (1.0, 0.0)]))
                 dots = [(speedup, float(np.interp(c, capacities, values)))
