@@ -10,8 +10,8 @@ closed: what it takes cannot be skipped, so the limit at routed capacity c is t_
 t_none)), and the efficiency of skipping is the measured speedup over that limit. Without --routers the open
 gates are drawn at random, exactly as many as the capacity asks for; the routers' scores are computed all the
 same. `of peak` is, for decode, the bytes of the weights, keys and values that a step reads over its time, as
-a share of the memory bandwidth of a large copy; else the products' operations over time, as a share of the
-rate of one large product; both are measured at the start. Peak memory counts the weights; on a CPU each
+a share of the memory bandwidth of a large copy or sum; else the products' operations over time, as a share of
+the rate of one large product; both are measured at the start. Peak memory counts the weights; on a CPU each
 variant is run once more for it, in a process of its own.
 """
 from support.script import run_script  # isort: skip (before torch, see there)
@@ -25,6 +25,7 @@ import platform
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -47,8 +48,9 @@ from router import (
     routed_share,
 )
 from support.cli import check_destinations, common_arguments, device_and_dtype, number, numbers, words
+from support.cuda import plain_kernels
 from support.data import DEFAULT_DATA, Batch, Sample
-from support.graph import stepper
+from support.graph import release, stepper
 from support.kernels import should_pack
 from tokenizer import Tokenizer
 from weights import InputError, open_checkpoint, write_file
@@ -59,6 +61,7 @@ SHAPES = {
     "llama2-7b": Config(32, 32, 32, 4096, 11008, 32000, 128, 4096),
     "mistral-7b": Config(32, 32, 8, 4096, 14336, 32000, 128, 32768),
     "llama3-8b": Config(32, 32, 8, 4096, 14336, 128256, 128, 8192, rope_theta=5e5),
+    "llama3.1-8b": Config(32, 32, 8, 4096, 14336, 128256, 128, 131072, rope_theta=5e5),
 }
 STEPS = 16      # tokens decoded in one measurement,
 UNTIMED = 4     # after as many others: the first ones lay out weights, or capture a graph
@@ -81,29 +84,35 @@ def random_model(config, device, dtype):
 
 
 @functools.cache
-def pattern(shape, share, seed, device):
-    """A random 0/1 tensor with exactly this share of ones."""
-    n = math.prod(shape)
-    ones = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:round(share * n)]
-    return torch.zeros(n).index_fill(0, ones, 1.0).view(shape).to(device)
+def patterns(count, shape, share, seed, device):
+    """`count` random 0/1 tensors, each with exactly this share of ones: (count, *shape)."""
+    n, generator = math.prod(shape), torch.Generator().manual_seed(seed)
+    made = torch.zeros(count, n)
+    for pattern in made:
+        pattern[torch.randperm(n, generator=generator)[:round(share * n)]] = 1.0
+    return made.view(count, *shape).to(device)
+
+
+@functools.cache
+def override_of(layer, n_layers, share, seed):
+    """For MindSkip.override: exactly this share of all layers' gates is open, at random. At token level each
+    step of decoding has a pattern of its own. Patterns are made in the warm-up and kept."""
+    def override(score, ctx):
+        count = UNTIMED + STEPS if ctx.decoding else 1
+        drawn = patterns(count, (n_layers, *score.shape), share, seed, score.device)[:, layer]
+        if ctx.positions is None:
+            wanted = drawn[ctx.end % count]
+        else:                                            # a captured step: the device knows where it is
+            wanted = drawn.index_select(0, (ctx.positions[:1] + 1) % count)[0]
+        return wanted + (score - score.detach()) if score.requires_grad else wanted
+    return override
 
 
 def open_share(model, share, seed):
-    """Open exactly this share of the gates, at random; their scores are computed, then replaced.
-
-    At token level every step of decoding has a pattern of its own. Patterns are made in the warm-up and kept.
-    """
+    """Open exactly this share of the gates, at random; their scores are computed, then replaced."""
     skips = list(mindskips(model).values())
-
-    def override_of(layer, skip):
-        def override(score, ctx):
-            step = ctx.end if skip.scope == "token" else 0
-            shape = (len(skips), *score.shape)
-            wanted = pattern(shape, share, seed + step, score.device)[layer]
-            return wanted + (score - score.detach())     # with the score's gradient
-        return override
     for layer, skip in enumerate(skips):
-        skip.override = override_of(layer, skip)
+        skip.override = override_of(layer, len(skips), share, seed)
 
 
 class Work(TorchDispatchMode):
@@ -162,6 +171,7 @@ class Variant:
         if self.name == "train_all":
             model.requires_grad_(True)
         if cuda:
+            release(model)                      # other variants' graphs
             torch.cuda.reset_peak_memory_stats()
         attentions = {}
         if self.name == "static":
@@ -169,7 +179,8 @@ class Variant:
             for i in range(self.asked):
                 layer = i * len(model.layers) // self.asked
                 attentions[layer], model.layers[layer].attn = model.layers[layer].attn, Removed()
-        seconds = getattr(self, self.phase)()
+        with plain_kernels() if self.work is None else nullcontext():
+            seconds = getattr(self, self.phase)()
         for i, attention in attentions.items():
             model.layers[i].attn = attention
         if self.granularity:
@@ -231,7 +242,8 @@ class Variant:
         """One step on every token: of the routers (--loss), or of the whole model with its routers
         (cross-entropy)."""
         model, idx = self.model.train(), self.args.text[:self.batch, :self.context]
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=0.0, fused=idx.device.type == "cuda")    # without copies
         samples = [Sample(row, [True] * self.context, min(64, self.context)) for row in idx.tolist()]
         batch = Batch.of(samples, idx.device)
 
@@ -389,12 +401,19 @@ def memory(key, file="/proc/self/status"):
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key + ":")), None)
 
 
+def weight_bytes(c, dtype):
+    """Bytes of a model's matrices."""
+    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    layer = c.n_embd * (2 * q + 2 * kv + 3 * c.intermediate)
+    vocabulary = c.vocab_size * c.n_embd * (1 if c.tie_embeddings else 2)
+    return (c.n_layer * layer + vocabulary) * dtype.itemsize
+
+
 def needed(c, args):
     """About how many bytes a run needs at most: weights, cache and what the layers hand on."""
     item, batch, context = args.dtype.itemsize, max(args.batch), max(args.context)
     q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    layer = c.n_embd * (2 * q + 2 * kv + 3 * c.intermediate)
-    weights = (c.n_layer * layer + c.vocab_size * c.n_embd * (1 if c.tie_embeddings else 2)) * item
+    weights = weight_bytes(c, args.dtype)
     tokens = batch * (context + UNTIMED + STEPS)
     total = weights + 2 * c.n_layer * kv * tokens * item
     wide = tokens * (4 * c.n_embd + 2 * q + 2 * kv + 4 * c.intermediate) * item           # alive in one layer
@@ -437,7 +456,8 @@ def show(rows):
 
 
 def rates(device, dtype):
-    """(bytes a second that a large copy reads and writes, operations a second of a large product)."""
+    """(bytes a second that a large copy reads and writes, or a large sum reads, the higher of the two;
+    operations a second of a large product)."""
     def best(work, amount, seconds=0.7):
         took, stop = [], time.perf_counter() + seconds
         while not took or time.perf_counter() < stop:
@@ -450,7 +470,8 @@ def rates(device, dtype):
     n = 8192 if device.type == "cuda" else 1536
     a, big = torch.randn(n, n, device=device, dtype=dtype), torch.ones(2**26, device=device)
     other = torch.ones_like(big)             # written once: memory that was never touched is not there yet
-    return best(lambda: other.copy_(big), 2 * big.nbytes), best(lambda: a @ a, 2 * n**3)
+    copied, summed = best(lambda: other.copy_(big), 2 * big.nbytes), best(big.sum, big.nbytes)
+    return max(copied, summed), best(lambda: a @ a, 2 * n**3)
 
 
 def machine(args):
@@ -476,8 +497,15 @@ def choose_model(args):
     args.model = "smollm2-135m"
     if args.device.type == "cuda" and not args.routers:
         args.random_weights = True
-        fit = [name for name in SHAPES if needed(SHAPES[name], args) < free_bytes(args.device)]
-        args.model = max(fit, key=lambda name: needed(SHAPES[name], args), default=args.model)
+        longest = longest_text(args)
+        fit = [name for name, config in SHAPES.items() if longest <= config.max_context
+               and needed(config, args) < free_bytes(args.device)]
+        args.model = max(fit, key=lambda name: weight_bytes(SHAPES[name], args.dtype), default=args.model)
+
+
+def longest_text(args):
+    """Tokens of the longest row."""
+    return max(args.context) + (UNTIMED + STEPS if "decode" in args.phase else 0)
 
 
 def parse_arguments():
@@ -528,7 +556,7 @@ def main():
         config = Config.from_hf(checkpoint.config, checkpoint.path)
     if max(args.static, default=0) > config.n_layer:
         raise InputError(f"--static {max(args.static)}: this model has {config.n_layer} layers")
-    longest = max(args.context) + (UNTIMED + STEPS if "decode" in args.phase else 0)
+    longest = longest_text(args)
     if longest > config.max_context:
         raise InputError(f"--context {max(args.context)}: {longest} tokens do not fit the model's context of"
                          f" {config.max_context}")

@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from harm import measure
-from losses import CHUNK, Usage, evaluate, log_probabilities
+from losses import Usage, chunks, evaluate, log_probabilities
 from model import Cache, Llama, run_layers
 from router import add_routers, close_all, load_routers, mindskips, remove_routers, routed_share
+from support.attention import additive_mask
 from support.cli import check_destinations, common_arguments, device_and_dtype, number, numbers, perplexity
 from support.data import DEFAULT_DATA, HELD_OUT, Batch, batches, common_beginning, pack, read_samples
-from support.kernels import additive_mask
 from support.tasks import (
     QUESTIONS,
     TASKS,
@@ -108,8 +108,7 @@ def score(model, rows, beginning, out):
             owners += [(row.question, place)] * len(continuation)
             end += len(continuation) - 1
     x, targets = x.flatten(0, 1)[at], torch.tensor(targets, device=idx.device)
-    for i in range(0, len(x), CHUNK):
-        part = slice(i, i + CHUNK)
+    for part in chunks(x):
         ll = log_probabilities(model, x[part]).gather(1, targets[part, None])[:, 0]
         for (question, place), value in zip(owners[part], ll.tolist()):
             out[question][place] += value

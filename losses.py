@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from model import run_layers
 from router import dense, mindskips, overall_capacity, trace
 
-CHUNK = 128      # tokens whose logits exist at once
+CHUNK = {"cpu": 128, "cuda": 1024}           # tokens whose logits exist at once
 
 
 def kl(log_q, targets, log_p):
@@ -41,6 +41,12 @@ LOSSES = {"kl": kl, "ce": cross_entropy}     # to add a loss, add it here
 def reads_dense(loss):
     """Whether a loss, by its name, reads log_p."""
     return getattr(LOSSES[loss], "reads_log_p", False)
+
+
+def chunks(x):
+    """Slices of the rows of x, CHUNK at a time."""
+    size = CHUNK.get(x.device.type, 128)
+    return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 def log_probabilities(model, x):
@@ -78,8 +84,7 @@ def backward(model, batch, loss, weight=1.0, regularizer=None, teacher=None):
     teacher = teacher or model
     x, reference = hidden_states(model, batch, teacher if reads_dense(loss) else None)
     leaf, total = x.detach().requires_grad_(), 0.0
-    for start in range(0, len(leaf), CHUNK):
-        chunk = slice(start, start + CHUNK)
+    for chunk in chunks(leaf):
         log_p = None
         if reference is not None:
             with torch.no_grad():
@@ -134,8 +139,7 @@ def evaluate(model, batches, teacher=None):
             x, reference = hidden_states(model, batch, teacher)
         if decisions:
             in_answers.append(decisions_on(decisions, batch.scored.cpu()))
-        for start in range(0, len(x), CHUNK):
-            chunk = slice(start, start + CHUNK)
+        for chunk in chunks(x):
             targets = batch.targets[chunk]
             log_p, log_q = log_probabilities(teacher, reference[chunk]), log_probabilities(model, x[chunk])
             losses = [cross_entropy(log_p, targets, None), cross_entropy(log_q, targets, None),

@@ -7,7 +7,7 @@ Notable:
 - rows of a batch may have different lengths: they are padded on the right, where causal attention never looks
 - grouped-query attention, Llama 3.1's rope scaling, Mistral's sliding window, Qwen2's bias on q, k and v,
   Qwen3's norm on q and k, tied or untied head
-- support/kernels.py and support/graph.py compute what the plain PyTorch calls do, faster
+- support/kernels.py, attention.py and graph.py compute what the plain PyTorch calls do, faster
 
 Shapes: B rows, T columns (tokens), S keys, C n_embd, H n_head, K n_kv_head, D head_dim, V vocabulary.
 """
@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from support.attention import additive_mask, attention, store
+from support.cuda import fused
 from support.files import InputError, read_value
 from support.graph import stepper
-from support.kernels import Linear, additive_mask, attention, recomputed  # recomputed: checkpointing
+from support.kernels import Linear, recomputed, rms_norm
 from weights import open_checkpoint, read_rope, write_folder
 
 FAMILIES = "llama", "mistral", "qwen2", "qwen3"     # model_type in config.json
@@ -89,6 +91,7 @@ def rope_frequencies(config):
     return freq
 
 
+@fused
 def rotate(x, cos, sin):
     """Turn each pair of channels (x[i], x[i + D/2]) of x (..., T, D) by the angle of its position.
 
@@ -123,7 +126,8 @@ class Cache:
                              f" {size:.2f} GiB; lower the batch, the prompt or max_new_tokens") from e
         for memory, new in (self.k[layer], k), (self.v[layer], v):
             memory[:, :, :T] = new
-            memory[:, :, T:] = 0                     # masked until written, but garbage could be NaN
+            if T < self.max_tokens:
+                memory[:, :, T:] = 0                 # masked until written, but garbage could be NaN
         return k, v
 
     def store_step(self, layer, k, v, ctx):
@@ -133,12 +137,7 @@ class Cache:
             keys[:, :, ctx.end - T:ctx.end] = k
             values[:, :, ctx.end - T:ctx.end] = v
         else:
-            positions = ctx.positions[:, None]
-            if T > 1:
-                positions = positions + torch.arange(1 - T, 1, device=k.device)
-            positions = positions[:, None, :, None].expand_as(k)
-            keys.scatter_(2, positions, k)
-            values.scatter_(2, positions, v)
+            store(keys, values, k, v, ctx.positions)
         return keys[:, :, :ctx.end], values[:, :, :ctx.end]
 
     def bytes(self):
@@ -160,6 +159,7 @@ class Context:
     decoding: bool = False                       # a step that continues the cache, one token per row
     end: int = 0                                 # decoding: keys to attend to, this step's included
     positions: torch.Tensor | None = None        # decoding: (B,) where each row writes; None: all at end - 1
+    captured: bool = False                       # decoding: in a CUDA graph, which cannot ask the host
 
 
 class RMSNorm(nn.Module):
@@ -169,7 +169,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return recomputed(F.rms_norm, x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -230,6 +230,7 @@ class MLP(nn.Module):
         return self.down(recomputed(swiglu, gate, up))
 
 
+@fused
 def swiglu(gate, up):
     return F.silu(gate) * up
 

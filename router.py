@@ -30,10 +30,10 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from skipping import mask_closed_keys, open_rows, run_open_only, run_rows, run_tokens
+from skipping import mask_closed_keys, open_rows, run_captured, run_open_only, run_rows, run_tokens
 from support.checked import open_router_file, tensor_of
 from support.cli import parse_layers
-from support.kernels import recomputed
+from support.kernels import first_mean, logit, recomputed
 from weights import InputError, write_file
 
 GRANULARITIES = [f"{part}_{scope}" for part in ("attn", "mlp", "block") for scope in ("sequence", "token")]
@@ -53,15 +53,16 @@ class LinearRouter(nn.Linear):
             nn.init.ones_(self.bias)         # sigmoid(1) = 0.73, above the threshold
 
     def pooled(self, h, ctx):
-        """What the gate reads, float32, from h = norm(x) (B, T, C): each token's h, or its mean, (B, C)."""
+        """What the gate reads, from h = norm(x) (B, T, C): each token's h, or its mean, float32 (B, C)."""
         if self.scope == "token":
-            return h.float()
+            return h
         if self.pool == "all":
-            n, longest = ctx.lengths, h.shape[1]
-        else:
-            n, longest = ctx.prompt_lengths, ctx.longest_prompt
-        is_read = torch.arange(longest, device=h.device) < n[:, None]                 # (B, longest)
-        return (h[:, :longest].float() * is_read[..., None]).sum(1) / n[:, None]
+            return first_mean(h, ctx.lengths, h.shape[1])
+        return first_mean(h, ctx.prompt_lengths, ctx.longest_prompt)
+
+    def forward(self, read):
+        """The logit of the score, float32 (..., 1), from what `pooled` gives."""
+        return logit(read, self.weight, self.bias)
 
 
 # Kinds of gate, each by its router. To add one, add a class: it is made of (n_embd, scope, pool), keeps pool,
@@ -109,12 +110,12 @@ class MindSkip(nn.Module):
     def forward(self, x, ctx):
         if self.bypass:
             return self.sublayer(x, ctx)
+        if ctx.captured:
+            return run_captured(self, x, ctx)
         if ctx.decoding and self.scope == "sequence":
             return run_rows(self, x, ctx, open_rows(ctx.cache)[self])    # as the prompt decided
         h = self.norm(x)
         score = recomputed(self.score, h, ctx)                           # (B,), or (B, T) at token level
-        if self.override:
-            score = self.override(score, ctx)
         is_open = score >= self.threshold
         if self.trace is not None:
             self.trace.append(is_open.cpu())
@@ -135,7 +136,8 @@ class MindSkip(nn.Module):
 
     def score(self, h, ctx):
         """How much the sublayer is wanted, 0 to 1, float32: (B,) or (B, T); h = norm(x), (B, T, C)."""
-        return torch.sigmoid(self.router(self.router.pooled(h, ctx)).squeeze(-1))
+        score = torch.sigmoid(self.router(self.router.pooled(h, ctx)).squeeze(-1))
+        return self.override(score, ctx) if self.override else score
 
     def count(self, n_open, ctx):
         """Note how many of this pass's gates are open, padding excluded: in training their sum, with its

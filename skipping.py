@@ -4,6 +4,7 @@
     run_tokens    one gate per token, kv="all": closed tokens have a key and a value, and nothing else
     run_open_only one gate per token, kv="open": closed tokens take no part, as in Mixture of Depths. The open
                   ones of a row are a shorter sequence, whose tokens keep their positions in the text
+    run_captured  a step of generation in a CUDA graph, which asks the host nothing
 
 `skip` is the MindSkip (router.py), x (B, T, C) the residual stream before its sublayer and h = norm(x). What
 a running generation has to know of earlier decisions is kept in its cache, not in the modules.
@@ -16,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from model import merge_heads, rotate, split_heads
-from support.kernels import additive_mask, attention, attention_of_some
+from support.attention import additive_mask, attention, attention_of_some
+from support.cuda import fused, only_for, to_device, to_host
 
 WAITING = 32        # steps of generation whose keys and values may wait
 GROWTH = 64         # columns by which a cache of open tokens grows
@@ -52,7 +54,10 @@ def select_rows(ctx, rows):
 # ------------------------------------------------------------------------ gates of tokens, keys of all tokens
 def run_tokens(skip, x, ctx, h, is_open):
     """The sublayer on the open tokens only, is_open (B, T); keys and values are computed of all."""
-    attn, columns = skip.attn, open_columns(is_open, ctx)
+    attn, keys, decided = skip.attn, None, to_host(is_open)
+    if attn and x.is_cuda and not ctx.decoding:
+        keys = keys_values(attn, h, ctx)                                 # while the host waits for decisions
+    columns = open_columns(decided(), ctx)
     n_open = sum(map(len, columns))
     all_open = n_open == sum(ctx.host_lengths)
     skip.count(n_open, ctx)
@@ -64,22 +69,23 @@ def run_tokens(skip, x, ctx, h, is_open):
         return x
     if all_open and waiting:
         return run_with_waiting(skip, x, ctx, h, waiting)
-    if all_open:
+    if all_open and not keys:
         return skip.run(x, ctx, h)
     if waiting:
         store_waiting(attn, waiting)
-    if attn:
-        k, v = keys_values(attn, h, ctx)
+    if attn and not keys:
+        keys = keys_values(attn, h, ctx)
     if n_open == 0:
         return x
 
     T = x.shape[1]
-    at = torch.cat([row * T + row_columns for row, row_columns in enumerate(columns)]).to(x.device)
+    at = torch.cat([row * T + row_columns for row, row_columns in enumerate(columns)])
+    at = to_device(at, x.device)
     open_x = x.flatten(0, 1).index_select(0, at)                         # (N, C), row after row
     open_h = h.flatten(0, 1).index_select(0, at)
     if attn:
         q = queries(attn, open_h, ctx, at)                               # (H, N, D)
-        y = attention_of_some(q[None], k, v, columns, at, T, ctx.mask)[0]
+        y = attention_of_some(q[None], *keys, columns, at, T, ctx.mask)[0]
         open_x = open_x + attn.o(merge_heads(y))
     else:
         open_x = open_x + skip.sublayer.update(open_h)
@@ -89,8 +95,7 @@ def run_tokens(skip, x, ctx, h, is_open):
 
 
 def open_columns(is_open, ctx):
-    """[each row's open columns], on the host, from is_open (B, T), padding excluded."""
-    is_open = is_open.cpu()                                              # the one wait for the device
+    """[each row's open columns], from is_open (B, T), padding excluded, all on the host."""
     if ctx.decoding and not bool(is_open.any()):
         return [()] * len(is_open)
     return [row[:n].nonzero().squeeze(1) for row, n in zip(is_open, ctx.host_lengths)]
@@ -116,10 +121,16 @@ def queries(attn, h, ctx, at):
     q = split_heads(attn.qkv(h, end=attn.n_head * attn.head_dim), attn.head_dim)
     if attn.q_norm:
         q = attn.q_norm(q)
-    T = ctx.cos.shape[-2]
+    return rotate_some(q, ctx.cos, ctx.sin, at)
+
+
+@fused
+def rotate_some(q, cos, sin, at):
+    """`rotate` of gathered tokens q (H, N, D), at (N,): see queries; cos and sin are of all tokens."""
+    T = cos.shape[-2]
     row, column = at // T, at % T
-    index = column if ctx.cos.dim() == 2 else (row, 0, column)              # of (T, D) or (B, 1, T, D)
-    return rotate(q, ctx.cos[index], ctx.sin[index])
+    index = column if cos.dim() == 2 else (row, 0, column)                  # of (T, D) or (B, 1, T, D)
+    return rotate(q, cos[index], sin[index])
 
 
 # A step of generation in which no token is open lets its keys and values wait in the cache: what waits is
@@ -152,12 +163,39 @@ def run_with_waiting(skip, x, ctx, h, waiting):
     waiting.clear()
     y = split_heads(attn.qkv(all_h), attn.head_dim)                                     # (B, H + 2K, n, D)
     q, kv = y[:, :attn.n_head, -1:], y[:, attn.n_head:]
+    return run_with_keys(skip, x, ctx, q, *store_heads(attn, kv, all_ctx))
+
+
+def run_with_keys(skip, x, ctx, q, k, v):
+    """The sublayer in a step whose keys and values (B, K, S, D) are there; q (B, H, 1, D), unrotated."""
+    attn = skip.attn
     if attn.q_norm:
         q = attn.q_norm(q)
-    k, v = store_heads(attn, kv, all_ctx)
     y = attention(rotate(q, ctx.cos, ctx.sin), k, v, ctx.mask)                          # (B, H, 1, D)
     x = x + attn.o(merge_heads(y))
     return skip.sublayer.mlp(x) if skip.part == "block" else x
+
+
+# ------------------------------------------------------------------------------------------ a captured step
+def run_captured(skip, x, ctx):
+    """The sublayer in a step that support/graph.py captures: the same kernels whatever is open. They read the
+    decision, is_open (B,), on the device: attention reads no key of a closed row, and with one row products
+    read no weight either. What else is computed in vain is small."""
+    attn, h = skip.attn, skip.norm(x)
+    if skip.scope == "sequence":
+        is_open = ctx.cache.is_open[skip]                                # as the prompt decided
+    else:
+        is_open = skip.score(h, ctx).squeeze(1) >= skip.threshold
+        ctx.cache.decisions[skip] = is_open
+    if attn and skip.scope == "token":
+        keys = keys_values(attn, h, ctx)
+        with only_for(is_open):
+            q = split_heads(attn.qkv(h, end=attn.n_head * attn.head_dim), attn.head_dim)
+            y = run_with_keys(skip, x, ctx, q, *keys)
+    else:
+        with only_for(is_open):
+            y = skip.run(x, ctx, h)
+    return torch.where(is_open[:, None, None], y, x)
 
 
 # ----------------------------------------------------------------------- gates of tokens, keys of open tokens

@@ -178,7 +178,7 @@ def make_recipe(args, n_samples, model):
     on_cuda = model.embed.weight.device.type == "cuda"
     first_router = min(parse_layers(args.layers, model.config.n_layer))
     most = recipe.tokens_cuda if on_cuda else recipe.tokens_cpu
-    args.tokens = args.tokens or tokens_that_fit(model, first_router, most, losses.CHUNK)
+    args.tokens = args.tokens or tokens_that_fit(model, first_router, most, losses.CHUNK["cuda"])
     return recipe
 
 

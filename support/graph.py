@@ -6,12 +6,13 @@
 Plain form: run_layers(model.layers, model.embed(token[:, None]), model.step_context(cache, positions,
 device)).
 """
-import copy
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
+from support.cuda import choices
 from support.kernels import packed_weights
 
 KEPT_GRAPHS = 4                                     # per model
@@ -32,17 +33,21 @@ def eager_step(model, token, ctx):
     return x[:, 0]
 
 
+def gates(model):
+    """The MindSkips of a model, but for those that are bypassed."""
+    return [module for module in model.modules() if hasattr(module, "bypass") and not module.bypass]
+
+
 def can_replay(model):
-    """Whether a step of generation always runs the same kernels, on CUDA: no gate decides anew for each
-    token."""
-    decides_each_step = any(getattr(module, "scope", None) == "token" for module in model.modules())
-    return model.embed.weight.device.type == "cuda" and not decides_each_step
+    """Whether a step of generation runs the same kernels each time, on CUDA. With kv="open" it does not, and
+    `trace` copies decisions to the host."""
+    fixed = all(gate.kv == "all" and gate.trace is None for gate in gates(model))
+    return model.embed.weight.device.type == "cuda" and choices["triton"] and fixed
 
 
 @contextmanager
 def stepper(model, cache, rows):
-    """How to continue `cache`, see above. A graph is kept for later generations of the same shape and of the
-    same decisions of the gates, which the cache carries."""
+    """How to continue `cache`, see above. A graph is kept for later generations of as many rows."""
     device = model.embed.weight.device
     if not can_replay(model):
         with packed_weights(model, rows):
@@ -50,52 +55,47 @@ def stepper(model, cache, rows):
                 return eager_step(model, token, model.step_context(cache, positions, device))
             yield step
         return
-    open_rows = getattr(cache, "open_rows", {})
-    decisions = tuple((gate, tuple(indices.tolist())) for gate, indices in open_rows.items())
     columns = min(-(-cache.max_tokens // COLUMNS) * COLUMNS, model.config.max_context)
     model.angles_of(slice(0), columns)                          # makes all that the steps will need
-    key = (model.embed.weight.data_ptr(), model.angles[0].data_ptr(), rows, columns, decisions)
+    captured = tuple((gate, gate.threshold, gate.override) for gate in gates(model))
+    key = (model.embed.weight.data_ptr(), model.angles[0].data_ptr(), rows, columns, captured)
     graphs = graphs_of.setdefault(model, {})
-    replay = graphs.pop(key, None) or Replay(model, cache, rows, columns)
+    replay = graphs.pop(key, None) or Replay(model, type(cache), rows, columns)
     graphs[key] = replay
     while len(graphs) > KEPT_GRAPHS:
         del graphs[next(iter(graphs))]
-    copy_memory(replay.cache, cache)
-    replay.next_positions = None                                # another generation begins
+    replay.begin(cache)
     yield replay
-
-
-def copy_memory(cache, other):
-    """Let `cache` hold another's keys and values, at addresses of its own that stay the same. It may have
-    more columns, which are masked until they are written."""
-    for mine, theirs in (cache.k, other.k), (cache.v, other.v):
-        for i, memory in enumerate(theirs):
-            if memory is not None:
-                B, K, n, D = memory.shape
-                mine[i] = memory.new_zeros(B, K, cache.max_tokens, D) if mine[i] is None else mine[i]
-                mine[i][:, :, :n].copy_(memory)
+    replay.count()
 
 
 class Replay:
     """A step of generation as a CUDA graph: captured once, its kernels run again without Python. They work at
-    fixed addresses: it has a cache, tokens and positions of its own, which advance with each step, and
-    attends to all columns, masked."""
+    fixed addresses: it has a cache, tokens, positions and decisions of its own, advances the positions with
+    each step, and attends to all columns, masked."""
 
-    def __init__(self, model, cache, rows, columns):
+    def __init__(self, model, make_cache, rows, columns):
         self.model = weakref.proxy(model)                       # the model's graphs do not keep the model
-        self.cache = copy.copy(cache)                           # the same decisions
-        self.cache.max_tokens = columns
-        self.cache.k, self.cache.v = [None] * len(cache.k), [None] * len(cache.v)
-        copy_memory(self.cache, cache)
         self.angles = model.angles                              # which the model replaces when it needs more
-        self.token = torch.zeros(rows, dtype=torch.int64, device=model.embed.weight.device)
+        weight, config = model.embed.weight, model.config
+        self.token = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self.positions = torch.zeros_like(self.token)
+        self.cache = make_cache(config, columns)
+        for memory in self.cache.k, self.cache.v:
+            for layer in range(config.n_layer):
+                memory[layer] = weight.new_zeros(rows, config.n_kv_head, columns, config.head_dim)
+        self.gates = gates(model)
+        self.cache.is_open = {gate: self.token.bool() for gate in self.gates if gate.scope == "sequence"}
+        self.cache.decisions = {}                               # token level: {MindSkip: (rows,)} of the step
+        self.opened = torch.zeros(len(self.gates), dtype=torch.int64, device=weight.device)
         self.x, self.replay = self.capture()
 
     def step(self):
         ctx = self.model.ragged_context(self.cache, self.positions, self.cache.max_tokens)
-        x = eager_step(self.model, self.token, ctx)
+        x = eager_step(self.model, self.token, replace(ctx, captured=True))
         self.positions += 1
+        if self.cache.decisions:
+            self.opened += torch.stack(list(self.cache.decisions.values())).sum(1)
         return x
 
     def capture(self):
@@ -110,10 +110,32 @@ class Replay:
                 x = self.step()
         return x, graph.replay
 
+    def begin(self, cache):
+        """Take over a prompt's keys, values and decisions."""
+        open_rows = getattr(cache, "open_rows", {})             # sequence level: {MindSkip: indices}
+        stored = {gate.attn.layer: rows for gate, rows in open_rows.items() if gate.attn}
+        for mine, theirs in (self.cache.k, cache.k), (self.cache.v, cache.v):
+            for layer, memory in enumerate(theirs):
+                if memory is not None:                          # else no row opened it
+                    rows = stored.get(layer, slice(None))
+                    mine[layer][rows, :, :memory.shape[2]] = memory
+        for gate, is_open in self.cache.is_open.items():
+            is_open.zero_().index_fill_(0, open_rows[gate], True)
+        self.opened.zero_()
+        self.n_steps, self.next_positions = 0, None
+
     def __call__(self, token, positions):
         self.token.copy_(token)
         if positions != self.next_positions:                    # the first step of a generation
             self.positions.copy_(torch.tensor(positions))
         self.next_positions = [position + 1 for position in positions]
+        self.n_steps += 1
         self.replay()
         return self.x
+
+    def count(self):
+        """Tell the gates how many were open in this generation."""
+        if self.cache.decisions:
+            for gate, n_open in zip(self.gates, self.opened.tolist()):
+                gate.opened += n_open
+                gate.seen += self.n_steps * len(self.token)

@@ -18,7 +18,8 @@ def step_bytes(config, n_layers, n_tokens, itemsize, chunk):
 
 
 def tokens_that_fit(model, first_router, most, chunk):
-    """At most `most` tokens per batch, fewer where the GPU's free memory does not hold a step of so many."""
+    """At most `most` tokens per batch, fewer where the GPU's free memory does not hold a step of so many.
+    first_router: the layer of the first router; chunk: as for step_bytes."""
     weight = model.embed.weight
     if weight.device.type != "cuda":
         return most

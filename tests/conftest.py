@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"          # before Triton is imported
+
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
 

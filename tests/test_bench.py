@@ -1,5 +1,6 @@
 """bench.py on a tiny model: what it prints and writes, and what it refuses."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from conftest import is_one_sentence, write_tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from bench import FIELDS, open_share, pattern, random_model
+from bench import FIELDS, open_share, override_of, patterns, random_model
 from model import Llama
 from router import GRANULARITIES, add_routers, capacity, load_routers, save_routers
 
@@ -102,7 +103,20 @@ def test_forced_gates_open_exactly_the_share(granularity, tiny):
     with torch.no_grad():
         model(torch.randint(0, 320, (4, 50)))
     assert capacity(model) == 0.25
-    assert not torch.equal(pattern((4, 4, 50), 0.25, 0, "cpu"), pattern((4, 4, 50), 0.25, 1, "cpu"))
+    first, second = patterns(2, (4, 4, 50), 0.25, 0, "cpu")
+    assert first.mean() == second.mean() == 0.25 and not torch.equal(first, second)
+
+
+def test_forced_gates_are_the_same_in_a_captured_step():
+    """Where the device alone knows the position."""
+    score, override = torch.rand(3, 1), override_of(1, 4, 0.5, 0)
+    opened = []
+    for position in 10, 11, 12:
+        eager = SimpleNamespace(decoding=True, positions=None, end=position + 1)
+        captured = SimpleNamespace(decoding=True, positions=torch.full((3,), position))
+        opened.append(override(score, captured))
+        assert torch.equal(opened[-1], override(score, eager))
+    assert not opened[0].equal(opened[1]) or not opened[1].equal(opened[2])
 
 
 def test_random_model_runs(tmp_path):

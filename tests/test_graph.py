@@ -2,22 +2,24 @@
 import copy
 import gc
 import weakref
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY, write_tiny
-from test_router import LENGTHS, SEQUENCE, routed, tokens
+from test_router import LENGTHS, routed, tokens
 
 from model import Llama
-from router import GRANULARITIES, add_routers
+from router import GRANULARITIES, add_routers, capacity, dense, trace
 from support import graph
+from support.cuda import plain_kernels
 
 
-@pytest.mark.parametrize("granularity", [None, *SEQUENCE])
+@pytest.mark.parametrize("granularity", [None, *GRANULARITIES])
 @pytest.mark.parametrize("family", ["grouped queries", "Mistral with a window"])
 def test_replayed_steps_give_the_same_tokens(granularity, family, tmp_path, monkeypatch):
-    """All but the capture itself, on a CPU: a step at fixed addresses, kept for the same decisions."""
+    """All but the capture itself, on a CPU: a step at fixed addresses, with decisions as data."""
     made = []
 
     class Eager(graph.Replay):
@@ -31,12 +33,16 @@ def test_replayed_steps_give_the_same_tokens(granularity, family, tmp_path, monk
     model = routed(tmp_path, granularity) if granularity else Llama.from_pretrained(tmp_path)
     prompts = [tokens(seed=1), tokens(seed=2), tokens(seed=1), tokens(seed=1)[:3]]
     lengths = [LENGTHS, LENGTHS, None, LENGTHS[:3]]
-    expected = [model.generate(idx, 9, lengths=n) for idx, n in zip(prompts, lengths)]
+    expected, shares = [], []
+    for idx, n in zip(prompts, lengths):
+        expected.append(model.generate(idx, 9, lengths=n))
+        shares.append(capacity(model) if granularity else None)
     monkeypatch.setattr(graph, "Replay", Eager)
     monkeypatch.setattr(graph, "can_replay", lambda model: True)
-    for idx, n, out in zip(prompts * 2, lengths * 2, expected * 2):
+    for idx, n, out, share in zip(prompts * 2, lengths * 2, expected * 2, shares * 2):
         assert torch.equal(model.generate(idx, 9, lengths=n), out)
-    assert len(made) == (4 if granularity else 2)          # a graph for each pattern, or shape
+        assert granularity is None or capacity(model) == pytest.approx(share)
+    assert len(made) == 2                                  # a graph for each number of rows
     assert len(graph.graphs_of[model]) <= graph.KEPT_GRAPHS
 
 
@@ -94,11 +100,18 @@ def test_one_graph_serves_prompts_of_many_lengths_and_is_released(tiny, monkeypa
     assert captures[0]() is None and model not in graph.graphs_of
 
 
-def test_only_steps_without_decisions_are_replayed_and_only_on_cuda(tiny):
+def test_which_steps_are_replayed(tiny, monkeypatch):
+    """On CUDA all but those of kv="open", and those whose decisions are traced."""
     model = Llama.from_pretrained(tiny)
     assert not graph.can_replay(model)
-    for granularity in GRANULARITIES:
-        elsewhere = copy.deepcopy(add_routers(model, granularity))
+    for granularity, kv in [*product(GRANULARITIES, ["all"]), ("attn_token", "open")]:
+        elsewhere = copy.deepcopy(add_routers(model, granularity, kv=kv))
         del elsewhere.embed
         elsewhere.embed = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda")))
-        assert graph.can_replay(elsewhere) == granularity.endswith("sequence")
+        assert graph.can_replay(elsewhere) == (kv == "all")
+        with dense(elsewhere):
+            assert graph.can_replay(elsewhere)
+        with trace(elsewhere):
+            assert not graph.can_replay(elsewhere)
+        with plain_kernels():
+            assert not graph.can_replay(elsewhere)

@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import Llama
-from support.kernels import Linear, additive_mask, attention, attention_of_some, packed_weights
+from support.attention import additive_mask, attention, attention_of_some
+from support.kernels import Linear, packed_weights
 
 PACKS = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -129,12 +130,12 @@ def test_which_attention_kernel_cuda_takes(dtype, masked, T, heads, groups, monk
         return real(q, k, v, **options)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
     with FakeTensorMode():
         q = torch.empty(3, 6, T, 16, device="cuda", dtype=dtype)
         k = torch.empty(3, 2, 40, 16, device="cuda", dtype=dtype)
         mask = torch.empty(1, 1, T, 40, device="cuda", dtype=dtype) if masked else None
         assert attention(q, k, k, mask, causal=not masked and T > 1).shape == q.shape
+    assert T == 1 or torch.backends.cuda.cudnn_sdp_enabled() == (T >= 4096)
     (q, k, v, options), = calls
     assert k.shape[1] == v.shape[1] == heads and q.shape[1] == (2 if T == 1 else 6)
     assert options.get("enable_gqa", False) == groups

@@ -24,7 +24,7 @@ def test_chunked_backward_equals_the_plain_one(train, kind, layers, tiny, sample
     model = add_routers(Llama.from_pretrained(tiny), "attn_token", layers).train()
     open_gates_at_random(model, 0.5)
     batch = Batch.of(samples[:6], "cpu")
-    monkeypatch.setattr(losses, "CHUNK", 7)
+    monkeypatch.setitem(losses.CHUNK, "cpu", 7)
     weight = 1 / len(batch.targets)
     teacher = None
     if train == "all":  # the dense model that it began as

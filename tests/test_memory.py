@@ -76,7 +76,7 @@ def test_the_estimate_of_a_steps_memory(shape, granularity, monkeypatch):
     config = SHAPES[shape]
     for layers, n_layers in ("all", config.n_layer), (f"last:{config.n_layer // 2}", config.n_layer // 2):
         peak = peak_of_a_step(config, granularity, layers, 16, 256, monkeypatch)
-        assert step_bytes(config, n_layers, 16 * 256, 2, losses.CHUNK) == pytest.approx(peak, rel=0.1)
+        assert step_bytes(config, n_layers, 16 * 256, 2, losses.CHUNK["cpu"]) == pytest.approx(peak, rel=0.1)
 
 
 def test_the_batch_fits_the_card(tiny, monkeypatch):

@@ -26,7 +26,7 @@ from router import (
     straight_through,
     trace,
 )
-from support import kernels
+from support import attention as attentions
 from weights import InputError
 
 SEQUENCE = [g for g in GRANULARITIES if g.endswith("sequence")]
@@ -238,7 +238,7 @@ def flops(model, idx):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_matrix_products_fall_by_exactly_what_is_skipped(granularity, tiny, monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK", 1)     # a query then attends to the keys up to its own, no other
+    monkeypatch.setattr(attentions, "CHUNK", 1)     # a query then attends to the keys up to its own, no other
     model, idx = routed(tiny, granularity), tokens(B=4)
     with dense(model):
         attention, linear = flops(model, idx)
@@ -289,7 +289,7 @@ def test_only_open_tokens_reach_attention(tiny, monkeypatch):
 
     def spy(q, *rest):
         seen.append(q.shape[2])
-        return kernels.attention_of_some(q, *rest)
+        return attentions.attention_of_some(q, *rest)
 
     monkeypatch.setattr(skipping, "attention_of_some", spy)
     with torch.no_grad():
@@ -302,7 +302,7 @@ def test_chunks_of_queries_change_nothing(tiny, monkeypatch):
     both = model, in_float64(model)
     with torch.no_grad():
         whole = [net(tokens(), LENGTHS) for net in both]
-        monkeypatch.setattr(kernels, "CHUNK", 3)
+        monkeypatch.setattr(attentions, "CHUNK", 3)
         for net, expected in zip(both, whole):
             assert (real(net(tokens(), LENGTHS)) - real(expected)).abs().max() < bound(expected, 96)
 

@@ -1,0 +1,156 @@
+"""The attention of the model, faster: every function equals PyTorch's scaled_dot_product_attention.
+
+    attention            of all tokens of a pass, or of one new token per row
+    attention_of_some    of a few queries per row, those of open tokens
+    store                keys and values of a step, into a cache
+
+On CPUs plain products, a chunk of queries at a time, take less than half of the time of PyTorch's kernel in
+bfloat16. On CUDA one query per row, and some queries, have Triton kernels; else flash or cuDNN is taken.
+"""
+import math
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+
+from support import cuda
+from support.cuda import fused, to_device
+from support.kernels import recomputed
+
+CHUNK = 128         # queries whose scores exist at once
+KEY_MULTIPLE = 32   # a chunk's keys are rounded up to this multiple, so that shapes recur
+CUDNN_FROM = 4096   # tokens: cuDNN's attention takes half of flash's time, but plans a new shape for 30 ms
+
+
+@fused
+def store(keys, values, k, v, positions):
+    """Write k and v (B, K, T, D) into keys and values (B, K, max_tokens, D), row b at columns up to
+    positions[b], (B,)."""
+    columns = positions[:, None] + torch.arange(1 - k.shape[2], 1, device=k.device)            # (B, T)
+    columns = columns[:, None, :, None].expand_as(k)
+    keys.scatter_(2, columns, k)
+    values.scatter_(2, columns, v)
+
+
+def additive_mask(visible, dtype):
+    """What is added to attention's scores: 0 where a query sees a key (`visible`, bool), else -infinity."""
+    zero = torch.zeros((), dtype=dtype, device=visible.device)
+    return torch.where(visible, zero, -math.inf)
+
+
+def attention(q, k, v, mask=None, causal=False):
+    """Softmax attention of q (B, H, T, D) over k and v (B, K, S, D), where K divides H; (B, H, T, D).
+
+    mask (B or 1, 1, T, S'), added to the scores, see additive_mask; where S' < S it is of the last S' keys,
+    and every query sees the keys before those. causal: query t sees the keys up to t; then there is no mask,
+    and S = T.
+    """
+    kernels = cuda.triton_kernels(q) if kernels_fit(q) else None
+    if kernels and q.shape[2] == 1:
+        return kernels.attention_of_token(q, k, v, mask, cuda.choices["is_open"])
+    if q.shape[2] == 1:   # one token: the query heads of a key head are as good as its rows, and much faster
+        y = F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, q.shape[3]), k, v, attn_mask=mask)
+        return y.reshape(q.shape)
+    if products_are_faster(q):
+        return recomputed(attention_by_products, q, k, v, mask, causal)
+    if mask is not None and mask.shape[-1] < k.shape[2]:
+        mask = F.pad(mask, (k.shape[2] - mask.shape[-1], 0))
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        grouped = False            # the flash kernel alone knows groups, and it knows no mask and no float32
+    torch.backends.cuda.enable_cudnn_sdp(q.shape[2] >= CUDNN_FROM)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+def kernels_fit(q):
+    """Whether attention's Triton kernels take heads of this width: powers of 2."""
+    return q.shape[3] >= 16 and q.shape[3] & (q.shape[3] - 1) == 0
+
+
+def products_are_faster(q):
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+def attention_by_products(q, k, v, mask=None, causal=False, positions=None):
+    """`attention` by plain products, CHUNK queries at a time: causal ones with the keys up to their last.
+    positions (T,), int32, rising: query t sees the keys up to positions[t]."""
+    (B, H, T, D), K = q.shape, k.shape[1]
+    q = q.mul(D ** -0.5).unflatten(1, (K, -1)).flatten(0, 1)                  # (BK, H/K, T, D)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)                                   # (BK, S, D)
+    if causal:
+        triangle = additive_mask(torch.ones(CHUNK, CHUNK, dtype=torch.bool).tril(), q.dtype)
+    outputs = []
+    for start, queries in zip(range(0, T, CHUNK), q.split(CHUNK, 2)):
+        size, end, bias = queries.shape[2], k.shape[1], None
+        chunk = slice(start, start + size)
+        if causal:
+            end, bias = start + size, triangle[:size, :size]
+        elif positions is not None:
+            end, bias = keys_seen(positions[chunk], positions[chunk], end, q.dtype)
+        elif mask is not None:
+            bias = mask[..., chunk, :]
+        score = torch.bmm(queries.flatten(1, 2), k[:, :end].mT)               # (BK, H/K * size, end)
+        if bias is not None and bias.requires_grad:                           # the gates', then of all keys
+            score = (score.view(B, H, size, end) + bias).view_as(score)
+        elif bias is not None:
+            score.view(B, H, size, end)[..., end - bias.shape[-1]:] += bias
+        outputs.append(torch.bmm(score.softmax(-1), v[:, :end]).view(B, H, size, D))
+    return torch.cat(outputs, 2)
+
+
+def keys_seen(on_host, positions, S, dtype):
+    """How many of S keys are seen by one of the queries at these rising positions (n,), which the host knows
+    too, and the mask of the last of these, which not all queries see, (n, last ones); None for one query."""
+    first, last, n = int(on_host[0]), int(on_host[-1]), len(on_host)
+    if n == 1:
+        return last + 1, None
+    end = min(S, -(-(last + 1) // KEY_MULTIPLE) * KEY_MULTIPLE)
+    key = torch.arange(first + 1, end, device=positions.device, dtype=torch.int32)       # all see `first`
+    return end, additive_mask(key <= positions[:, None], dtype)
+
+
+def attention_of_some(q, k, v, columns, at, T, mask=None):
+    """Causal attention for some queries only, row by row.
+
+    q (1, H, N, D): the chosen queries of row 0, then those of row 1, and so on; k and v (B, K, S, D), whose
+    last T keys are this pass's own. columns: a list with each row's chosen columns, on the host; at (N,): row
+    * T + column of each query, on the device. The query at column t sees the keys up to S - T + t or, given a
+    mask (B or 1, 1, T, S) that hides at least all later ones, those that the mask shows. Returns (1, H, N,
+    D).
+    """
+    outputs, done, S = [], 0, k.shape[2]
+    kernels = cuda.triton_kernels(q) if kernels_fit(q) and mask is None else None
+    if kernels:
+        counts, firsts = [len(row) for row in columns], None
+        if len(counts) > 1:
+            firsts = to_device(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), q.device)
+        return kernels.attention_of_some(q, k, v, at, firsts, T, max(counts))
+    for row, row_columns in enumerate(columns):
+        n = len(row_columns)
+        if n == 0:
+            continue
+        keys, values, queries = k[row:row + 1], v[row:row + 1], q[:, :, done:done + n]
+        on_host = (row_columns + (S - T)).int()
+        positions = on_host if q.device.type == "cpu" else (at[done:done + n] % T + (S - T)).int()
+        if n > 1 and mask is None and products_are_faster(q):
+            y = attention_by_products(queries, keys, values, positions=positions)
+        else:
+            row_mask = None if mask is None else mask[row if len(mask) > 1 else 0, 0]           # (T, S)
+            y = attention_in_chunks(queries, keys, values, on_host, positions, row_mask)
+        outputs.append(y)
+        done += n
+    return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
+
+
+def attention_in_chunks(q, k, v, on_host, positions, mask):
+    """attention_of_some for one row, CHUNK queries at a time: q (1, H, n, D), k and v (1, K, S, D), positions
+    (n,) of the queries, on the device and on the host, mask (T, S) or None."""
+    S, outputs = k.shape[2], []
+    chunks = zip(q.split(CHUNK, 2), on_host.split(CHUNK), positions.split(CHUNK))
+    for queries, chunk_on_host, chunk in chunks:
+        end, bias = keys_seen(chunk_on_host, chunk, S, q.dtype)
+        if mask is not None:
+            bias = mask[chunk - (S - len(mask)), :end]                                          # (n, end)
+        outputs.append(attention(queries, k[:, :, :end], v[:, :, :end], bias))
+    return torch.cat(outputs, 2)

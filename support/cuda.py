@@ -1,0 +1,74 @@
+"""Where Triton's kernels run instead of PyTorch's, and copies between host and device that do not wait.
+
+A function that has a kernel in support/triton_kernels.py is decorated `fused`, or asks `triton_kernels(x)`.
+"""
+import functools
+from contextlib import contextmanager
+
+import torch
+
+choices = {"triton": True, "is_open": None}      # see plain_kernels and only_for
+
+
+@functools.cache
+def triton_module():
+    """support/triton_kernels.py, or None: PyTorch's builds for CPUs come without Triton."""
+    try:
+        from support import triton_kernels
+    except ImportError:
+        return None
+    return triton_kernels
+
+
+def triton_kernels(x):
+    """The module of Triton kernels where they serve: on CUDA, where no gradient is asked for; else None."""
+    serves = x.device.type == "cuda" and choices["triton"] and not torch.is_grad_enabled()
+    return triton_module() if serves else None
+
+
+def fused(plain):
+    """Let a function run as the Triton kernel of its name where that serves."""
+    @functools.wraps(plain)
+    def function(x, *args):
+        kernels = triton_kernels(x)
+        return getattr(kernels, plain.__name__)(x, *args) if kernels else plain(x, *args)
+    return function
+
+
+@contextmanager
+def choose(name, value):
+    outer, choices[name] = choices[name], value
+    try:
+        yield
+    finally:
+        choices[name] = outer
+
+
+def to_host(t):
+    """A function that gives t on the host. The copy begins now: what is launched until it is called overlaps
+    the wait for the device."""
+    if t.device.type == "cpu":
+        return lambda: t
+    copy, is_there = t.to("cpu", non_blocking=True), torch.cuda.Event()
+    is_there.record()
+
+    def wait():
+        is_there.synchronize()
+        return copy
+    return wait
+
+
+def to_device(t, device):
+    """t, of the host, on a device, without a wait for it."""
+    return t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
+
+
+def plain_kernels():
+    """Within it no Triton kernel runs and no graph is replayed: for what watches PyTorch's own calls."""
+    return choose("triton", False)
+
+
+def only_for(is_open):
+    """Within it products and attention of one token per row may leave out rows whose gate is closed: is_open
+    (B,) bool, on the device. What they return of those rows must not be used."""
+    return choose("is_open", is_open)
