@@ -181,21 +181,33 @@ def run_captured(skip, x, ctx):
     """The sublayer in a step that support/graph.py captures: the same kernels whatever is open. They read the
     decision, is_open (B,), on the device: attention reads no key of a closed row, and with one row products
     read no weight either. What else is computed in vain is small."""
-    attn, h = skip.attn, skip.norm(x)
+    attn, h, keys = skip.attn, skip.norm(x), None
     if skip.scope == "sequence":
         is_open = ctx.cache.is_open[skip]                                # as the prompt decided
     else:
         is_open = skip.score(h, ctx).squeeze(1) >= skip.threshold
         ctx.cache.decisions[skip] = is_open
-    if attn and skip.scope == "token":
-        keys = keys_values(attn, h, ctx)
-        with only_for(is_open):
+        if skip.kv == "open":
+            ctx = next_slot(skip, ctx, is_open)
+        elif attn:
+            keys = keys_values(attn, h, ctx)
+    with only_for(is_open):
+        if keys:
             q = split_heads(attn.qkv(h, end=attn.n_head * attn.head_dim), attn.head_dim)
             y = run_with_keys(skip, x, ctx, q, *keys)
-    else:
-        with only_for(is_open):
+        else:
             y = skip.run(x, ctx, h)
     return torch.where(is_open[:, None, None], y, x)
+
+
+def next_slot(skip, ctx, is_open):
+    """The Context of a captured step with kv="open": a row writes its key and value where its next open token
+    belongs, at n_open[b], and sees those before. If it is closed, the next open one overwrites them."""
+    n_open = ctx.cache.n_open[skip]                                      # (B,), before this step
+    slots = n_open.clone()
+    n_open += is_open
+    visible = torch.arange(ctx.end, device=slots.device) <= slots[:, None, None, None]
+    return replace(ctx, positions=slots, mask=additive_mask(visible, skip.attn.qkv.weight.dtype))
 
 
 # ----------------------------------------------------------------------- gates of tokens, keys of open tokens

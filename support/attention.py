@@ -45,8 +45,8 @@ def attention(q, k, v, mask=None, causal=False):
     and every query sees the keys before those. causal: query t sees the keys up to t; then there is no mask,
     and S = T.
     """
-    kernels = cuda.triton_kernels(q) if kernels_fit(q) else None
-    if kernels and q.shape[2] == 1:
+    kernels = cuda.triton_kernels(q)
+    if kernels and q.shape[2] == 1 and kernels_fit(q):
         return kernels.attention_of_token(q, k, v, mask, cuda.choices["is_open"])
     if q.shape[2] == 1:   # one token: the query heads of a key head are as good as its rows, and much faster
         y = F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, q.shape[3]), k, v, attn_mask=mask)
@@ -120,8 +120,8 @@ def attention_of_some(q, k, v, columns, at, T, mask=None):
     D).
     """
     outputs, done, S = [], 0, k.shape[2]
-    kernels = cuda.triton_kernels(q) if kernels_fit(q) and mask is None else None
-    if kernels:
+    kernels = cuda.triton_kernels(q)
+    if kernels and mask is None and kernels_fit(q):
         counts, firsts = [len(row) for row in columns], None
         if len(counts) > 1:
             firsts = to_device(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), q.device)

@@ -22,8 +22,9 @@ def triton_module():
 
 def triton_kernels(x):
     """The module of Triton kernels where they serve: on CUDA, where no gradient is asked for; else None."""
-    serves = x.device.type == "cuda" and choices["triton"] and not torch.is_grad_enabled()
-    return triton_module() if serves else None
+    if not x.is_cuda or not choices["triton"] or torch.is_grad_enabled():
+        return None
+    return triton_module()
 
 
 def fused(plain):

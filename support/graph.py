@@ -39,9 +39,10 @@ def gates(model):
 
 
 def can_replay(model):
-    """Whether a step of generation runs the same kernels each time, on CUDA. With kv="open" it does not, and
-    `trace` copies decisions to the host."""
-    fixed = all(gate.kv == "all" and gate.trace is None for gate in gates(model))
+    """Whether a step of generation runs the same kernels each time, on CUDA. `trace` copies decisions to the
+    host; a window is of positions, and with kv="open" columns are not positions."""
+    window = model.config.sliding_window
+    fixed = all(gate.trace is None and (gate.kv == "all" or not window) for gate in gates(model))
     return model.embed.weight.device.type == "cuda" and choices["triton"] and fixed
 
 
@@ -86,6 +87,7 @@ class Replay:
                 memory[layer] = weight.new_zeros(rows, config.n_kv_head, columns, config.head_dim)
         self.gates = gates(model)
         self.cache.is_open = {gate: self.token.bool() for gate in self.gates if gate.scope == "sequence"}
+        self.cache.n_open = {gate: self.token.clone() for gate in self.gates if gate.kv == "open"}
         self.cache.decisions = {}                               # token level: {MindSkip: (rows,)} of the step
         self.opened = torch.zeros(len(self.gates), dtype=torch.int64, device=weight.device)
         self.x, self.replay = self.capture()
@@ -117,10 +119,12 @@ class Replay:
         for mine, theirs in (self.cache.k, cache.k), (self.cache.v, cache.v):
             for layer, memory in enumerate(theirs):
                 if memory is not None:                          # else no row opened it
-                    rows = stored.get(layer, slice(None))
-                    mine[layer][rows, :, :memory.shape[2]] = memory
+                    rows, n = stored.get(layer, slice(None)), min(memory.shape[2], self.cache.max_tokens)
+                    mine[layer][rows, :, :n] = memory[:, :, :n]
         for gate, is_open in self.cache.is_open.items():
             is_open.zero_().index_fill_(0, open_rows[gate], True)
+        for gate, n_open in self.cache.n_open.items():
+            n_open.copy_(torch.tensor(cache.open_keys[gate].n))
         self.opened.zero_()
         self.n_steps, self.next_positions = 0, None
 

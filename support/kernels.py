@@ -124,10 +124,9 @@ def first_mean(h, n, longest):
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (arXiv 1910.07467)."""
-    few = x.numel() <= 64 * x.shape[-1]                                # for more tokens PyTorch's is as good
-    kernels = cuda.triton_kernels(x) if few else None
-    if kernels:
+    kernels = cuda.triton_kernels(x)
+    if kernels and x.numel() <= 64 * x.shape[-1]:                    # for more tokens PyTorch's is as good
         return kernels.rms_norm(x, weight, eps)
-    if x.device.type == "cuda":              # where PyTorch's kernel keeps one number per token for backward
+    if x.is_cuda:                            # where PyTorch's kernel keeps one number per token for backward
         return F.rms_norm(x, weight.shape, weight, eps)
     return recomputed(F.rms_norm, x, weight.shape, weight, eps)

@@ -2,6 +2,7 @@
 import copy
 import gc
 import weakref
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -16,9 +17,10 @@ from support import graph
 from support.cuda import plain_kernels
 
 
-@pytest.mark.parametrize("granularity", [None, *GRANULARITIES])
-@pytest.mark.parametrize("family", ["grouped queries", "Mistral with a window"])
-def test_replayed_steps_give_the_same_tokens(granularity, family, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family, kind", [
+    *product(["grouped queries", "Mistral with a window"], [None, *GRANULARITIES]),
+    ("grouped queries", "attn_token open"), ("Qwen3", "block_token open")])
+def test_replayed_steps_give_the_same_tokens(family, kind, tmp_path, monkeypatch):
     """All but the capture itself, on a CPU: a step at fixed addresses, with decisions as data."""
     made = []
 
@@ -30,7 +32,10 @@ def test_replayed_steps_give_the_same_tokens(granularity, family, tmp_path, monk
 
     monkeypatch.setattr(graph, "COLUMNS", 16)
     write_tiny(tmp_path, family)
-    model = routed(tmp_path, granularity) if granularity else Llama.from_pretrained(tmp_path)
+    granularity, _, kv = kind.partition(" ") if kind else (None, "", "")
+    model = Llama.from_pretrained(tmp_path)
+    if granularity:
+        model = routed(tmp_path, granularity, kv=kv or "all")
     prompts = [tokens(seed=1), tokens(seed=2), tokens(seed=1), tokens(seed=1)[:3]]
     lengths = [LENGTHS, LENGTHS, None, LENGTHS[:3]]
     expected, shares = [], []
@@ -101,14 +106,20 @@ def test_one_graph_serves_prompts_of_many_lengths_and_is_released(tiny, monkeypa
 
 
 def test_which_steps_are_replayed(tiny, monkeypatch):
-    """On CUDA all but those of kv="open", and those whose decisions are traced."""
+    """On CUDA all but those whose decisions are traced, and those of kv="open" with a window."""
     model = Llama.from_pretrained(tiny)
     assert not graph.can_replay(model)
-    for granularity, kv in [*product(GRANULARITIES, ["all"]), ("attn_token", "open")]:
+    cases = [*product(GRANULARITIES, ["all"], [None, 12]), ("attn_token", "open", None),
+             ("block_token", "open", 12)]
+    for granularity, kv, window in cases:
         elsewhere = copy.deepcopy(add_routers(model, granularity, kv=kv))
+        elsewhere.config = replace(model.config, sliding_window=window)
         del elsewhere.embed
         elsewhere.embed = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda")))
-        assert graph.can_replay(elsewhere) == (kv == "all")
+        if kv == "open" and window:
+            assert not graph.can_replay(elsewhere)
+            continue
+        assert graph.can_replay(elsewhere)
         with dense(elsewhere):
             assert graph.can_replay(elsewhere)
         with trace(elsewhere):

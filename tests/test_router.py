@@ -469,10 +469,13 @@ def test_add_routers_refuses(tiny):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kv", ["all", "open"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_cuda_gives_the_logits_and_tokens_of_the_cpu(granularity, tiny):
-    on_cpu, idx = routed(tiny, granularity), tokens()
-    on_gpu = routed(tiny, granularity).cuda()
+def test_cuda_gives_the_logits_and_tokens_of_the_cpu(granularity, kv, tiny):
+    if kv == "open" and granularity not in ("attn_token", "block_token"):
+        return
+    on_cpu, idx = routed(tiny, granularity, kv=kv), tokens()
+    on_gpu = routed(tiny, granularity, kv=kv).cuda()
     with torch.no_grad():
         expected = real(on_cpu(idx, LENGTHS, PROMPTS))
         assert (real(on_gpu(idx.cuda(), LENGTHS.cuda(), PROMPTS.cuda()).cpu()) - expected).abs().max() < 1e-3

@@ -1,4 +1,6 @@
 """The kernels for CUDA, by Triton's interpreter where there is no GPU, against PyTorch in float64."""
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,9 +140,9 @@ def test_a_model_that_runs_on_them(family, everywhere, tmp_path):
         assert torch.equal(model.generate(IDX, 3, lengths=LENGTHS), out)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity, kv", [*product(GRANULARITIES, ["all"]), ("attn_token", "open")])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_captured_steps_that_run_on_them(granularity, rows, everywhere, tmp_path, monkeypatch):
+def test_captured_steps_that_run_on_them(granularity, kv, rows, everywhere, tmp_path, monkeypatch):
     """All but the capture itself: gates decide on the device, and what they close is not read."""
     class Eager(graph.Replay):
         def capture(self):
@@ -149,7 +151,7 @@ def test_captured_steps_that_run_on_them(granularity, rows, everywhere, tmp_path
 
     monkeypatch.setitem(FAMILIES, "grouped queries", dict(head_dim=16, num_hidden_layers=3))
     write_tiny(tmp_path)
-    model, idx = routed(tmp_path, granularity).to(DEVICE), IDX[:rows]
+    model, idx = routed(tmp_path, granularity, kv=kv).to(DEVICE), IDX[:rows]
     n, prompts = LENGTHS[:rows], PROMPTS[:rows]
     with torch.no_grad(), cuda.plain_kernels():
         expected = real(model(idx, n, prompts), n)
