@@ -8,13 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, write_tiny
 from test_router import LENGTHS, routed, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import Llama
+from model import Cache, Config, Llama, rotate, swiglu
 from router import GRANULARITIES, add_routers, capacity, dense, trace
-from support import graph
+from support import cuda, graph
+from support.attention import store
 from support.cuda import plain_kernels
+from support.kernels import logit
 
 
 @pytest.mark.parametrize("family, kind", [
@@ -126,3 +130,79 @@ def test_which_steps_are_replayed(tiny, monkeypatch):
             assert not graph.can_replay(elsewhere)
         with plain_kernels():
             assert not graph.can_replay(elsewhere)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what would be launched: PyTorch's operations but for views and allocations, and Triton's
+    kernels, in whose place it computes their plain forms."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.plain = [], False
+
+    def rms_norm(self, x, weight, eps):
+        return self.one("rms_norm", F.rms_norm, x, weight.shape, weight, eps)
+
+    def linear(self, x, weight, bias, is_open):
+        return self.one("linear", F.linear, x, weight, bias)
+
+    def attention_of_token(self, q, k, v, mask, is_open):
+        self.names.append("attention, joined")
+        return self.one("attention, in parts", F.scaled_dot_product_attention, q, k, v, mask, 0.0, False,
+                        enable_gqa=True)
+
+    def rotate(self, *arguments):
+        return self.one("rotate", rotate.__wrapped__, *arguments)
+
+    def swiglu(self, *arguments):
+        return self.one("swiglu", swiglu.__wrapped__, *arguments)
+
+    def logit(self, *arguments):
+        return self.one("logit", logit.__wrapped__, *arguments)
+
+    def store(self, *arguments):
+        return self.one("store", store.__wrapped__, *arguments)
+
+    def one(self, name, plain, *arguments, **options):
+        self.names.append(name)
+        self.plain = True
+        try:
+            return plain(*arguments, **options)
+        finally:
+            self.plain = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aliases = [result.alias_info for result in func._schema.returns]
+        is_view = all(alias is not None and not alias.is_write for alias in aliases)
+        if not self.plain and not is_view and "empty" not in str(func):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("granularity, kv, expected", [
+    (None, "all", 13),                       # norm, qkv, rotation, store, attention (2), o, add; the MLP: 5
+    ("attn_sequence", "all", 14),            # also: where
+    ("attn_token", "all", 19),               # and logit, sigmoid, >=; k and v apart: a product, a rotation
+    ("block_token", "all", 19), ("mlp_token", "all", 17), ("attn_token", "open", 24),
+])
+def test_a_captured_step_waits_for_nothing_and_launches_few_kernels(granularity, kv, expected, monkeypatch):
+    """On tensors without numbers: what asks for one, or mixes them with the host's, raises."""
+    class Eager(graph.Replay):
+        def capture(self):
+            with Kernels() as self.kernels:
+                monkeypatch.setattr(cuda, "triton_kernels", lambda x: self.kernels)
+                return self.step(), None
+
+    names = []
+    for n_layer in 1, 2:
+        config = Config(n_layer, 4, 2, 64, 96, 320, 16, 512)
+        with torch.device("meta"), torch.no_grad():
+            model = Llama(config).bfloat16().eval()
+            if granularity:
+                add_routers(model, granularity, kv=kv)
+            table = torch.empty(512, 16, dtype=torch.bfloat16)
+            model.angles = table, table
+        with torch.no_grad():
+            names.append(Eager(model, Cache, 1, 256).kernels.names)
+    assert len(names[1]) - len(names[0]) == expected, names[0]
+    assert len(names[0]) - expected < 16                       # the embedding, the mask, angles, positions
