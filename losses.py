@@ -54,6 +54,15 @@ def log_probabilities(model, x):
     return model.head(model.norm(x)).float().log_softmax(-1)
 
 
+def first_active(model):
+    """The first layer that has a gate or a weight that trains, or the number of layers."""
+    skips = mindskips(model)
+    for i, layer in enumerate(model.layers):
+        if i in skips or any(parameter.requires_grad for parameter in layer.parameters()):
+            return i
+    return len(model.layers)
+
+
 def hidden_states(model, batch, teacher=None):
     """The residual stream where a next token is scored, (N, C): of the routed model, and of the dense
     `teacher` (None without one). A model can be its own teacher: what lies below its first router then serves
@@ -61,7 +70,7 @@ def hidden_states(model, batch, teacher=None):
     all_train = model.embed.weight.requires_grad                     # all weights, not only the routers'
     first = 0                                                        # layers below run once, for both passes
     if not all_train and (teacher is None or teacher is model):
-        first = min(mindskips(model), default=len(model.layers))
+        first = first_active(model)
     ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
     with torch.set_grad_enabled(all_train and torch.is_grad_enabled()):
         below = run_layers(model.layers[:first], model.embed(batch.idx), ctx)
