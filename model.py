@@ -6,7 +6,7 @@ Notable:
 - what all layers of one forward pass share, such as rotary angles and the cache, travels in a Context
 - rows of a batch may have different lengths: they are padded on the right, where causal attention never looks
 - grouped-query attention, Llama 3.1's rope scaling, Mistral's sliding window, Qwen2's bias on q, k and v,
-  Qwen3's norm on q and k, tied or untied head
+  Qwen3's norm on q and k, SmolLM3's layers without rotary positions, tied or untied head
 - support/kernels.py, attention.py and graph.py compute what the plain PyTorch calls do, faster
 
 Shapes: B rows, T columns (tokens), S keys, C n_embd, H n_head, K n_kv_head, D head_dim, V vocabulary.
@@ -21,12 +21,12 @@ from torch import nn
 
 from support.attention import additive_mask, attention, store
 from support.cuda import fused
-from support.files import InputError, read_value
+from support.files import InputError, read_list, read_value
 from support.graph import stepper
 from support.kernels import Linear, recomputed, rms_norm
 from weights import open_checkpoint, read_rope, write_folder
 
-FAMILIES = "llama", "mistral", "qwen2", "qwen3"     # model_type in config.json
+FAMILIES = "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"     # model_type in config.json
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Config:
     tie_embeddings: bool = False
     qkv_bias: bool = False              # Qwen2
     qk_norm: bool = False               # Qwen3: every head's query and key is normalized
+    no_rope: tuple[int, ...] = ()       # SmolLM3: layers whose queries and keys have no rotary positions
+    fused: bool = False                 # Phi-3: its files hold q, k and v in one tensor, and gate and up
 
     @classmethod
     def from_hf(cls, hf, where="config.json"):
@@ -56,7 +58,7 @@ class Config:
         if family not in FAMILIES:
             raise InputError(f"{where}: model_type {family!r} is not supported; {', '.join(FAMILIES)} are")
         for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"),
-                           ("use_sliding_window", False)):
+                           ("use_sliding_window", False), ("partial_rotary_factor", 1.0)):
             if read(key, type(plain), plain) != plain:
                 raise InputError(f"{where}: {key} {hf[key]!r} is not supported")
         n_head, n_embd = size("num_attention_heads", high=2**12), size("hidden_size", high=2**20)
@@ -66,15 +68,19 @@ class Config:
             raise InputError(f"{where}: num_attention_heads {n_head}, num_key_value_heads {n_kv_head} and"
                              f" head_dim {head_dim} do not fit together")
         rope_theta, rope_scaling = read_rope(hf, where, head_dim // 2)
+        n_layer = size("num_hidden_layers", high=1000)
+        has_rope = read_list(hf, where, "no_rope_layers", int) if family == "smollm3" else []
         return cls(
-            n_layer=size("num_hidden_layers", high=1000), n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd,
+            n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd,
             intermediate=size("intermediate_size"), vocab_size=size("vocab_size"), head_dim=head_dim,
             max_context=size("max_position_embeddings", default=2048, high=2**31),
             norm_eps=read("rms_norm_eps", float, 1e-6, 1e-30, 1.0),
             rope_theta=rope_theta, rope_scaling=rope_scaling,
-            sliding_window=size("sliding_window", default=None, high=2**31) if family == "mistral" else None,
+            sliding_window=(size("sliding_window", default=None, high=2**31)
+                            if family in ("mistral", "phi3") else None),
             tie_embeddings=read("tie_word_embeddings", bool, False),
-            qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
+            qkv_bias=family == "qwen2", qk_norm=family == "qwen3", fused=family == "phi3",
+            no_rope=tuple(layer for layer, has in enumerate(has_rope) if not has))
 
 
 def rope_frequencies(config):
@@ -179,6 +185,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.rotates = layer not in config.no_rope
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
         self.qkv = Linear(config.n_embd, width, bias=config.qkv_bias)     # rows: queries, keys, values
@@ -196,7 +203,8 @@ class Attention(nn.Module):
         if self.q_norm:
             q, k = qk[:, :self.n_head], qk[:, self.n_head:]
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
-        qk = rotate(qk, ctx.cos, ctx.sin)                                     # both at once: fewer kernels
+        if self.rotates:
+            qk = rotate(qk, ctx.cos, ctx.sin)                                 # both at once: fewer kernels
         q, k = qk[:, :self.n_head], qk[:, self.n_head:]                       # (B, H, T, D), (B, K, T, D)
         if ctx.cache is not None:
             k, v = ctx.cache.store(self.layer, k, v, ctx)                     # (B, K, S, D)
@@ -423,6 +431,7 @@ HF_NAMES = {"attn.norm": ["input_layernorm"], "attn.q_norm": ["self_attn.q_norm"
             "attn.k_norm": ["self_attn.k_norm"], "attn.o": ["self_attn.o_proj"],
             "mlp.norm": ["post_attention_layernorm"], "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"],
             "mlp.down": ["mlp.down_proj"]}
+FUSED = {"attn.qkv": ["self_attn.qkv_proj"], "mlp.gate_up": ["mlp.gate_up_proj"]}
 
 
 def checkpoint_parts(name, weight, config):
@@ -433,9 +442,11 @@ def checkpoint_parts(name, weight, config):
         return [(f"{theirs}.{leaf}", weight)]
     _, layer, ours = module.split(".", 2)
     q, kv, up = config.n_head * config.head_dim, config.n_kv_head * config.head_dim, config.intermediate
-    rows = {"attn.qkv": [q, kv, kv], "mlp.gate_up": [up, up]}.get(ours, [len(weight)])
+    names, rows = HF_NAMES[ours], {"attn.qkv": [q, kv, kv], "mlp.gate_up": [up, up]}.get(ours, [len(weight)])
+    if config.fused and ours in FUSED:
+        names, rows = FUSED[ours], [len(weight)]
     return [(f"model.layers.{layer}.{theirs}.{leaf}", part)
-            for theirs, part in zip(HF_NAMES[ours], weight.split(rows))]
+            for theirs, part in zip(names, weight.split(rows))]
 
 
 def sample(logits, temperature=0.0, top_k=None):

@@ -112,7 +112,8 @@ def store_heads(attn, kv, ctx):
     k, v = kv[:, :attn.n_kv_head], kv[:, attn.n_kv_head:]
     if attn.k_norm:
         k = attn.k_norm(k)
-    k = rotate(k, ctx.cos, ctx.sin)
+    if attn.rotates:
+        k = rotate(k, ctx.cos, ctx.sin)
     return (k, v) if ctx.cache is None else ctx.cache.store(attn.layer, k, v, ctx)
 
 
@@ -121,7 +122,7 @@ def queries(attn, h, ctx, at):
     q = split_heads(attn.qkv(h, end=attn.n_head * attn.head_dim), attn.head_dim)
     if attn.q_norm:
         q = attn.q_norm(q)
-    return rotate_some(q, ctx.cos, ctx.sin, at)
+    return rotate_some(q, ctx.cos, ctx.sin, at) if attn.rotates else q
 
 
 @fused
@@ -171,7 +172,9 @@ def run_with_keys(skip, x, ctx, q, k, v):
     attn = skip.attn
     if attn.q_norm:
         q = attn.q_norm(q)
-    y = attention(rotate(q, ctx.cos, ctx.sin), k, v, ctx.mask)                          # (B, H, 1, D)
+    if attn.rotates:
+        q = rotate(q, ctx.cos, ctx.sin)
+    y = attention(q, k, v, ctx.mask)                                                    # (B, H, 1, D)
     x = x + attn.o(merge_heads(y))
     return skip.sublayer.mlp(x) if skip.part == "block" else x
 

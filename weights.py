@@ -238,6 +238,8 @@ def read_rope(config, where, n_pairs):
     theta = read_value(config | rope, where, "rope_theta", float, 10000.0, 1, 1e30)
     read = functools.partial(read_value, rope, where)
     kind = read("rope_type", str, None) or read("type", str, "default")
+    if read("partial_rotary_factor", float, 1.0) != 1:
+        kind = "partial"
     if any(isinstance(value, dict) for value in rope.values()):
         kind = "one per layer type"
     if kind == "default":

@@ -40,6 +40,8 @@ FAMILIES = {
     "Mistral with a window": dict(model_type="mistral", sliding_window=12),
     "Qwen2": dict(model_type="qwen2", tie_word_embeddings=True),
     "Qwen3": dict(model_type="qwen3", head_dim=16),
+    "SmolLM3": dict(model_type="smollm3", no_rope_layers=[1, 0, 1, 0], pad_token_id=0),
+    "Phi-3": dict(model_type="phi3", sliding_window=12, pad_token_id=0),
 }
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. ",

@@ -7,7 +7,14 @@ import pytest
 import torch
 from conftest import FAMILIES, LLAMA3_ROPE, bound, in_float64, is_one_sentence, write_tiny
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    SmolLM3Config,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from eval import Beginning
@@ -23,6 +30,10 @@ def test_logits_equal_transformers(family, tmp_path):
     with torch.no_grad():
         expected = reference(idx).logits
         assert (model(idx) - expected).abs().max() < bound(expected, 96)
+        (tmp_path / "tokenizer.json").write_text("{}")
+        model.save_pretrained(tmp_path / "again", tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        assert torch.equal(again(idx).logits, expected)
     if family == "sharded":
         assert len(list(tmp_path.glob("*.safetensors"))) > 3
 
@@ -162,6 +173,8 @@ def test_forward_refuses_more_than_the_context(tiny):
     ("model_type", "gpt_neox", "gpt_neox"),
     ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "yarn"),
     ("attention_bias", True, "attention_bias"),
+    ("partial_rotary_factor", 0.75, "partial_rotary_factor"),
+    ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.75}, "partial"),
     ("hidden_act", "gelu", "gelu"),
     ("hidden_size", None, "hidden_size"),
     ("intermediate_size", 64, r"gate_proj.*\(96, 48\).*\(64, 48\)"),
@@ -203,15 +216,22 @@ PUBLIC = {  # what their config.json say, as far as it concerns a loader
         "tie_word_embeddings": True}),
     "TinyLlama": ((2048, 5632, 32, 22, 4, 32000, 2048), {"rope_scaling": None}),
     "Mistral 7B v0.1": ((4096, 14336, 32, 32, 8, 32000, 32768), {"rope_theta": 1e4, "sliding_window": 4096}),
+    "SmolLM3 3B": ((2048, 11008, 16, 36, 4, 128256, 65536), {
+        "rope_theta": 5e6, "no_rope_layers": [1, 1, 1, 0] * 9, "sliding_window": None,
+        "tie_word_embeddings": True}),
+    "Phi-4": ((5120, 17920, 40, 40, 10, 100352, 16384), {
+        "rope_theta": 25e4, "sliding_window": None, "partial_rotary_factor": 1.0, "rope_scaling": None}),
 }
+TYPES = {"Mistral": ("mistral", MistralConfig), "SmolLM3": ("smollm3", SmolLM3Config),
+         "Phi-4": ("phi3", Phi3Config)}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_configs_old_and_new_spelling(name):
-    family = "mistral" if "Mistral" in name else "llama"
+    family, their_config = TYPES.get(name.split()[0], ("llama", LlamaConfig))
     keys = dict(zip(KEYS, PUBLIC[name][0])) | {"rms_norm_eps": 1e-5} | PUBLIC[name][1]
     ours = Config.from_hf({"model_type": family, **keys})
-    theirs = (MistralConfig if family == "mistral" else LlamaConfig)(**keys)
+    theirs = their_config(**keys)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert (ours.n_layer, ours.n_embd, ours.max_context) == (
         theirs.num_hidden_layers, theirs.hidden_size, theirs.max_position_embeddings)

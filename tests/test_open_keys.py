@@ -10,7 +10,7 @@ from router import add_routers, capacity, load_routers, mindskips, save_routers,
 from weights import InputError
 
 TOKEN = ["attn_token", "block_token"]
-FAMILIES = ["grouped queries", "Mistral with a window", "Qwen3"]
+FAMILIES = ["grouped queries", "Mistral with a window", "Qwen3", "SmolLM3"]
 
 
 @pytest.mark.parametrize("granularity", TOKEN)

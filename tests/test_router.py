@@ -183,7 +183,7 @@ def compare_modes(net, rows):
 
 
 @pytest.mark.parametrize("gates", ["half", "open", "closed"])
-@pytest.mark.parametrize("family", ["grouped queries", "Mistral with a window"])
+@pytest.mark.parametrize("family", ["grouped queries", "Mistral with a window", "SmolLM3"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_skipping_equals_computing_and_masking(granularity, family, gates, tmp_path):
     write_tiny(tmp_path, family)
@@ -195,7 +195,7 @@ def test_skipping_equals_computing_and_masking(granularity, family, gates, tmp_p
         assert there == pytest.approx(here) and (len(rows) == 1 or 0 < here < 1 or gates != "half")
 
 
-@pytest.mark.parametrize("family", ["grouped queries", "Mistral with a window"])
+@pytest.mark.parametrize("family", ["grouped queries", "Mistral with a window", "SmolLM3"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_generate_equals_recomputing_with_the_prompts_decision(granularity, family, tmp_path):
     write_tiny(tmp_path, family)
