@@ -1,7 +1,7 @@
 """What skipping buys: time and memory of prefill, decode and tuning, dense against routed, and the limit.
 
     python bench.py                        # attn_sequence and attn_token at capacity 0.5
-    python bench.py --device cuda --model llama3-8b --random-weights --context 512,2048,8192 --batch 1,8
+    python bench.py --device cuda --model llama3.1-8b --random-weights --context 512,2048,8192
     python bench.py --against transformers,masked
     python bench.py --phase train --layers last:15
 
@@ -105,6 +105,7 @@ def override_of(layer, n_layers, share, seed):
         else:                                            # a captured step: the device knows where it is
             wanted = drawn.index_select(0, (ctx.positions[:1] + 1) % count)[0]
         return wanted + (score - score.detach()) if score.requires_grad else wanted
+    override.on_device = True
     return override
 
 
@@ -415,7 +416,8 @@ def needed(c, args):
     q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
     weights = weight_bytes(c, args.dtype)
     tokens = batch * (context + UNTIMED + STEPS)
-    total = weights + 2 * c.n_layer * kv * tokens * item
+    caches = 2 if args.device.type == "cuda" and "decode" in args.phase else 1     # the graph has its own
+    total = weights + caches * 2 * c.n_layer * kv * tokens * item
     wide = tokens * (4 * c.n_embd + 2 * q + 2 * kv + 4 * c.intermediate) * item           # alive in one layer
     if "train" in args.phase:                     # gradients, AdamW's two moments, every layer, logits
         return total + 3 * weights + c.n_layer * wide + 3 * tokens * c.vocab_size * 4
@@ -458,17 +460,20 @@ def show(rows):
 def rates(device, dtype):
     """(bytes a second that a large copy reads and writes, or a large sum reads, the higher of the two;
     operations a second of a large product)."""
+    cuda = device.type == "cuda"
+
     def best(work, amount, seconds=0.7):
         took, stop = [], time.perf_counter() + seconds
         while not took or time.perf_counter() < stop:
             start = time.perf_counter()
-            work()
-            if device.type == "cuda":
+            for _ in range(5 if cuda else 1):            # so that launching and waiting do not count
+                work()
+            if cuda:
                 torch.cuda.synchronize()
             took.append(time.perf_counter() - start)
-        return amount / min(took)
-    n = 8192 if device.type == "cuda" else 1536
-    a, big = torch.randn(n, n, device=device, dtype=dtype), torch.ones(2**26, device=device)
+        return (5 if cuda else 1) * amount / min(took)
+    n, n_big = (8192, 2**28) if cuda else (1536, 2**26)
+    a, big = torch.randn(n, n, device=device, dtype=dtype), torch.ones(n_big, device=device)
     other = torch.ones_like(big)             # written once: memory that was never touched is not there yet
     copied, summed = best(lambda: other.copy_(big), 2 * big.nbytes), best(big.sum, big.nbytes)
     return max(copied, summed), best(lambda: a @ a, 2 * n**3)

@@ -338,13 +338,19 @@ class Llama(nn.Module):
 
     def angles_of(self, positions, end):
         """cos and sin as `rotate` wants them, in the model's dtype, at positions that all lie below `end`."""
+        self.make_angles(end)
+        return self.angles[0][positions], self.angles[1][positions]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def make_angles(self, end):
+        """self.angles of all positions below `end`, and some more."""
         weight, cos = self.embed.weight, self.angles[0] if self.angles else None
         if cos is None or len(cos) < end or (cos.dtype, cos.device) != (weight.dtype, weight.device):
             n = min(self.config.max_context, max(512, 2 * end))
             angle = torch.outer(torch.arange(n).float(), rope_frequencies(self.config))       # (n, D/2)
             cos, sin = angle.cos(), angle.sin()
             self.angles = torch.cat((cos, cos), 1).to(weight), torch.cat((-sin, sin), 1).to(weight)
-        return self.angles[0][positions], self.angles[1][positions]
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens=32, temperature=0.0, top_k=None, lengths=None, eos_id=None,

@@ -82,6 +82,9 @@ def close_all(score, ctx):      # for MindSkip.override, see below
     return torch.zeros_like(score)
 
 
+close_all.on_device = True
+
+
 # -------------------------------------------------------------------------------------------------- MindSkip
 class MindSkip(nn.Module):
     """In the place of a sublayer x -> x + f(norm(x)): x -> x + g * f(norm(x)). g is 0 or 1, in training also
@@ -94,7 +97,9 @@ class MindSkip(nn.Module):
         self.sublayer, self.threshold, self.gate_name = sublayer, threshold, gate
         self.router = GATES[gate](n_embd, self.scope, pool).to(next(sublayer.parameters()).device)
         self.estimator = straight_through    # (score, threshold) -> the gate in training, with its gradient
-        self.override = None                 # (score, ctx) -> the scores to use instead, where a gate decides
+        # (score, ctx) -> the scores to use instead, where a gate decides. Steps of generation become a CUDA
+        # graph only if it has an attribute on_device = True: it reads tensors alone
+        self.override = None
         self.bypass = False                  # True: the dense model; no score is computed
         self.opened = self.seen = None       # sum of the gates since the last prompt, and their number
         self.trace = None                    # a list: collects the decisions of every pass

@@ -14,6 +14,7 @@ import torch
 from model import Llama
 from router import capacity, dense, load_routers, mindskips, trace
 from support.cli import common_arguments, device_and_dtype, number
+from support.cuda import plain_kernels
 from tokenizer import Tokenizer
 from weights import InputError
 
@@ -106,12 +107,12 @@ def main():
     ids = torch.tensor([ids], dtype=torch.int64, device=device)
 
     print(f"{args.prompt}\n\n--- dense")
-    with dense(model):
+    with dense(model), plain_kernels():              # as the routed one, whose decisions are traced
         generate(model, tok, ids, args)
     if args.routers:
         full = model.cache.bytes()
         print("--- routed")
-        with trace(model) as gates:
+        with trace(model) as gates, plain_kernels():
             new = generate(model, tok, ids, args)
         decides_per_token = next(iter(mindskips(model).values())).scope == "token"
         if decides_per_token and sys.stdout.isatty():

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from model import merge_heads, rotate, split_heads
 from support.attention import additive_mask, attention, attention_of_some
-from support.cuda import fused, only_for, to_device, to_host
+from support.cuda import fused, is_asynchronous, only_for, to_device, to_host
 
 WAITING = 32        # steps of generation whose keys and values may wait
 GROWTH = 64         # columns by which a cache of open tokens grows
@@ -55,7 +55,7 @@ def select_rows(ctx, rows):
 def run_tokens(skip, x, ctx, h, is_open):
     """The sublayer on the open tokens only, is_open (B, T); keys and values are computed of all."""
     attn, keys, decided = skip.attn, None, to_host(is_open)
-    if attn and x.is_cuda and not ctx.decoding:
+    if attn and is_asynchronous(x) and not ctx.decoding:
         keys = keys_values(attn, h, ctx)                                 # while the host waits for decisions
     columns = open_columns(decided(), ctx)
     n_open = sum(map(len, columns))
@@ -69,7 +69,10 @@ def run_tokens(skip, x, ctx, h, is_open):
         return x
     if all_open and waiting:
         return run_with_waiting(skip, x, ctx, h, waiting)
-    if all_open and not keys:
+    if all_open and keys:
+        q = split_heads(attn.qkv(h, end=attn.n_head * attn.head_dim), attn.head_dim)
+        return run_with_keys(skip, x, ctx, q, *keys)
+    if all_open:
         return skip.run(x, ctx, h)
     if waiting:
         store_waiting(attn, waiting)
@@ -168,13 +171,13 @@ def run_with_waiting(skip, x, ctx, h, waiting):
 
 
 def run_with_keys(skip, x, ctx, q, k, v):
-    """The sublayer in a step whose keys and values (B, K, S, D) are there; q (B, H, 1, D), unrotated."""
+    """The sublayer of a pass whose keys and values (B, K, S, D) are there; q (B, H, T, D), unrotated."""
     attn = skip.attn
     if attn.q_norm:
         q = attn.q_norm(q)
     if attn.rotates:
         q = rotate(q, ctx.cos, ctx.sin)
-    y = attention(q, k, v, ctx.mask)                                                    # (B, H, 1, D)
+    y = attention(q, k, v, ctx.mask, causal=ctx.mask is None and not ctx.decoding)      # (B, H, T, D)
     x = x + attn.o(merge_heads(y))
     return skip.sublayer.mlp(x) if skip.part == "block" else x
 

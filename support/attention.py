@@ -45,27 +45,28 @@ def attention(q, k, v, mask=None, causal=False):
     and every query sees the keys before those. causal: query t sees the keys up to t; then there is no mask,
     and S = T.
     """
+    if mask is not None and mask.shape[-1] < k.shape[2] and (q.shape[2] == 1 or not products_are_faster(q)):
+        mask = F.pad(mask, (k.shape[2] - mask.shape[-1], 0))
     kernels = cuda.triton_kernels(q)
-    if kernels and q.shape[2] == 1 and kernels_fit(q):
+    if kernels and q.shape[2] == 1 and kernels_fit(q, k):
         return kernels.attention_of_token(q, k, v, mask, cuda.choices["is_open"])
     if q.shape[2] == 1:   # one token: the query heads of a key head are as good as its rows, and much faster
         y = F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, q.shape[3]), k, v, attn_mask=mask)
         return y.reshape(q.shape)
     if products_are_faster(q):
         return recomputed(attention_by_products, q, k, v, mask, causal)
-    if mask is not None and mask.shape[-1] < k.shape[2]:
-        mask = F.pad(mask, (k.shape[2] - mask.shape[-1], 0))
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         grouped = False            # the flash kernel alone knows groups, and it knows no mask and no float32
-    torch.backends.cuda.enable_cudnn_sdp(q.shape[2] >= CUDNN_FROM)
+    if q.is_cuda:
+        torch.backends.cuda.enable_cudnn_sdp(q.shape[2] >= CUDNN_FROM)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
-def kernels_fit(q):
-    """Whether attention's Triton kernels take heads of this width: powers of 2."""
-    return q.shape[3] >= 16 and q.shape[3] & (q.shape[3] - 1) == 0
+def kernels_fit(q, k):
+    """Whether attention's Triton kernels take heads of this width, a power of 2, and as many per key head."""
+    return q.shape[3] >= 16 and q.shape[3] & (q.shape[3] - 1) == 0 and q.shape[1] <= 16 * k.shape[1]
 
 
 def products_are_faster(q):
@@ -121,7 +122,7 @@ def attention_of_some(q, k, v, columns, at, T, mask=None):
     """
     outputs, done, S = [], 0, k.shape[2]
     kernels = cuda.triton_kernels(q)
-    if kernels and mask is None and kernels_fit(q):
+    if kernels and mask is None and kernels_fit(q, k):
         counts, firsts = [len(row) for row in columns], None
         if len(counts) > 1:
             firsts = to_device(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), q.device)

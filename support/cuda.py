@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-choices = {"triton": True, "is_open": None}      # see plain_kernels and only_for
+choices = {"triton": True, "is_open": None}      # see plain_kernels and only_for: a switch; a tensor or None
 
 
 @functools.cache
@@ -15,16 +15,19 @@ def triton_module():
     """support/triton_kernels.py, or None: PyTorch's builds for CPUs come without Triton."""
     try:
         from support import triton_kernels
-    except ImportError:
+    except ModuleNotFoundError as e:
+        if e.name != "triton":
+            raise
         return None
     return triton_kernels
 
 
 def triton_kernels(x):
-    """The module of Triton kernels where they serve: on CUDA, where no gradient is asked for; else None."""
-    if not x.is_cuda or not choices["triton"] or torch.is_grad_enabled():
+    """The module of Triton kernels where they serve: on CUDA's current device, where no gradient is asked for
+    and float32 is exact enough; else None."""
+    if not x.is_cuda or not choices["triton"] or torch.is_grad_enabled() or x.dtype == torch.float64:
         return None
-    return triton_module()
+    return triton_module() if x.get_device() == torch.cuda.current_device() else None
 
 
 def fused(plain):
@@ -45,13 +48,18 @@ def choose(name, value):
         choices[name] = outer
 
 
+def is_asynchronous(t):
+    """Whether what computes t runs on while the host goes on."""
+    return t.is_cuda
+
+
 def to_host(t):
     """A function that gives t on the host. The copy begins now: what is launched until it is called overlaps
     the wait for the device."""
     if t.device.type == "cpu":
         return lambda: t
     copy, is_there = t.to("cpu", non_blocking=True), torch.cuda.Event()
-    is_there.record()
+    is_there.record(torch.cuda.current_stream(t.device))
 
     def wait():
         is_there.synchronize()

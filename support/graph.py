@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from support.cuda import choices
+from support.cuda import choices, triton_module
 from support.kernels import packed_weights
 
 KEPT_GRAPHS = 4                                     # per model
@@ -39,11 +39,18 @@ def gates(model):
 
 
 def can_replay(model):
-    """Whether a step of generation runs the same kernels each time, on CUDA. `trace` copies decisions to the
-    host; a window is of positions, and with kv="open" columns are not positions."""
-    window = model.config.sliding_window
-    fixed = all(gate.trace is None and (gate.kv == "all" or not window) for gate in gates(model))
-    return model.embed.weight.device.type == "cuda" and choices["triton"] and fixed
+    """Whether a step of generation can be captured, on CUDA, and is worth it."""
+    if model.embed.weight.device.type != "cuda" or not choices["triton"]:
+        return False
+    return all(can_capture(gate, model.config.sliding_window) for gate in gates(model))
+
+
+def can_capture(gate, window):
+    """`trace` copies decisions to the host; an override may read what only the host knows, unless it says so;
+    a window is of positions, and with kv="open" columns are not positions; and without Triton a closed gate
+    would save nothing."""
+    on_device = gate.override is None or getattr(gate.override, "on_device", False)
+    return gate.trace is None and on_device and (gate.kv == "all" or not window) and triton_module()
 
 
 @contextmanager
@@ -57,17 +64,20 @@ def stepper(model, cache, rows):
             yield step
         return
     columns = min(-(-cache.max_tokens // COLUMNS) * COLUMNS, model.config.max_context)
-    model.angles_of(slice(0), columns)                          # makes all that the steps will need
-    captured = tuple((gate, gate.threshold, gate.override) for gate in gates(model))
-    key = (model.embed.weight.data_ptr(), model.angles[0].data_ptr(), rows, columns, captured)
+    model.make_angles(columns)
+    settings = tuple((gate, gate.threshold, gate.override) for gate in gates(model))
+    addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.angles))
+    key = (addresses, rows, columns, settings)                  # all that a captured step depends on
     graphs = graphs_of.setdefault(model, {})
-    replay = graphs.pop(key, None) or Replay(model, type(cache), rows, columns)
-    graphs[key] = replay
-    while len(graphs) > KEPT_GRAPHS:
+    replay = graphs.pop(key, None)
+    while len(graphs) >= KEPT_GRAPHS:
         del graphs[next(iter(graphs))]
+    replay = graphs[key] = replay or Replay(model, type(cache), rows, columns)
     replay.begin(cache)
-    yield replay
-    replay.count()
+    try:
+        yield replay
+    finally:
+        replay.count()
 
 
 class Replay:
@@ -75,6 +85,8 @@ class Replay:
     fixed addresses: it has a cache, tokens, positions and decisions of its own, advances the positions with
     each step, and attends to all columns, masked."""
 
+    @torch.inference_mode(False)                                # they are used again, in whatever mode
+    @torch.no_grad()
     def __init__(self, model, make_cache, rows, columns):
         self.model = weakref.proxy(model)                       # the model's graphs do not keep the model
         self.angles = model.angles                              # which the model replaces when it needs more
@@ -108,12 +120,12 @@ class Replay:
                 self.step()                          # a first run, for what is allocated and chosen only once
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=side):
                 x = self.step()
         return x, graph.replay
 
     def begin(self, cache):
-        """Take over a prompt's keys, values and decisions."""
+        """Take over a prompt's keys, values and decisions; its cache holds this one's memory from then on."""
         open_rows = getattr(cache, "open_rows", {})             # sequence level: {MindSkip: indices}
         stored = {gate.attn.layer: rows for gate, rows in open_rows.items() if gate.attn}
         for mine, theirs in (self.cache.k, cache.k), (self.cache.v, cache.v):
@@ -121,6 +133,7 @@ class Replay:
                 if memory is not None:                          # else no row opened it
                     rows, n = stored.get(layer, slice(None)), min(memory.shape[2], self.cache.max_tokens)
                     mine[layer][rows, :, :n] = memory[:, :, :n]
+                theirs[layer] = mine[layer]
         for gate, is_open in self.cache.is_open.items():
             is_open.zero_().index_fill_(0, open_rows[gate], True)
         for gate, n_open in self.cache.n_open.items():

@@ -23,6 +23,7 @@ def tokens_that_fit(model, first_router, most, chunk):
     weight = model.embed.weight
     if weight.device.type != "cuda":
         return most
+    torch.cuda.empty_cache()                         # PyTorch keeps what was freed: it is free, too
     free = SHARE * torch.cuda.mem_get_info(weight.device)[0]
     tokens, n_layers = most, len(model.layers) - first_router
     while tokens > 64 and step_bytes(model.config, n_layers, tokens, weight.itemsize, chunk) > free:

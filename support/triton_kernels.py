@@ -10,8 +10,9 @@
 Each equals its plain form to rounding (tests/test_triton_kernels.py, by Triton's interpreter on a CPU),
 computes in float32 and allocates its result. support/cuda.py tells where they run.
 
-A kernel is launched as a grid of programs; each reads and writes blocks through arrays of addresses. In their
-comments b is a row of the batch, h a head, t a token, s a key, d a channel.
+A kernel is launched as a grid of programs; each reads and writes blocks through arrays of addresses: b is a
+row of the batch, h a head, t a token, s a key, d a channel, and q_h the distance from one head of q to the
+next. Channels lie beside each other everywhere.
 """
 import torch
 import triton
@@ -114,6 +115,7 @@ def split_kernel(q, k, v, mask, is_open, parts, weights, S, split_size, n_splits
                  v_b, v_h, v_s, mask_b, scale, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
                  HAS_MASK: tl.constexpr, GATED: tl.constexpr, KEYS: tl.constexpr):
     b, h, split = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
+    b = b.to(tl.int64)
     g, d = tl.arange(0, 16), tl.arange(0, D)                      # the queries of key head h, G of 16
     is_query = g < G
     queries = h * G + g
@@ -166,7 +168,7 @@ def attention_of_token(q, k, v, mask=None, is_open=None):
     its result is 0. Keys are split into parts, whose results are joined by their sums of weights.
     """
     (B, H, _, D), K, S, block = q.shape, k.shape[1], k.shape[2], 64
-    wanted = max(1, 264 // (B * K))                               # two programs for each multiprocessor
+    wanted = max(1, 264 // (B * K))                     # two programs per multiprocessor of a Hopper card
     split_size = triton.cdiv(triton.cdiv(S, wanted), block) * block
     n_splits = triton.cdiv(S, split_size)
     parts = q.new_empty(B * H, n_splits, D, dtype=torch.float32)
@@ -191,7 +193,7 @@ def some_kernel(q, k, v, at, firsts, y, q_n, q_h, k_b, k_h, k_s, v_b, v_h, v_s, 
         first, last = 0, N
     else:
         first, last = tl.load(firsts + b), tl.load(firsts + b + 1)               # this row's queries
-    n = first + block * QUERIES + tl.arange(0, QUERIES)
+    n = (first + block * QUERIES + tl.arange(0, QUERIES)).to(tl.int64)
     if first + block * QUERIES < last:
         is_query = n < last
         column = tl.load(at + n, mask=is_query, other=b * T).to(tl.int32) - b * T
@@ -253,7 +255,7 @@ def rms_norm(x, weight, eps):
 @triton.jit
 def rotate_kernel(x, cos, sin, at, y, x_b, x_h, x_t, angle_b, angle_t, H, T, n_angles, D, SOME: tl.constexpr,
                   HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    b, t = (tl.program_id(0) // T).to(tl.int64), tl.program_id(0) % T
+    b, t = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T).to(tl.int64)
     h, d = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
     inside = (h < H)[:, None] & (d < D)[None]
     from_ = x + b * x_b + h[:, None] * x_h + t * x_t

@@ -2,7 +2,7 @@
 
     python tests/cuda_check.py [--json FOLDER]
 
-1. the tests that need a GPU
+1. the tests that need a GPU, and the kernels' on it
 2. bench.py on the shape of Llama-3.1-8B with random weights: prefill and decode after 512, 2,048 and 8,192
    tokens, dense beside routed at half capacity, beside a static drop of half of the attentions
 3. router tuning of the same shape on 1,000 samples as long as Alpaca's, with the estimate of its memory
@@ -81,7 +81,7 @@ def samples_like_alpaca(n, vocab_size):
 
 
 def tune(granularity, n_samples=1000, per_step=64):
-    """Seconds of an epoch with our loss: the time of train_router.py but for loading and writing."""
+    """Seconds of an epoch with our loss: the loop of train_router.py without ramp, penalty and own text."""
     device = torch.device("cuda")
     model = random_model(SHAPES[MODEL], device, torch.bfloat16)
     add_routers(model, granularity).train()

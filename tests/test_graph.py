@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, write_tiny
 from test_router import LENGTHS, routed, tokens
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import Removed
 from model import Cache, Config, Llama, rotate, swiglu
-from router import GRANULARITIES, add_routers, capacity, dense, trace
+from router import GRANULARITIES, add_routers, capacity, close_all, dense, trace
 from support import cuda, graph
 from support.attention import store
 from support.cuda import plain_kernels
@@ -111,6 +113,7 @@ def test_one_graph_serves_prompts_of_many_lengths_and_is_released(tiny, monkeypa
 
 def test_which_steps_are_replayed(tiny, monkeypatch):
     """On CUDA all but those whose decisions are traced, and those of kv="open" with a window."""
+    monkeypatch.setattr(graph, "triton_module", lambda: cuda)
     model = Llama.from_pretrained(tiny)
     assert not graph.can_replay(model)
     cases = [*product(GRANULARITIES, ["all"], [None, 12]), ("attn_token", "open", None),
@@ -130,6 +133,54 @@ def test_which_steps_are_replayed(tiny, monkeypatch):
             assert not graph.can_replay(elsewhere)
         with plain_kernels():
             assert not graph.can_replay(elsewhere)
+        gate = graph.gates(elsewhere)[0]
+        gate.override = close_all                              # reads no number of the host
+        assert graph.can_replay(elsewhere)
+        gate.override = lambda score, ctx: score * (ctx.end > 9)
+        assert not graph.can_replay(elsewhere)
+        gate.override = None
+        monkeypatch.setattr(graph, "triton_module", lambda: None)
+        assert not graph.can_replay(elsewhere)
+        monkeypatch.setattr(graph, "triton_module", lambda: cuda)
+
+
+def test_a_graph_is_not_used_after_the_model_changed(tiny, monkeypatch):
+    """A part removed, other weights, another threshold: what was captured is not what would run."""
+    class Eager(graph.Replay):
+        def capture(self):
+            x = self.step()
+            return x, lambda: x.copy_(self.step())
+
+    changes = [lambda model: setattr(model.layers[1], "attn", Removed()),
+               lambda model: setattr(model.layers[2].mlp.down, "weight",
+                                     nn.Parameter(2 * model.layers[2].mlp.down.weight)),
+               lambda model: [setattr(gate, "threshold", 0.6) for gate in graph.gates(model)]]
+    model, again, idx = routed(tiny, "attn_token"), routed(tiny, "attn_token"), tokens(2, 20)
+    for change in [lambda model: None, *changes]:
+        change(model), change(again)
+        with torch.no_grad(), monkeypatch.context() as patch:
+            expected = again.generate(idx, 12)
+            patch.setattr(graph, "Replay", Eager)
+            patch.setattr(graph, "can_replay", lambda model: True)
+            assert torch.equal(model.generate(idx, 12), expected)
+    assert len(graph.graphs_of[model]) == 4
+
+
+def test_graphs_made_in_inference_mode_serve_outside_of_it(tiny, monkeypatch):
+    class Eager(graph.Replay):
+        def capture(self):
+            x = self.step()
+            return x, lambda: x.copy_(self.step())
+
+    model, idx = routed(tiny, "attn_token"), tokens(2, 20)
+    expected = model.generate(idx, 5)
+    model.angles = None
+    monkeypatch.setattr(graph, "Replay", Eager)
+    monkeypatch.setattr(graph, "can_replay", lambda model: True)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(idx, 5), expected)
+    assert torch.equal(model.generate(idx, 5), expected)
+    model.train()(idx).sum().backward()
 
 
 class Kernels(TorchDispatchMode):

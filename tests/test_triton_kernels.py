@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from conftest import FAMILIES, write_tiny
 from test_router import routed, tokens
 
+import skipping
 from model import Llama, rotate, swiglu
 from router import GRANULARITIES, capacity
 from skipping import rotate_some
 from support import cuda, graph
-from support.attention import additive_mask, store
+from support.attention import additive_mask, attention, store
 
 triton_kernels = pytest.importorskip("support.triton_kernels", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,7 +25,7 @@ LENGTHS, PROMPTS = torch.tensor([16, 5, 1], device=DEVICE), torch.tensor([4, 5, 
 
 def real(x, lengths):
     """Without padding."""
-    return x[torch.arange(x.shape[1], device=DEVICE) < lengths[:, None]]
+    return x[torch.arange(x.shape[1], device=x.device) < lengths[:, None]]
 
 
 def random(*shape, dtype=torch.float32):
@@ -164,3 +165,22 @@ def test_captured_steps_that_run_on_them(granularity, kv, rows, everywhere, tmp_
     for _ in range(2):
         assert torch.equal(model.generate(idx, 4, lengths=n), out)
         assert capacity(model) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("H, D", [(32, 16), (4, 24), (32, 64)])
+def test_heads_that_the_kernels_do_not_take(H, D, everywhere):
+    """More than 16 per key head, or of another width than a power of 2: PyTorch's attention."""
+    q, k, v = random(2, H, 1, D), random(2, 1, 40, D), random(2, 1, 40, D)
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
+    with torch.no_grad():
+        check(attention(q, k, v), expected)
+
+
+@pytest.mark.parametrize("bias", [0.0, 100.0])
+def test_keys_that_are_computed_while_the_host_waits(bias, tiny, monkeypatch):
+    """The order of a GPU's prefill, also with every gate open."""
+    model = routed(tiny, "block_token", bias=bias)
+    with torch.no_grad():
+        expected = real(model(IDX.cpu(), LENGTHS.cpu()), LENGTHS.cpu())
+        monkeypatch.setattr(skipping, "is_asynchronous", lambda x: True)
+        assert (real(model(IDX.cpu(), LENGTHS.cpu()), LENGTHS.cpu()) - expected).abs().max() < 1e-4
