@@ -31,7 +31,7 @@ def triton_kernels(x):
 
 
 def fused(plain):
-    """Let a function run as the Triton kernel of its name where that serves."""
+    """Let a function run as the Triton kernel of its name where that serves; all arguments by position."""
     @functools.wraps(plain)
     def function(x, *args):
         kernels = triton_kernels(x)

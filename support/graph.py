@@ -130,9 +130,11 @@ class Replay:
         stored = {gate.attn.layer: rows for gate, rows in open_rows.items() if gate.attn}
         for mine, theirs in (self.cache.k, cache.k), (self.cache.v, cache.v):
             for layer, memory in enumerate(theirs):
-                if memory is not None:                          # else no row opened it
-                    rows, n = stored.get(layer, slice(None)), min(memory.shape[2], self.cache.max_tokens)
-                    mine[layer][rows, :, :n] = memory[:, :, :n]
+                n = min(memory.shape[2], self.cache.max_tokens) if memory is not None else 0
+                if n and layer in stored:                       # n is 0: no row opened it
+                    mine[layer][:, :, :n].index_copy_(0, stored[layer], memory[:, :, :n])
+                elif n:
+                    mine[layer][:, :, :n] = memory[:, :, :n]
                 theirs[layer] = mine[layer]
         for gate, is_open in self.cache.is_open.items():
             is_open.zero_().index_fill_(0, open_rows[gate], True)

@@ -61,7 +61,7 @@ def linear(x, weight, bias=None):
 
 class Linear(nn.Linear):
     packed = None      # within packed_weights(): {outputs: that part of the weight as oneDNN lays it out}
-    rows = 1           # of the products that it is laid out for
+    rows = 1           # of the inputs that it is laid out for
 
     def forward(self, x, start=0, end=None):
         """F.linear; start, end: only these outputs."""
@@ -117,7 +117,8 @@ def logit(h, weight, bias=None):
 
 @fused
 def first_mean(h, n, longest):
-    """The mean, float32 (B, C), of the first n (B,) tokens of each row of h (B, T, C); longest: of all n."""
+    """The mean, float32 (B, C), of the first n (B,) tokens of each row of h (B, T, C); longest: the largest
+    n."""
     is_read = torch.arange(longest, device=h.device) < n[:, None]                             # (B, longest)
     return (h[:, :longest].float() * is_read[..., None]).sum(1) / n[:, None]
 
