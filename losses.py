@@ -56,11 +56,9 @@ def log_probabilities(model, x):
 
 def first_active(model):
     """The first layer that has a gate or a weight that trains, or the number of layers."""
-    skips = mindskips(model)
-    for i, layer in enumerate(model.layers):
-        if i in skips or any(parameter.requires_grad for parameter in layer.parameters()):
-            return i
-    return len(model.layers)
+    skips, layers = mindskips(model), list(enumerate(model.layers))
+    trains = [i for i, layer in layers if any(parameter.requires_grad for parameter in layer.parameters())]
+    return min([*skips, *trains], default=len(layers))
 
 
 def hidden_states(model, batch, teacher=None):

@@ -24,7 +24,7 @@ from support.cuda import fused
 from support.files import InputError, read_list, read_value
 from support.graph import stepper
 from support.kernels import Linear, recomputed, rms_norm
-from weights import open_checkpoint, read_rope, write_folder
+from weights import checkpoint_parts, open_checkpoint, read_rope, write_folder
 
 FAMILIES = "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"     # model_type in config.json
 
@@ -430,29 +430,6 @@ class Llama(nn.Module):
             for theirs, part in checkpoint_parts(name, parameter.detach().cpu(), self.config):
                 tensors[theirs] = part.contiguous()
         write_folder(folder, open_checkpoint(source), tensors)
-
-
-HF_NAMES = {"attn.norm": ["input_layernorm"], "attn.q_norm": ["self_attn.q_norm"],
-            "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-            "attn.k_norm": ["self_attn.k_norm"], "attn.o": ["self_attn.o_proj"],
-            "mlp.norm": ["post_attention_layernorm"], "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"],
-            "mlp.down": ["mlp.down_proj"]}
-FUSED = {"attn.qkv": ["self_attn.qkv_proj"], "mlp.gate_up": ["mlp.gate_up_proj"]}
-
-
-def checkpoint_parts(name, weight, config):
-    """[(tensor name in a Hugging Face checkpoint, the part of `weight` that it fills)] of a parameter."""
-    module, _, leaf = name.rpartition(".")
-    if not module.startswith("layers."):
-        theirs = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}[module]
-        return [(f"{theirs}.{leaf}", weight)]
-    _, layer, ours = module.split(".", 2)
-    q, kv, up = config.n_head * config.head_dim, config.n_kv_head * config.head_dim, config.intermediate
-    names, rows = HF_NAMES[ours], {"attn.qkv": [q, kv, kv], "mlp.gate_up": [up, up]}.get(ours, [len(weight)])
-    if config.fused and ours in FUSED:
-        names, rows = FUSED[ours], [len(weight)]
-    return [(f"model.layers.{layer}.{theirs}.{leaf}", part)
-            for theirs, part in zip(names, weight.split(rows))]
 
 
 def sample(logits, temperature=0.0, top_k=None):

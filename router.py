@@ -80,9 +80,7 @@ def straight_through(score, threshold):
 
 def close_all(score, ctx):      # for MindSkip.override, see below
     return torch.zeros_like(score)
-
-
-close_all.on_device = True
+close_all.on_device = True      # it asks the host nothing, and so may be captured in a CUDA graph
 
 
 # -------------------------------------------------------------------------------------------------- MindSkip
@@ -97,9 +95,7 @@ class MindSkip(nn.Module):
         self.sublayer, self.threshold, self.gate_name = sublayer, threshold, gate
         self.router = GATES[gate](n_embd, self.scope, pool).to(next(sublayer.parameters()).device)
         self.estimator = straight_through    # (score, threshold) -> the gate in training, with its gradient
-        # (score, ctx) -> the scores to use instead, where a gate decides. Steps of generation become a CUDA
-        # graph only if it has an attribute on_device = True: it reads tensors alone
-        self.override = None
+        self.override = None                 # (score, ctx) -> the scores to use instead, where a gate decides
         self.bypass = False                  # True: the dense model; no score is computed
         self.opened = self.seen = None       # sum of the gates since the last prompt, and their number
         self.trace = None                    # a list: collects the decisions of every pass

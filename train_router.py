@@ -149,6 +149,9 @@ def parse_arguments():
     p.add_argument("--method", choices=("ramp", "straight-through", "harm"),
                    help="gradient of the gates: a ramp's or the score's; or harm: regression, no gradient")
     p.add_argument("--steps", type=count)
+    p.add_argument("--epochs", type=count, help="instead, with --recipe paper: how often each sample is seen")
+    p.add_argument("--max-samples", type=count, help="the first ones of --data, to tune on (default: all)")
+    p.add_argument("--clip", type=rate, help="norm that gradients are clipped to")
     p.add_argument("--lr", type=rate, help="learning rate of the routers")
     p.add_argument("--penalty", type=rate, help="lambda, the penalty on capacity, to begin with")
     p.add_argument("--pool", choices=("prompt", "all"), help="what the gate of a sequence reads")
@@ -163,7 +166,7 @@ def parse_arguments():
 def make_recipe(args, n_samples, model):
     """The Recipe of the flags; its values, and what follows from them, are written into args. Refuses what
     does not go together."""
-    keys = "gate", "loss", "train", "method", "lr", "penalty", "pool", "kv", "steps"
+    keys = "gate", "loss", "train", "method", "lr", "penalty", "pool", "kv", "steps", "epochs", "clip"
     recipe = choose(args.recipe, args.granularity, **{key: getattr(args, key) for key in keys})
     has_bias = getattr(GATES[recipe.gate](1, "sequence", recipe.pool), "bias", None) is not None
     can_measure = can_measure_harm(args.granularity, recipe.loss, recipe.train)
@@ -172,6 +175,9 @@ def make_recipe(args, n_samples, model):
                          " frozen model")
     if recipe.train == "bias" and not has_bias:
         raise InputError(f"--train bias: gates of the kind {recipe.gate!r} have none; add --gate linear")
+    if args.epochs and recipe.steps:
+        raise InputError("--epochs: only with --recipe paper, whose steps have so many samples each, and not"
+                         " beside --steps; give --steps alone")
     for key in keys:
         setattr(args, key, getattr(recipe, key))
     args.steps = recipe.steps or recipe.epochs * math.ceil(n_samples / recipe.step_samples)
@@ -201,7 +207,7 @@ def read_data(args, tok, context):
         raise InputError(f"{args.data}: {len(samples)} usable samples; at least 2 are needed, one to hold"
                          " out")
     held_out = min(args.held_out, max(1, len(samples) // 5))
-    return samples[:-held_out], samples[-held_out:]
+    return samples[:-held_out][:args.max_samples], samples[-held_out:]
 
 
 def report(result, recipe, args):

@@ -229,6 +229,29 @@ def write_folder(folder, source, tensors):
 LLAMA3_ROPE = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 
 
+HF_NAMES = {"attn.norm": ["input_layernorm"], "attn.q_norm": ["self_attn.q_norm"],
+            "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            "attn.k_norm": ["self_attn.k_norm"], "attn.o": ["self_attn.o_proj"],
+            "mlp.norm": ["post_attention_layernorm"], "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+            "mlp.down": ["mlp.down_proj"]}
+FUSED = {"attn.qkv": ["self_attn.qkv_proj"], "mlp.gate_up": ["mlp.gate_up_proj"]}
+
+
+def checkpoint_parts(name, weight, config):
+    """[(tensor name in a Hugging Face checkpoint, the part of `weight` that it fills)] of a parameter."""
+    module, _, leaf = name.rpartition(".")
+    if not module.startswith("layers."):
+        theirs = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}[module]
+        return [(f"{theirs}.{leaf}", weight)]
+    _, layer, ours = module.split(".", 2)
+    q, kv, up = config.n_head * config.head_dim, config.n_kv_head * config.head_dim, config.intermediate
+    names, rows = HF_NAMES[ours], {"attn.qkv": [q, kv, kv], "mlp.gate_up": [up, up]}.get(ours, [len(weight)])
+    if config.fused and ours in FUSED:
+        names, rows = FUSED[ours], [len(weight)]
+    return [(f"model.layers.{layer}.{theirs}.{leaf}", part)
+            for theirs, part in zip(names, weight.split(rows))]
+
+
 def read_rope(config, where, n_pairs):
     """(rope_theta, rope_scaling or None) of a config.json, for n_pairs pairs of channels. As in transformers,
     rope_scaling, if there is one, stands for all of rope_parameters, and its rope_theta comes before the

@@ -20,8 +20,8 @@ from weights import InputError, open_safetensors, write_file
 
 FILES = "metrics.jsonl", "checkpoint.safetensors", "routers.safetensors"
 SAME_ON_RESUME = ("model", "dtype", "seed", "data", "granularity", "layers", "capacity", "recipe", "gate",
-                  "train", "loss", "method", "steps", "lr", "penalty", "tokens", "accumulate", "pool",
-                  "kv", "held_out")
+                  "train", "loss", "method", "steps", "lr", "penalty", "clip", "tokens", "accumulate",
+                  "pool", "kv", "held_out")
 
 
 def check_output(model, out):

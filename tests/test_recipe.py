@@ -165,6 +165,10 @@ def test_the_papers_recipe_from_end_to_end(arguments, call, tmp_path, monkeypatc
                         "--pool", "prompt", "--granularity", "attn_sequence")
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert status == 0 and len(lines) == 3 and all(line["lambda"] == 0.5 for line in lines)
+    status, said = call(train_router.main, *run, "--recipe", "paper", "--epochs", 3, "--max-samples", 9,
+                        "--clip", 0.01)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert status == 0 and len(lines) == 3                                  # 9 samples are one step
     status, said = call(train_router.main, *run, "--recipe", "paper", "--granularity", "attn_sequence",
                         "--loss", "kl", "--method", "harm")
     assert status == 1 and "with a bias" in said
