@@ -24,6 +24,7 @@ from model import Llama  # noqa: E402
 from router import load_routers, mindskips, remove_routers, save_routers  # noqa: E402
 from support.cli import common_arguments, device_and_dtype, number, perplexity  # noqa: E402
 from support.data import DEFAULT_DATA, HELD_OUT, Batch, batches, pack, read_samples  # noqa: E402
+from support.run import check_output  # noqa: E402
 from support.script import run_script  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from weights import InputError  # noqa: E402
@@ -113,6 +114,8 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    for name in "dense", "routed":
+        check_output(args.model, Path(args.out) / name)
     device, dtype = device_and_dtype(args.device, args.dtype)
     tok, rows = Tokenizer.from_pretrained(args.model), {}
     for name in "dense", "routed":

@@ -79,3 +79,13 @@ def test_the_script_writes_models_that_transformers_reads(arguments, router_file
 def test_an_impossible_rank_is_refused(rank, arguments, router_file, call):
     status, said = call(lora.main, *arguments[:4], "--routers", router_file("attn_token"), "--rank", rank)
     assert status == 1 and is_one_sentence(said) and "from 1 to 48" in said
+
+
+def test_where_it_cannot_write_is_told_first(arguments, router_file, call, tmp_path):
+    flags = [*arguments[:4], "--routers", router_file("attn_token")]
+    status, said = call(lora.main, *flags, "--out", "/dev/null/lora")
+    assert status == 1 and is_one_sentence(said) and "/dev/null/lora" in said
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "dense").symlink_to(arguments[1])
+    status, said = call(lora.main, *flags, "--out", tmp_path / "lora")
+    assert status == 1 and is_one_sentence(said) and "write over its model" in said
