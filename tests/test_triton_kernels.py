@@ -1,6 +1,4 @@
 """The kernels for CUDA, by Triton's interpreter where there is no GPU, against PyTorch in float64."""
-from itertools import product
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +7,7 @@ from test_router import routed, tokens
 
 import skipping
 from model import Llama, rotate, swiglu
-from router import GRANULARITIES, capacity
+from router import capacity
 from skipping import rotate_some
 from support import cuda, graph
 from support.attention import additive_mask, attention, store
@@ -142,8 +140,8 @@ def test_a_model_that_runs_on_them(family, everywhere, tmp_path):
 
 
 @pytest.mark.parametrize("granularity, kv, rows", [
-    *product(GRANULARITIES, ["all"], [1]), ("attn_token", "all", 3), ("attn_sequence", "all", 3),
-    ("attn_token", "open", 1)])
+    ("attn_token", "all", 1), ("attn_token", "all", 3), ("attn_token", "open", 1), ("mlp_token", "all", 1),
+    ("attn_sequence", "all", 1), ("attn_sequence", "all", 3), ("block_token", "all", 1)])
 def test_captured_steps_that_run_on_them(granularity, kv, rows, everywhere, tmp_path, monkeypatch):
     """All but the capture itself: gates decide on the device, and what they close is not read."""
     class Eager(graph.Replay):
