@@ -118,7 +118,7 @@ def main():
         check_output(args.model, Path(args.out) / name)
     device, dtype = device_and_dtype(args.device, args.dtype)
     tok, rows = Tokenizer.from_pretrained(args.model), {}
-    for name in "dense", "routed":
+    for name in "routed", "dense":                   # in this order, since a router file may be refused
         torch.manual_seed(args.seed)
         model = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False)
         check_rank(model, args.rank)
@@ -138,7 +138,8 @@ def main():
         remove_routers(model)
         model.save_pretrained(folder, args.model)
     print(f"\n{'':14}{'loss':>8}{'perplexity':>12}{'capacity':>10}")
-    for name, row in rows.items():
+    for name in "dense", "dense + LoRA", "routed", "routed + LoRA":
+        row = rows[name]
         print(f"{name:14}{row['loss']:8.4f}{perplexity(row['loss']):>12}{row['capacity']:10.3f}")
 
 

@@ -115,6 +115,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("out/cuda"), help="a folder for bench.py's tables")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("cuda_check.py: this PyTorch sees no CUDA device; run it on a machine with a GPU")
     args.json.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     print(torch.cuda.get_device_name(), torch.__version__)

@@ -81,6 +81,11 @@ def test_an_impossible_rank_is_refused(rank, arguments, router_file, call):
     assert status == 1 and is_one_sentence(said) and "from 1 to 48" in said
 
 
+def test_a_router_file_is_refused_before_any_work(arguments, call, tmp_path):
+    status, said = call(lora.main, *arguments[:4], "--routers", tmp_path / "none", "--out", tmp_path / "lora")
+    assert status == 1 and is_one_sentence(said) and "missing" in said and not (tmp_path / "lora").exists()
+
+
 def test_where_it_cannot_write_is_told_first(arguments, router_file, call, tmp_path):
     flags = [*arguments[:4], "--routers", router_file("attn_token")]
     status, said = call(lora.main, *flags, "--out", "/dev/null/lora")
