@@ -182,14 +182,14 @@ def mindskips(model):
 @contextmanager
 def dense(model):
     """Within it the model is the dense one."""
-    skips = mindskips(model).values()
-    for skip in skips:
+    outer = {skip: skip.bypass for skip in mindskips(model).values()}
+    for skip in outer:
         skip.bypass = True
     try:
         yield model
     finally:
-        for skip in skips:
-            skip.bypass = False
+        for skip, bypass in outer.items():
+            skip.bypass = bypass
 
 
 @contextmanager

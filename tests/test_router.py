@@ -112,7 +112,10 @@ def test_open_gates_are_the_dense_model_exactly(granularity, training, tiny):
     assert capacity(model) == 1
     model = routed(tiny, granularity)
     with torch.no_grad(), dense(model):
+        with dense(model):
+            pass
         assert torch.equal(model(idx), plain(idx))
+    assert not any(skip.bypass for skip in mindskips(model).values())
 
 
 @pytest.mark.parametrize("training", [True, False])
