@@ -461,17 +461,18 @@ def rates(device, dtype):
     """(bytes a second that a large copy reads and writes, or a large sum reads, the higher of the two;
     operations a second of a large product)."""
     cuda = device.type == "cuda"
+    repeats = 5 if cuda else 1               # so that launching and waiting do not count
 
     def best(work, amount, seconds=0.7):
         took, stop = [], time.perf_counter() + seconds
         while not took or time.perf_counter() < stop:
             start = time.perf_counter()
-            for _ in range(5 if cuda else 1):            # so that launching and waiting do not count
+            for _ in range(repeats):
                 work()
             if cuda:
                 torch.cuda.synchronize()
             took.append(time.perf_counter() - start)
-        return (5 if cuda else 1) * amount / min(took)
+        return repeats * amount / min(took)
     n, n_big = (8192, 2**28) if cuda else (1536, 2**26)
     a, big = torch.randn(n, n, device=device, dtype=dtype), torch.ones(n_big, device=device)
     other = torch.ones_like(big)             # written once: memory that was never touched is not there yet

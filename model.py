@@ -341,13 +341,13 @@ class Llama(nn.Module):
         self.make_angles(end)
         return self.angles[0][positions], self.angles[1][positions]
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def make_angles(self, end):
         """self.angles of all positions below `end`, and some more."""
         weight, cos = self.embed.weight, self.angles[0] if self.angles else None
-        if cos is None or len(cos) < end or (cos.dtype, cos.device) != (weight.dtype, weight.device):
-            n = min(self.config.max_context, max(512, 2 * end))
+        if cos is not None and len(cos) >= end and (cos.dtype, cos.device) == (weight.dtype, weight.device):
+            return
+        n = min(self.config.max_context, max(512, 2 * end))
+        with torch.inference_mode(False), torch.no_grad():        # they are used again, in whatever mode
             angle = torch.outer(torch.arange(n).float(), rope_frequencies(self.config))       # (n, D/2)
             cos, sin = angle.cos(), angle.sin()
             self.angles = torch.cat((cos, cos), 1).to(weight), torch.cat((-sin, sin), 1).to(weight)

@@ -70,8 +70,7 @@ def run_tokens(skip, x, ctx, h, is_open):
     if all_open and waiting:
         return run_with_waiting(skip, x, ctx, h, waiting)
     if all_open and keys:
-        q = split_heads(attn.qkv(h, end=attn.n_head * attn.head_dim), attn.head_dim)
-        return run_with_keys(skip, x, ctx, q, *keys)
+        return run_with_keys(skip, x, ctx, query_heads(attn, h), *keys)
     if all_open:
         return skip.run(x, ctx, h)
     if waiting:
@@ -120,9 +119,14 @@ def store_heads(attn, kv, ctx):
     return (k, v) if ctx.cache is None else ctx.cache.store(attn.layer, k, v, ctx)
 
 
+def query_heads(attn, h):
+    """Heads of the queries of h (..., T, C), before norm and rotation: (..., H, T, D)."""
+    return split_heads(attn.qkv(h, end=attn.n_head * attn.head_dim), attn.head_dim)
+
+
 def queries(attn, h, ctx, at):
     """Queries (H, N, D) of gathered tokens h (N, C); at (N,): their indices among the pass's B * T tokens."""
-    q = split_heads(attn.qkv(h, end=attn.n_head * attn.head_dim), attn.head_dim)
+    q = query_heads(attn, h)
     if attn.q_norm:
         q = attn.q_norm(q)
     return rotate_some(q, ctx.cos, ctx.sin, at) if attn.rotates else q
@@ -199,8 +203,7 @@ def run_captured(skip, x, ctx):
             keys = keys_values(attn, h, ctx)
     with only_for(is_open):
         if keys:
-            q = split_heads(attn.qkv(h, end=attn.n_head * attn.head_dim), attn.head_dim)
-            y = run_with_keys(skip, x, ctx, q, *keys)
+            y = run_with_keys(skip, x, ctx, query_heads(attn, h), *keys)
         else:
             y = skip.run(x, ctx, h)
     return torch.where(is_open[:, None, None], y, x)

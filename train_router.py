@@ -28,7 +28,7 @@ from model import Llama
 from recipe import RECIPES, Penalty, calibrate, can_measure_harm, choose, make_source, own_text
 from router import GATES, GRANULARITIES, add_routers, capacity, mindskips, remove_routers, save_routers
 from support.cli import common_arguments, device_and_dtype, number, parse_layers, perplexity
-from support.data import DEFAULT_DATA, HELD_OUT, Batch, pack, read_samples
+from support.data import DEFAULT_DATA, HELD_OUT, Batch, hold_out, pack, read_samples
 from support.memory import tokens_that_fit
 from support.own_text import own_text_file
 from support.run import Run, check_output, settings_of
@@ -206,8 +206,8 @@ def read_data(args, tok, context):
     if len(samples) < 2:
         raise InputError(f"{args.data}: {len(samples)} usable samples; at least 2 are needed, one to hold"
                          " out")
-    held_out = min(args.held_out, max(1, len(samples) // 5))
-    return samples[:-held_out][:args.max_samples], samples[-held_out:]
+    train_set, test_set = hold_out(samples, args.held_out)
+    return train_set[:args.max_samples], test_set
 
 
 def report(result, recipe, args):

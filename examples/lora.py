@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import losses  # noqa: E402
-from model import Llama  # noqa: E402
+from model import Config, Llama  # noqa: E402
 from router import load_routers, mindskips, remove_routers, save_routers  # noqa: E402
 from support.cli import common_arguments, device_and_dtype, number, perplexity  # noqa: E402
-from support.data import DEFAULT_DATA, HELD_OUT, Batch, batches, pack, read_samples  # noqa: E402
+from support.data import DEFAULT_DATA, HELD_OUT, Batch, batches, hold_out, pack, read_samples  # noqa: E402
 from support.run import check_output  # noqa: E402
 from support.script import run_script  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from weights import InputError  # noqa: E402
+from weights import InputError, open_checkpoint  # noqa: E402
 
 
 class LowRank(nn.Module):
@@ -117,19 +117,20 @@ def main():
     for name in "dense", "routed":
         check_output(args.model, Path(args.out) / name)
     device, dtype = device_and_dtype(args.device, args.dtype)
-    tok, rows = Tokenizer.from_pretrained(args.model), {}
+    checkpoint, rows = open_checkpoint(args.model), {}
+    context = Config.from_hf(checkpoint.config, checkpoint.path).max_context
+    samples, _ = read_samples(args.data, Tokenizer.from_pretrained(args.model), context)
+    train_set, test_set = hold_out(samples, args.held_out)
+    test = [Batch.of(group, device) for group in pack(test_set, args.tokens)]
     for name in "routed", "dense":                   # in this order, since a router file may be refused
         torch.manual_seed(args.seed)
         model = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False)
         check_rank(model, args.rank)
         if name == "routed":
             load_routers(model, args.routers)
-        samples, _ = read_samples(args.data, tok, model.config.max_context)
-        held_out = min(args.held_out, max(1, len(samples) // 5))
-        test = [Batch.of(group, device) for group in pack(samples[-held_out:], args.tokens)]
         rows[name] = losses.evaluate(model, test)
         add_lora(model, args.rank, args.alpha)
-        tune(model, samples[:-held_out], args, f"{name} + LoRA")
+        tune(model, train_set, args, f"{name} + LoRA")
         merge(model)
         rows[f"{name} + LoRA"] = losses.evaluate(model, test)
         folder = Path(args.out) / name

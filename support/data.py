@@ -170,6 +170,12 @@ def common_beginning(texts):
     return next((i for i in range(n) if first[i] != last[i]), n)
 
 
+def hold_out(samples, most):
+    """(samples to tune on, the last ones, at most `most` and a fifth of all)."""
+    n = min(most, max(1, len(samples) // 5))
+    return samples[:-n], samples[-n:]
+
+
 def batches(samples, budget, seed):
     """Lists of samples, forever: of similar lengths, at most `budget` tokens with padding, shuffled."""
     if not samples:

@@ -4,7 +4,7 @@
     linear              F.linear of one token                         bandwidth; a closed gate reads no weight
     attention_of_token  F.scaled_dot_product_attention, one query     keys split over the multiprocessors;
                         per row                                       what is masked, or closed, is not read
-    attention_of_some   attention.attention_of_some                     one kernel for all rows
+    attention_of_some   attention.attention_of_some                   one kernel for all rows
     rms_norm, rotate, rotate_some, swiglu, logit, first_mean, store   one kernel instead of two to eight
 
 Each equals its plain form to rounding (tests/test_triton_kernels.py, by Triton's interpreter on a CPU),

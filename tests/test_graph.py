@@ -23,6 +23,14 @@ from support.cuda import plain_kernels
 from support.kernels import logit
 
 
+class Eager(graph.Replay):
+    """A replay that is not captured: the step runs again, at the same addresses."""
+
+    def capture(self):
+        x = self.step()
+        return x, lambda: x.copy_(self.step())
+
+
 @pytest.mark.parametrize("family, kind", [
     *product(["grouped queries", "Mistral with a window"], [None, *GRANULARITIES]),
     ("grouped queries", "attn_token open"), ("Qwen3", "block_token open")])
@@ -146,11 +154,6 @@ def test_which_steps_are_replayed(tiny, monkeypatch):
 
 def test_a_graph_is_not_used_after_the_model_changed(tiny, monkeypatch):
     """A part removed, other weights, another threshold: what was captured is not what would run."""
-    class Eager(graph.Replay):
-        def capture(self):
-            x = self.step()
-            return x, lambda: x.copy_(self.step())
-
     changes = [lambda model: setattr(model.layers[1], "attn", Removed()),
                lambda model: setattr(model.layers[2].mlp.down, "weight",
                                      nn.Parameter(2 * model.layers[2].mlp.down.weight)),
@@ -167,11 +170,6 @@ def test_a_graph_is_not_used_after_the_model_changed(tiny, monkeypatch):
 
 
 def test_graphs_made_in_inference_mode_serve_outside_of_it(tiny, monkeypatch):
-    class Eager(graph.Replay):
-        def capture(self):
-            x = self.step()
-            return x, lambda: x.copy_(self.step())
-
     model, idx = routed(tiny, "attn_token"), tokens(2, 20)
     expected = model.generate(idx, 5)
     model.angles = None

@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, write_tiny
+from test_graph import Eager
 from test_router import routed, tokens
 
 import skipping
@@ -144,11 +145,6 @@ def test_a_model_that_runs_on_them(family, everywhere, tmp_path):
     ("attn_sequence", "all", 1), ("attn_sequence", "all", 3), ("block_token", "all", 1)])
 def test_captured_steps_that_run_on_them(granularity, kv, rows, everywhere, tmp_path, monkeypatch):
     """All but the capture itself: gates decide on the device, and what they close is not read."""
-    class Eager(graph.Replay):
-        def capture(self):
-            x = self.step()
-            return x, lambda: x.copy_(self.step())
-
     monkeypatch.setitem(FAMILIES, "grouped queries", dict(head_dim=16, num_hidden_layers=3))
     write_tiny(tmp_path)
     model, idx = routed(tmp_path, granularity, kv=kv).to(DEVICE), IDX[:rows]
