@@ -10,6 +10,9 @@ import pytest
 import tokenizers
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:           # one of several processes, which share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"           # of the scripts that a test starts
+    torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"          # before Triton is imported
 
@@ -49,6 +52,15 @@ CORPUS = [
     "def f(x):\n    return x ** 2  # naïve café\n\n",
     "user assistant system instruction answer ",
 ] * 50
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """All tests run in two processes, where pytest-xdist is installed; those that a file's name chooses, in
+    one."""
+    chosen = config.known_args_namespace.file_or_dir
+    if config.pluginmanager.hasplugin("xdist") and not chosen and config.option.numprocesses is None:
+        config.option.numprocesses = 2
 
 
 def write_tiny(folder, name="grouped queries", seed=0):
