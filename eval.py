@@ -6,151 +6,33 @@ does it.
     python eval.py --tasks piqa,arc_challenge --data-dir benchmarks --limit 100 --json scores.json
 
 A question's choices are scored by their log-likelihood after its context; acc takes the likeliest, acc_norm
-the likeliest a character. Prompts, splits and metrics are lm-evaluation-harness 0.4's, few-shot examples
-the first K of the training split. What is shared is computed once: choices branch off their context in one
-row, each seeing the context and itself alone, and a beginning that all questions of a task share is kept as
-keys and values. Gates that read a sequence decide on the whole context, so for them nothing is shared
-between questions; gates that read even the answer (pool "all") share nothing.
+the likeliest a character. In GSM8K the model writes its answer, and the number at its end counts. Prompts,
+splits and metrics are lm-evaluation-harness 0.4's, few-shot examples the first K of the training split.
+scoring.py computes the answers.
 """
 from support.script import run_script  # isort: skip (before torch, see there)
 
 import json
 import math
 import time
-from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 from harm import measure
-from losses import Usage, chunks, evaluate, log_probabilities
-from model import Cache, Llama, run_layers
+from losses import Usage, evaluate
+from model import Llama
 from router import add_routers, close_all, load_routers, mindskips, remove_routers, routed_share
-from support.attention import additive_mask
+from scoring import TOKENS, answer
 from support.cli import check_destinations, common_arguments, device_and_dtype, number, numbers, perplexity
-from support.data import DEFAULT_DATA, HELD_OUT, Batch, batches, common_beginning, pack, read_samples
-from support.tasks import (
-    QUESTIONS,
-    TASKS,
-    Scores,
-    read_task,
-    rows_of,
-    size,
-    standard_error,
-)
+from support.data import DEFAULT_DATA, HELD_OUT, Batch, batches, pack, read_samples
+from support.tasks import QUESTIONS, TASKS, read_task, standard_error
 from tokenizer import Tokenizer
 from weights import InputError, write_file
 
-SHARED = 32                                     # tokens from which a common beginning is worth keeping
-TOKENS = {"cpu": 512, "cuda": 16384}            # per batch
 STATIC_BATCHES, STATIC_TOKENS = 8, 1024         # what the layers of --static are chosen on
-
-
-# ---------------------------------------------------------------------------------------------------- scoring
-class Beginning:
-    """Keys and values of a beginning that many rows share. In a cache's place, it puts them before theirs."""
-
-    def __init__(self, model, ids):
-        cache = Cache(model.config, len(ids))
-        idx = torch.tensor([ids], device=model.embed.weight.device)
-        ctx = model.context(idx, None, [len(ids)], cache)
-        run_layers(model.layers, model.embed(idx), ctx)
-        self.k, self.v, self.length = cache.k, cache.v, len(ids)
-
-    def store(self, layer, k, v, ctx):
-        rows = len(k)
-        return (torch.cat((self.k[layer].expand(rows, -1, -1, -1), k), 2),
-                torch.cat((self.v[layer].expand(rows, -1, -1, -1), v), 2))
-
-
-def tree(model, rows, beginning):
-    """Token ids (B, T) and Context of rows: branches follow their context, and do not see each other."""
-    start, device = beginning.length if beginning else 0, model.embed.weight.device
-    lengths = [size(row) - start for row in rows]
-    idx, position, branch = torch.zeros(3, len(rows), max(lengths), dtype=torch.int64)
-    for b, (row, length) in enumerate(zip(rows, lengths)):
-        n = len(row.context)
-        ids, at, of = row.context[start:], list(range(start, n)), [0] * (n - start)
-        for i, continuation in enumerate(row.branches.values(), 1):
-            ids, more = ids + continuation[:-1], len(continuation) - 1
-            at, of = [*at, *range(n, n + more)], of + [i] * more
-        idx[b, :length], position[b, :length], branch[b, :length] = map(torch.tensor, (ids, at, of))
-    idx, position, branch = idx.to(device), position.to(device), branch.to(device)
-    ctx = model.context(idx, lengths, [len(row.context) - start for row in rows])
-    if start or int(branch.max()) > 1:                                     # not just one text a row
-        visible = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
-        visible = visible.tril()                                                # (B, T, T)
-        visible = F.pad(visible, (start, 0), value=True)                              # (B, T, start + T)
-        if model.config.sliding_window:
-            before = torch.arange(start, device=device).expand(len(rows), -1)
-            ago = position[:, :, None] - torch.cat((before, position), 1)[:, None]
-            visible = visible & (ago < model.config.sliding_window)
-        cos, sin = (t[:, None] for t in model.angles_of(position, int(position.max()) + 1))  # (B, 1, T, D)
-        mask = additive_mask(visible[:, None], model.embed.weight.dtype)
-        ctx = replace(ctx, cos=cos, sin=sin, mask=mask, cache=beginning)
-    return idx, ctx
-
-
-def score(model, rows, beginning, out):
-    """Run rows, and write each branch's log-likelihood to out[question][place]; returns the tokens run."""
-    idx, ctx = tree(model, rows, beginning)
-    x = run_layers(model.layers, model.embed(idx), ctx)                                            # (B, T, C)
-    at, targets, owners = [], [], []                # where a next token is scored, that token, and for whom
-    for b, row in enumerate(rows):
-        last = b * idx.shape[1] + len(row.context) - (beginning.length if beginning else 0) - 1
-        end = last + 1
-        for place, continuation in row.branches.items():
-            at += [last, *range(end, end + len(continuation) - 1)]
-            targets += continuation
-            owners += [(row.question, place)] * len(continuation)
-            end += len(continuation) - 1
-    x, targets = x.flatten(0, 1)[at], torch.tensor(targets, device=idx.device)
-    for part in chunks(x):
-        ll = log_probabilities(model, x[part]).gather(1, targets[part, None])[:, 0]
-        for (question, place), value in zip(owners[part], ll.tolist()):
-            out[question][place] += value
-    return sum(ctx.host_lengths)
-
-
-@torch.no_grad()
-def log_likelihoods(model, questions, tok, budget, usages):
-    """[[log-likelihood of each choice in nats] for each question], how many contexts were cut, and how many
-    tokens were run; what the gates did is added to usages."""
-    model.eval()
-    skips = mindskips(model).values()
-    by_sequence = any(skip.scope == "sequence" for skip in skips)
-    rows = rows_of(questions, tok, model.config.max_context,
-                   apart=by_sequence and any(skip.router.pool == "all" for skip in skips))
-    out = [[0.0] * len(q.contexts) for q in questions]
-    with tqdm(total=len(rows), unit="row", leave=False) as bar:
-        tokens = 0
-
-        def count():
-            for usage in usages:
-                usage.add()
-
-        def run(some, beginning=None):
-            shared = beginning.length if beginning else 0
-            nonlocal tokens
-            for batch in pack(some, budget, lambda row: size(row) - shared):
-                tokens += score(model, batch, beginning, out)
-                count()
-                bar.update(len(batch))
-        run([row for row in rows if row.cut])
-        groups = {}
-        for row in rows:
-            if not row.cut:
-                groups.setdefault(questions[row.question].group, []).append(row)
-        for group in groups.values():
-            shared, beginning = common_beginning([row.context for row in group]), None
-            if shared >= SHARED and len(group) > 1 and not by_sequence:
-                beginning = Beginning(model, group[0].context[:shared])
-                count()
-            run(group, beginning)
-    return out, sum(row.cut for row in rows), tokens
 
 
 # --------------------------------------------------------------------------------------------------- variants
@@ -265,7 +147,7 @@ def make_variants(model, tok, args, device):
 
 # ----------------------------------------------------------------------------------------------------- script
 class Result:
-    """What one variant did: its Scores by task, its result on the text, how often each layer ran."""
+    """What one variant did: its scores by task, its result on the text, how often each layer ran."""
 
     def __init__(self, model):
         self.tasks, self.text, self.keep, self.usage = {}, None, {}, Usage(model)
@@ -299,34 +181,35 @@ def plus_minus(value, width):
     return f" ±{value:{width}.1f}" if math.isfinite(value) else " " * (width + 2)
 
 
-def run_task(name, questions, shots, setters, results, model, tok, budget):
-    """Score a task's questions with every variant, and print one line for each; returns the tokens run."""
-    tokens, metric = 0, "acc_norm" if TASKS[name].norm else "acc"
+def run_task(name, questions, shots, setters, results, model, tok, args):
+    """Run a task's questions with every variant, and print one line for each; returns the tokens run."""
+    task, n_tokens, notes = TASKS[name], 0, []
+    metric = "strict" if task.stop else "acc_norm" if task.norm else "acc"
     for variant, set_up in setters.items():
         set_up()
         usage, start, result = Usage(model), time.perf_counter(), results[variant]
-        lls, n_cut, n = log_likelihoods(model, questions, tok, budget, (usage, result.usage))
-        seconds, tokens = time.perf_counter() - start, tokens + n
-        check_finite(sum(lls, []), name, variant)
-        scores = result.tasks[name] = Scores(questions, lls, TASKS[name].norm)
+        scores, n, note = answer(name, questions, model, tok, args.tokens, (usage, result.usage))
+        seconds, n_tokens, result.tasks[name] = time.perf_counter() - start, n_tokens + n, scores
+        check_finite(scores.numbers, name, variant)
         beside_dense = " " * 36
         if variant != "dense":
             d = scores.against(results["dense"].tasks[name])
+            kl = " " * 10 if d["kl"] is None else f"{d['kl']:10.4f}"
             beside_dense = (f"{100 * d['difference']:+9.1f}{plus_minus(100 * d['interval'], 5)}"
-                            f"{d['changed']:9}{d['kl']:10.4f}")
+                            f"{d['changed']:9}{kl}")
         percent, used = 100 * float(scores.right.mean()), usage.summary()
         result.keep[name] = used["keep"]
         print(f"{name:14}{len(questions):6}{shots:6} {variant:12}{metric:>9}{percent:7.1f}"
               f"{plus_minus(100 * standard_error(scores.right), 4)}{beside_dense}{used['capacity']:9.3f}"
               f"{used['routed_capacity']:8.3f}{seconds:9.1f}", flush=True)
-    if n_cut:
-        print(f"  {n_cut} contexts were longer than the model's {model.config.max_context} tokens and lost"
-              " their beginnings")
-    return tokens
+        notes += [f"{variant}: {note}" if task.stop else note]
+    for note in filter(None, dict.fromkeys(notes)):
+        print(f"  {note}")
+    return n_tokens
 
 
 def show_average(scores):
-    """The paper's average over those of its tasks that were run; scores: {variant: {task: Scores}}."""
+    """The paper's average over those of its tasks that were run; scores: {variant: {task: scores}}."""
     tasks = [name for name in scores["dense"] if TASKS[name].paper]
     if len(tasks) < 2:
         return
@@ -341,18 +224,26 @@ def show_average(scores):
         print(line)
 
 
-def run_text(path, samples, setters, results, model, budget, device):
+def run_text(path, samples, setters, results, model, args, device):
     """Perplexity of a text with every variant, and KL to the dense model."""
     print(f"\n{'text, tokens':>20} {'variant':12}{'loss':>9}{'perplexity':>12}{'KL to dense':>13}"
           f"{'capacity':>10}{'routed':>8}")
     for variant, set_up in setters.items():
         set_up()
-        r = evaluate(model, (Batch.of(group, device) for group in pack(samples, budget)))
+        groups = pack(samples, args.tokens or TOKENS[device.type])
+        r = evaluate(model, (Batch.of(group, device) for group in groups))
         check_finite([r["dense_loss"], r["loss"], r["kl"]], path, variant)
         results[variant].text = {"file": path} | r
         results[variant].keep[path] = r["keep"]
         print(f"{r['tokens']:20,} {variant:12}{r['loss']:9.4f}{perplexity(r['loss']):>12}{r['kl']:13.4f}"
               f"{r['capacity']:10.3f}{r['routed_capacity']:8.3f}", flush=True)
+
+
+def tasks_in(data_dir):
+    """The tasks that have a folder in data_dir, if it is given; if none has, all, which are then missed."""
+    if not data_dir:
+        return []
+    return [name for name in TASKS if (Path(data_dir) / name).is_dir()] or list(TASKS)
 
 
 def parse_arguments():
@@ -385,7 +276,7 @@ def parse_arguments():
         args.data_dir, args.text, args.last = str(QUESTIONS), str(DEFAULT_DATA), HELD_OUT
         print("No --tasks: a few questions written for this project, to see that all works. They are no"
               " benchmark.\n")
-    args.tasks = args.tasks.split(",") if args.tasks else list(TASKS) if args.data_dir else []
+    args.tasks = args.tasks.split(",") if args.tasks else tasks_in(args.data_dir)
     for name in args.tasks:
         if name not in TASKS:
             raise InputError(f"--tasks: there is no {name!r}; choose from {', '.join(TASKS)}")
@@ -397,7 +288,6 @@ def main():
     device, dtype = device_and_dtype(args.device, args.dtype)
     if device.type == "cpu" and args.dtype == "auto":
         dtype = torch.float32                                          # scores are compared with others'
-    budget = args.tokens or TOKENS[device.type]
     tasks = {name: read_task(name, args.data_dir, args.num_fewshot, args.limit) for name in args.tasks}
     tok = Tokenizer.from_pretrained(args.model)
     model = Llama.from_pretrained(args.model, device, dtype)
@@ -413,12 +303,12 @@ def main():
               f"{'difference':>9}{'95 %':>7}{'changed':>9}{'KL':>9}{'capacity':>9}{'routed':>8}"
               f"{'seconds':>9}")
     for name, (questions, shots) in tasks.items():
-        tokens += run_task(name, questions, shots, setters, results, model, tok, budget)
+        tokens += run_task(name, questions, shots, setters, results, model, tok, args)
         save(results, args)
     show_average({variant: result.tasks for variant, result in results.items()})
     if samples:
         samples = samples[-args.last:] if args.last else samples
-        run_text(args.text, samples, setters, results, model, budget, device)
+        run_text(args.text, samples, setters, results, model, args, device)
         tokens += sum(len(s.ids) for s in samples) * (2 * len(setters) - 1)
         save(results, args)
     seconds = time.perf_counter() - start

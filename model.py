@@ -360,7 +360,8 @@ class Llama(nn.Module):
         Row b holds its prompt, lengths[b] tokens (default T), its new tokens, and padding: the first eos_id,
         or 0. Rows stop at eos_id, one id or several, where given. temperature 0 takes the likeliest token;
         else tokens are sampled from the top_k likeliest (default: all). on_token is called with each step's
-        tokens (B,). InputError where the result would not fit the context. `self.cache` keeps the cache.
+        tokens (B,), and ends the generation where it returns True. InputError where the result would not fit
+        the context. `self.cache` keeps the cache.
         """
         B, T = idx.shape
         if max_new_tokens < 1:
@@ -386,8 +387,8 @@ class Llama(nn.Module):
                     token = sample(self.head(self.norm(x)), temperature, top_k)      # (B,)
                     token = token.masked_fill(done, pad)
                     out.scatter_(1, (ctx.lengths + i)[:, None], token[:, None])
-                    if on_token:
-                        on_token(token)
+                    if on_token and on_token(token):
+                        break
                     if eos_id is not None:
                         done = done | torch.isin(token, ends)
                         if bool(done.all()):

@@ -29,7 +29,9 @@ def write_text(model, n, n_tokens, seed, path=None):
     torch.manual_seed(seed)
     first = torch.randint(n_vocab, (n, 1), device=device)
     with tqdm(total=n_tokens - 1, desc="the model writes", unit="token", leave=False) as bar:
-        ids = model.generate(first, n_tokens - 1, temperature=1.0, on_token=lambda _: bar.update())
+        def show_step(token):
+            bar.update()
+        ids = model.generate(first, n_tokens - 1, temperature=1.0, on_token=show_step)
     model.cache = None
     release(model)
     if path and path != SHIPPED:

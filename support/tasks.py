@@ -34,6 +34,7 @@ class Task:
     examples: str = "train"            # the split few-shot examples come from
     group: callable = lambda d: ""     # questions with the same group share examples, and this heading
     target: callable = None
+    stop: tuple = ()                   # not empty: the model writes its answer, until one of these strings
 
 
 def hellaswag_text(text):
@@ -66,6 +67,12 @@ def arc(name, **kind):
                 gold=lambda d: index(d["choices"]["label"], d["answerKey"]), **kind)
 
 
+def worked_answer(d):
+    if not re.search(r"#### \S", d["answer"]):
+        raise ValueError("its answer has no line '#### number'")
+    return d["answer"]
+
+
 TASKS = {
     "arc_challenge": arc("ARC-Challenge", shots=25),
     "arc_easy": arc("ARC-Easy", shots=0, paper=False),
@@ -73,6 +80,10 @@ TASKS = {
         ("aps/super_glue", "boolq"), "validation", 0,
         lambda d: f"{d['passage']}\nQuestion: {d['question']}?\nAnswer:",
         lambda d: ["no", "yes"], lambda d: number(d["label"]), {"passage": str, "question": str}),
+    "gsm8k": Task(
+        ("openai/gsm8k", "main"), "test", 5, lambda d: f"Question: {d['question']}\nAnswer:",
+        lambda d: [worked_answer(d)], lambda d: 0, {"question": str, "answer": str}, paper=False,
+        stop=("Question:", "</s>", "<|im_end|>")),
     "hellaswag": Task(
         ("Rowan/hellaswag", None), "validation", 10,
         lambda d: hellaswag_text(f"{d['activity_label']}: {d['ctx_a']} {d['ctx_b'].capitalize()}"),
@@ -137,7 +148,7 @@ def parse(task, where, record):
     try:
         text, choices, group = task.text(record), task.choices(record), task.group(record)
         after = [task.target(record)] * len(choices) if task.target else choices
-    except ValueError as e:                            # no blank to fill in, or not four choices
+    except ValueError as e:          # no blank to fill in, not four choices, or no number at the end
         raise InputError(f"{where}: not a question of this task ({e})") from None
     contexts = text if isinstance(text, list) else [text] * len(choices)
     lengths = [len(choice) for choice in choices]
@@ -232,7 +243,7 @@ class Scores:
     def __init__(self, questions, lls, norm):
         """lls: [[log-likelihood of each choice] for each question]; norm: whether the task's metric is
         acc_norm."""
-        self.questions, self.lls = questions, lls
+        self.questions, self.lls, self.numbers = questions, lls, sum(lls, [])
         gold = torch.tensor([q.gold for q in questions])
         likeliest = torch.tensor([first_largest(ll) for ll in lls])
         per_character = torch.tensor([first_largest([value / n for value, n in zip(ll, q.lengths)])
@@ -255,9 +266,14 @@ class Scores:
             log_p = torch.tensor(dense_ll).double().log_softmax(0)
             log_q = torch.tensor(ll).double().log_softmax(0)
             kl += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True)) / len(self.lls)
-        difference = self.right - dense.right
-        return {"difference": float(difference.mean()), "interval": 1.96 * standard_error(difference),
-                "changed": int((self.answers != dense.answers).sum()), "kl": kl}
+        changed = int((self.answers != dense.answers).sum())
+        return compare(self.right, dense.right) | {"changed": changed, "kl": kl}
+
+
+def compare(right, dense_right):
+    """The difference of two means (n,), and its 95 % half-width, paired."""
+    difference = right - dense_right
+    return {"difference": float(difference.mean()), "interval": 1.96 * standard_error(difference)}
 
 
 def standard_error(values):

@@ -6,6 +6,7 @@
     python tests/run_lm_eval.py $model data/questions tests/lm_eval_0.json
     python tests/run_lm_eval.py $model data/questions tests/lm_eval_2.json --num-fewshot 2 \\
         --tasks arc_challenge,mmlu,winogrande
+    python tests/run_lm_eval.py $model data/questions tests/lm_eval_5.json --num-fewshot 5 --tasks gsm8k
     python tests/run_lm_eval.py MODEL BENCHMARKS OUT --tasks arc_challenge --limit 100 --num-fewshot 25
 
 MODEL is a Hugging Face folder, BENCHMARKS a folder with <task>/<split>.jsonl; examples are the first ones.
@@ -25,10 +26,12 @@ from transformers import AutoTokenizer
 
 HOME = Path(lm_eval.__file__).parent / "tasks"
 WHERE = {"arc_challenge": "arc/arc_challenge.yaml", "arc_easy": "arc/arc_easy.yaml",
-         "boolq": "super_glue/boolq/default.yaml", "hellaswag": "hellaswag/hellaswag.yaml",
+         "boolq": "super_glue/boolq/default.yaml", "gsm8k": "gsm8k/gsm8k.yaml",
+         "hellaswag": "hellaswag/hellaswag.yaml",
          "openbookqa": "openbookqa/openbookqa.yaml", "piqa": "piqa/piqa.yaml", "rte": "glue/rte/default.yaml",
          "winogrande": "winogrande/default.yaml"}
-SPLIT = {"arc_challenge": "test", "arc_easy": "test", "openbookqa": "test", "mmlu": "test"}
+WRITTEN = {"strict": "strict-match", "flexible": "flexible-extract"}         # its names for the extractions
+SPLIT = {"arc_challenge": "test", "arc_easy": "test", "gsm8k": "test", "openbookqa": "test", "mmlu": "test"}
 
 
 def task_files(name, data, folder, limit):
@@ -62,6 +65,24 @@ def task_files(name, data, folder, limit):
         yield task, numbers
 
 
+def entry(sample):
+    """What the harness says of one question: log-likelihoods, or by an extraction the answer and its mark."""
+    if "exact_match" not in sample:
+        return {"acc": sample["acc"], "acc_norm": sample.get("acc_norm"),
+                "ll": [float(r[0][0]) for r in sample["resps"]]}
+    extraction = next(name for name, theirs in WRITTEN.items() if theirs == sample["filter"])
+    return {"text": sample["resps"][0][0], extraction: sample["filtered_resps"][0],
+            f"{extraction} is right": sample["exact_match"]}
+
+
+def merged(items):
+    """By question: a written answer comes once for each extraction."""
+    by_id = {}
+    for item in items:
+        by_id.setdefault(item["id"], {}).update(item)
+    return [by_id[i] for i in sorted(by_id)]
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("model")
@@ -75,14 +96,16 @@ def main():
     if tokenizer.eos_token is None:              # the harness wants one, though these tasks never read it
         tokenizer.eos_token = tokenizer.decode([0])
     model = HFLM(args.model, tokenizer=tokenizer, dtype=torch.float32, device="cpu", batch_size=1)
-    found, spent, score = {}, [], model.loglikelihood
+    found, spent = {}, []
 
-    def timed(*a, **k):
-        start = time.perf_counter()
-        result = score(*a, **k)
-        spent.append(time.perf_counter() - start)
-        return result
-    model.loglikelihood = timed
+    def timed(answer):
+        def run(*a, **k):
+            start = time.perf_counter()
+            result = answer(*a, **k)
+            spent.append(time.perf_counter() - start)
+            return result
+        return run
+    model.loglikelihood, model.generate_until = timed(model.loglikelihood), timed(model.generate_until)
     for name in args.tasks.split(","):
         items, spent[:] = [], []
         with tempfile.TemporaryDirectory() as folder:
@@ -91,10 +114,8 @@ def main():
                 result = lm_eval.simple_evaluate(model, tasks=[task], num_fewshot=args.num_fewshot,
                                                  task_manager=manager, log_samples=True, bootstrap_iters=0)
                 for sample in result["samples"][task]:
-                    acc_norm = sample.get("acc_norm")
-                    items.append({"id": numbers[sample["doc_id"]], "acc": sample["acc"], "acc_norm": acc_norm,
-                                  "ll": [float(r[0][0]) for r in sample["resps"]]})
-        found[name] = {"seconds": sum(spent), "items": sorted(items, key=lambda item: item["id"])}
+                    items.append({"id": numbers[sample["doc_id"]], **entry(sample)})
+        found[name] = {"seconds": sum(spent), "items": merged(items)}
         args.out.write_text(json.dumps(found, indent=1))
         print(name, len(items), "items", f"{sum(spent):.1f} s", flush=True)
 

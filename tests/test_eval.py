@@ -9,9 +9,11 @@ import torch
 from conftest import is_one_sentence, open_gates_at_random, train_tokenizer, write_tiny
 
 import eval as evaluation
+import scoring
 from losses import Usage
 from model import Llama
 from router import GRANULARITIES, add_routers, save_routers, trace
+from support import written
 from support.data import Batch, common_beginning, pack
 from support.tasks import QUESTIONS, TASKS, Scores, read_task, rows_of, size
 from tokenizer import Tokenizer
@@ -42,6 +44,23 @@ def test_scores_are_the_harness(shots, smollm2, call, tmp_path):
             assert table["acc_norm"] == sum(i["acc_norm"] for i in items) / len(items)
         else:
             assert table["acc_norm"] is None and items[0]["acc_norm"] is None
+
+
+def test_written_answers_are_the_harness(smollm2, call, tmp_path):
+    theirs = json.loads((HERE / "lm_eval_5.json").read_text())["gsm8k"]["items"]
+    status, said = call(evaluation.main, "--tasks", "gsm8k", "--data-dir", QUESTIONS, "--device", "cpu",
+                        "--json", tmp_path / "ours.json")
+    assert status == 0, said
+    table = json.loads((tmp_path / "ours.json").read_text())["tasks"]["gsm8k"]
+    assert [item["id"] for item in table["items"]] == [item["id"] for item in theirs]
+    for mine, item in zip(table["items"], theirs):
+        assert {key: mine[key] for key in ("text", "strict", "flexible")} == \
+            {key: item[key] for key in ("text", "strict", "flexible")}
+        assert mine["ll"] is None and "[invalid]" != mine["gold"] and "," not in mine["gold"]
+    for extraction in "strict", "flexible":
+        right = [item[f"{extraction} is right"] for item in theirs]
+        assert table[extraction] == sum(right) / len(right)
+    assert table["acc"] is None and table["acc_norm"] is None and table["n"] == len(theirs)
 
 
 # --------------------------------------------------------------------------------------- one choice at a time
@@ -101,13 +120,13 @@ def test_sharing_changes_nothing(kind, family, question_files, tmp_path):
         expected = brute_force(model, questions, tok)
         for budget in 1, 700:
             usage = Usage(model)
-            lls, _, _ = evaluation.log_likelihoods(model, questions, tok, budget, [usage])
+            lls, _, _ = scoring.log_likelihoods(model, questions, tok, budget, [usage])
             for ours, theirs in zip(lls, expected):
                 assert ours == pytest.approx(theirs, abs=1e-3), (name, budget)
             if kind:
                 assert 0.25 < usage.summary()["capacity"] < 1
     usage = Usage(model)                                    # the same in another order, as a part of more
-    again, _, _ = evaluation.log_likelihoods(model, questions[::-1] + questions, tok, 300, [usage])
+    again, _, _ = scoring.log_likelihoods(model, questions[::-1] + questions, tok, 300, [usage])
     for ours, theirs in zip(again, expected[::-1] + expected):
         assert ours == pytest.approx(theirs, abs=1e-3)
 
@@ -117,11 +136,11 @@ def test_a_beginning_is_run_once(tiny, question_files):
     questions = questions_of(question_files, "arc_challenge", 1)
     rows = rows_of(questions, tok, 512, apart=False)
     shared = common_beginning([row.context for row in rows])
-    assert shared > evaluation.SHARED and len(rows) == len(questions)
-    _, _, tokens = evaluation.log_likelihoods(model, questions, tok, 512, [])
+    assert shared > scoring.SHARED and len(rows) == len(questions)
+    _, _, tokens = scoring.log_likelihoods(model, questions, tok, 512, [])
     assert tokens == sum(size(row) - shared for row in rows)
     with_gates(model, "attn_sequence")                        # a sequence's gate reads its own prompt
-    _, _, tokens = evaluation.log_likelihoods(model, questions, tok, 512, [])
+    _, _, tokens = scoring.log_likelihoods(model, questions, tok, 512, [])
     assert tokens == sum(map(size, rows))
 
 
@@ -140,12 +159,102 @@ def test_a_long_context_loses_its_beginning(tiny, question_files, call):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     tok, model = Tokenizer.from_pretrained(tiny), Llama.from_pretrained(tiny)
     questions = questions_of(question_files, "boolq")
-    lls, cut, _ = evaluation.log_likelihoods(model, questions, tok, 512, [])
+    lls, cut, _ = scoring.log_likelihoods(model, questions, tok, 512, [])
     assert cut == 2                                                       # one for each choice
     for ours, theirs in zip(lls, brute_force(model, questions, tok)):
         assert ours == pytest.approx(theirs, abs=1e-3)
     _, said = call(evaluation.main, "--model", tiny, "--tasks", "boolq", "--data-dir", question_files)
     assert "2 contexts were longer" in said
+
+
+# -------------------------------------------------------------------------------------------- written answers
+
+
+@pytest.mark.parametrize("text, strict, flexible", [
+    ("It is 3 + 4 = 7.\n#### 7", "7", "7"),
+    ("#### -1,250.5\nso $1,250.", "-1,250.5", "$1,250."),
+    ("the answer is 12", "[invalid]", "12"),
+    ("#### 3 of 4", "3", "4"),
+    ("no number", "[invalid]", "[invalid]"),
+    ("#### 5 #### 6", "5", "6"),
+    ("", "[invalid]", "[invalid]"),
+])
+def test_final_numbers(text, strict, flexible):
+    """As lm-evaluation-harness's patterns are meant; it says strict-match and flexible-extract."""
+    for name, expected in ("strict", strict), ("flexible", flexible):
+        assert written.extract(text, *written.EXTRACTIONS[name]) == expected
+
+
+def test_what_does_not_count_in_an_answer():
+    assert written.plain("A: 1 + 2 = 3\n#### $3,000.") == written.plain("3000") == "3000"
+    assert written.plain("Seven") == "seven" != written.plain("7")
+
+
+@torch.no_grad()
+def written_one_at_a_time(model, tok, ids, stop):
+    """A reference: each next token by the whole text's logits; the text until a stop string."""
+    n, text = len(ids), ""
+    for _ in range(written.LONGEST):
+        ids = ids + [int(model(torch.tensor([ids]), prompt_lengths=torch.tensor([n]))[0, -1].argmax())]
+        text = tok.decode(i for i in ids[n:] if i not in tok.special.values())
+        if ids[-1] in tok.eos_ids or any(mark in text for mark in stop):
+            break
+    for mark in stop:
+        text = text.partition(mark)[0]
+    return text
+
+
+@pytest.mark.parametrize("granularity", [None, "attn_token", "attn_sequence"])
+def test_answers_do_not_depend_on_their_batch(granularity, tiny, question_files, monkeypatch):
+    monkeypatch.setattr(written, "LONGEST", 24)
+    tok, model = Tokenizer.from_pretrained(tiny), Llama.from_pretrained(tiny)
+    if granularity:
+        with_gates(model, granularity)
+    questions = questions_of(question_files, "gsm8k", 0)
+    rows, n_cut = written.prompts(questions, tok, 512)
+    assert n_cut == 0 and [place for place, _ in rows] == [0, 1, 2]
+    free = [written_one_at_a_time(model, tok, ids, ()) for _, ids in rows]
+    stop = tuple(text[5:7] for text in free[:2])                 # of which some end early, and some do not
+    expected = [written_one_at_a_time(model, tok, ids, stop) for _, ids in rows]
+    assert expected != free
+    for budget in 1, 4000:
+        usage = Usage(model)
+        scores, _ = scoring.write(questions, stop, model, tok, budget, [usage])
+        assert scores.texts == expected
+        if granularity:
+            assert 0.25 < usage.summary()["capacity"] < 1
+    assert scores.n_endless == sum(text == whole for text, whole in zip(expected, free))
+
+
+def test_written_answers_beside_dense(tiny, question_files, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(written, "LONGEST", 24)
+    status, said = call(evaluation.main, "--model", tiny, "--tasks", "gsm8k,rte", "--static", 2, "--data-dir",
+                        question_files, "--json", tmp_path / "o.json", "--num-fewshot", 0)
+    assert status == 0 and "static: flexible extraction" in said, said
+    table = json.loads((tmp_path / "o.json").read_text())
+    for variant in table, table["static"]:
+        entry = variant["tasks"]["gsm8k"]
+        assert 1 <= entry["endless"] <= entry["n"] == 3 and entry["seconds"] > 0
+        assert 24 < entry["tokens_per_s"] * entry["seconds"] <= 3 * 24
+        assert f"{entry['endless']} of 3 answers had no end" in said
+    assert table["static"]["capacity"] == pytest.approx(0.5)
+
+
+def test_a_context_without_room_for_an_answer(question_files, call, tmp_path):
+    write_tiny(tmp_path / "m")
+    train_tokenizer(digits=True).save(str(tmp_path / "m" / "tokenizer.json"))
+    config = json.loads((tmp_path / "m" / "config.json").read_text()) | {"max_position_embeddings": 256}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    status, said = call(evaluation.main, "--model", tmp_path / "m", "--tasks", "gsm8k", "--data-dir",
+                        question_files)
+    assert status == 1 and is_one_sentence(said) and "256" in said and "leave this task out" in said
+
+
+def test_long_prompts_lose_their_beginning(tok, question_files):
+    questions = questions_of(question_files, "gsm8k", 0)
+    whole, _ = written.prompts(questions, tok, 512)
+    cut, n_cut = written.prompts(questions, tok, written.LONGEST + 10)
+    assert n_cut == 3 and all(ids == all_ids[-10:] for (_, ids), (_, all_ids) in zip(cut, whole))
 
 
 # ----------------------------------------------------------------------------------------------- side by side
@@ -325,6 +434,7 @@ def test_without_data_or_hub(tiny, call, monkeypatch):
     ("winogrande", {"answer": "3"}, "answer"), ("hellaswag", {"endings": [1, 2, 3, 4]}, "'endings'[0]"),
     ("boolq", {"passage": None}, "'passage'"), ("rte", {"label": "yes"}, "answer"),
     ("openbookqa", {"choices": 5}, "'choices' should be an object"),
+    ("gsm8k", {"answer": "It is 7."}, "no line '#### number'"), ("gsm8k", {"answer": 7}, "'answer' should"),
 ])
 def test_records_that_are_no_questions(task, change, named, question_files, tiny, call):
     path = next((question_files / task).glob(f"{TASKS[task].split}.jsonl"))
@@ -346,7 +456,7 @@ def test_an_answer_may_be_a_number_or_its_text(label, question_files):
 @pytest.mark.parametrize("values", [[float("nan"), 0.0], [0.0, float("inf")], [float("-inf"), 0.0]])
 @pytest.mark.parametrize("of", ["tasks", "text"])
 def test_what_is_not_finite_is_no_result(values, of, tiny, question_files, call, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "log_likelihoods", lambda _, some, *rest: ([values] * len(some), 0, 1))
+    monkeypatch.setattr(scoring, "log_likelihoods", lambda _, some, *rest: ([values] * len(some), 0, 1))
     real = evaluation.evaluate
     monkeypatch.setattr(evaluation, "evaluate", lambda *a: real(*a) | {"loss": sum(values)})
     flags = ["--tasks", "piqa", "--data-dir", question_files]

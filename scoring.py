@@ -1,0 +1,175 @@
+"""A model's answers to the questions of a benchmark: log-likelihoods of choices, or written answers.
+
+What is shared is computed once. Choices branch off their context in one row, each seeing the context and
+itself alone; a beginning that all questions of a task share is kept as keys and values. Gates that read a
+sequence decide on the whole context, so for them nothing is shared between questions; gates that read even
+the answer (pool "all") share nothing.
+"""
+import time
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from losses import chunks, log_probabilities
+from model import Cache, run_layers
+from router import mindskips
+from support import written
+from support.attention import additive_mask
+from support.data import common_beginning, pack
+from support.tasks import TASKS, Scores, rows_of, size
+
+SHARED = 32                                     # tokens from which a common beginning is worth keeping
+TOKENS = {"cpu": 512, "cuda": 16384}            # per batch
+WRITTEN_TOKENS = {"cpu": 8192, "cuda": 65536}   # where answers are written, a token per row at a time
+
+
+def answer(name, questions, model, tok, tokens, usages):
+    """(a task's tasks.Scores or written.Scores, tokens run, a note, often empty).
+
+    tokens: per batch, None: what suits the device; what the gates did is added to each of the usages.
+    """
+    task, device = TASKS[name], model.embed.weight.device.type
+    if task.stop:
+        scores, n_cut = write(questions, task.stop, model, tok, tokens or WRITTEN_TOKENS[device], usages)
+        n_tokens, notes = scores.n_prompt_tokens + scores.n_tokens, [scores.note()]
+    else:
+        budget = tokens or TOKENS[device]
+        values, n_cut, n_tokens = log_likelihoods(model, questions, tok, budget, usages)
+        scores, notes = Scores(questions, values, task.norm), []
+    if n_cut:
+        notes.append(f"{n_cut} contexts were longer than the model's {model.config.max_context} tokens and"
+                     " lost their beginnings")
+    return scores, n_tokens, "; ".join(notes)
+
+
+# --------------------------------------------------------------------------------- log-likelihoods of choices
+class Beginning:
+    """Keys and values of a beginning that many rows share. In a cache's place, it puts them before theirs."""
+
+    def __init__(self, model, ids):
+        cache = Cache(model.config, len(ids))
+        idx = torch.tensor([ids], device=model.embed.weight.device)
+        ctx = model.context(idx, None, [len(ids)], cache)
+        run_layers(model.layers, model.embed(idx), ctx)
+        self.k, self.v, self.length = cache.k, cache.v, len(ids)
+
+    def store(self, layer, k, v, ctx):
+        rows = len(k)
+        return (torch.cat((self.k[layer].expand(rows, -1, -1, -1), k), 2),
+                torch.cat((self.v[layer].expand(rows, -1, -1, -1), v), 2))
+
+
+def tree(model, rows, beginning):
+    """Token ids (B, T) and Context of rows: branches follow their context, and do not see each other."""
+    start, device = beginning.length if beginning else 0, model.embed.weight.device
+    lengths = [size(row) - start for row in rows]
+    idx, position, branch = torch.zeros(3, len(rows), max(lengths), dtype=torch.int64)
+    for b, (row, length) in enumerate(zip(rows, lengths)):
+        n = len(row.context)
+        ids, at, of = row.context[start:], list(range(start, n)), [0] * (n - start)
+        for i, continuation in enumerate(row.branches.values(), 1):
+            ids, more = ids + continuation[:-1], len(continuation) - 1
+            at, of = [*at, *range(n, n + more)], of + [i] * more
+        idx[b, :length], position[b, :length], branch[b, :length] = map(torch.tensor, (ids, at, of))
+    idx, position, branch = idx.to(device), position.to(device), branch.to(device)
+    ctx = model.context(idx, lengths, [len(row.context) - start for row in rows])
+    if start or int(branch.max()) > 1:                                     # not just one text a row
+        visible = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
+        visible = visible.tril()                                                # (B, T, T)
+        visible = F.pad(visible, (start, 0), value=True)                              # (B, T, start + T)
+        if model.config.sliding_window:
+            before = torch.arange(start, device=device).expand(len(rows), -1)
+            ago = position[:, :, None] - torch.cat((before, position), 1)[:, None]
+            visible = visible & (ago < model.config.sliding_window)
+        cos, sin = (t[:, None] for t in model.angles_of(position, int(position.max()) + 1))  # (B, 1, T, D)
+        mask = additive_mask(visible[:, None], model.embed.weight.dtype)
+        ctx = replace(ctx, cos=cos, sin=sin, mask=mask, cache=beginning)
+    return idx, ctx
+
+
+def score(model, rows, beginning, out):
+    """Run rows, and write each branch's log-likelihood to out[question][place]; returns the tokens run."""
+    idx, ctx = tree(model, rows, beginning)
+    x = run_layers(model.layers, model.embed(idx), ctx)                                            # (B, T, C)
+    at, targets, owners = [], [], []                # where a next token is scored, that token, and for whom
+    for b, row in enumerate(rows):
+        last = b * idx.shape[1] + len(row.context) - (beginning.length if beginning else 0) - 1
+        end = last + 1
+        for place, continuation in row.branches.items():
+            at += [last, *range(end, end + len(continuation) - 1)]
+            targets += continuation
+            owners += [(row.question, place)] * len(continuation)
+            end += len(continuation) - 1
+    x, targets = x.flatten(0, 1)[at], torch.tensor(targets, device=idx.device)
+    for part in chunks(x):
+        ll = log_probabilities(model, x[part]).gather(1, targets[part, None])[:, 0]
+        for (question, place), value in zip(owners[part], ll.tolist()):
+            out[question][place] += value
+    return sum(ctx.host_lengths)
+
+
+@torch.no_grad()
+def log_likelihoods(model, questions, tok, budget, usages):
+    """[[log-likelihood of each choice in nats] for each question], how many contexts were cut, and how many
+    tokens were run; what the gates did is added to usages."""
+    model.eval()
+    skips = mindskips(model).values()
+    by_sequence = any(skip.scope == "sequence" for skip in skips)
+    rows = rows_of(questions, tok, model.config.max_context,
+                   apart=by_sequence and any(skip.router.pool == "all" for skip in skips))
+    out = [[0.0] * len(q.contexts) for q in questions]
+    with tqdm(total=len(rows), unit="row", leave=False) as bar:
+        tokens = 0
+
+        def count():
+            for usage in usages:
+                usage.add()
+
+        def run(some, beginning=None):
+            shared = beginning.length if beginning else 0
+            nonlocal tokens
+            for batch in pack(some, budget, lambda row: size(row) - shared):
+                tokens += score(model, batch, beginning, out)
+                count()
+                bar.update(len(batch))
+        run([row for row in rows if row.cut])
+        groups = {}
+        for row in rows:
+            if not row.cut:
+                groups.setdefault(questions[row.question].group, []).append(row)
+        for group in groups.values():
+            shared, beginning = common_beginning([row.context for row in group]), None
+            if shared >= SHARED and len(group) > 1 and not by_sequence:
+                beginning = Beginning(model, group[0].context[:shared])
+                count()
+            run(group, beginning)
+    return out, sum(row.cut for row in rows), tokens
+
+
+# -------------------------------------------------------------------------------------------- written answers
+@torch.no_grad()
+def write(questions, stop, model, tok, budget, usages):
+    """(written.Scores of the answers that the model writes, always the likeliest token, until one of the
+    strings `stop`; how many contexts were cut)."""
+    rows, n_cut = written.prompts(questions, tok, model.config.max_context)
+    places, writings, start = [], [], time.perf_counter()
+    with tqdm(total=len(rows), unit="answer", leave=False) as bar:
+        for batch in pack(rows, budget, lambda row: len(row[1]) + written.LONGEST):
+            texts = [torch.tensor(ids, device=model.embed.weight.device) for _, ids in batch]
+            idx, lengths = pad_sequence(texts, batch_first=True), [len(ids) for ids in texts]
+            writing = written.Writing(tok, stop, len(batch))
+            model.generate(idx, written.LONGEST, lengths=lengths, eos_id=tok.eos_ids or None,
+                           on_token=writing)
+            for usage in usages:
+                usage.add()
+            writings.append(writing)
+            places += [place for place, _ in batch]
+            bar.update(len(batch))
+    seconds = time.perf_counter() - start
+    x = run_layers(model.layers, model.embed(idx), model.context(idx, lengths))
+    n_prompt_tokens = sum(len(ids) for _, ids in rows)
+    scores = written.Scores(questions, writings, places, seconds, n_prompt_tokens, [float(x.abs().max())])
+    return scores, n_cut

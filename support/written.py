@@ -1,0 +1,117 @@
+"""Answers that the model writes, and their scores, as lm-evaluation-harness 0.4.13 defines them for GSM8K."""
+import re
+
+import torch
+
+from support.tasks import compare
+from weights import InputError
+
+LONGEST = 256                       # tokens of an answer, the harness's default
+LOOK_BACK = 16                      # last tokens that are searched for a stop string
+IGNORED = ",", r"\$", r"(?s).*#### ", r"\.$"
+EXTRACTIONS = {                     # name: (pattern of the final number, which match of several)
+    "strict": (r"#### (\-?[0-9\.\,]+)", 0),
+    "flexible": (r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1),
+}
+
+
+def prompts(questions, tok, max_context):
+    """[(place, token ids of its context) for each question], and how many lost their beginning to make room
+    for the answer."""
+    room = max_context - LONGEST
+    if room < 1:
+        raise InputError(f"an answer may have {LONGEST} tokens, which leaves no room for a question in the"
+                         f" model's context of {max_context}; leave this task out")
+    bos = [] if tok.bos_id is None else [tok.bos_id]
+    texts = [bos + tok.encode(question.contexts[0]) for question in questions]
+    n_cut = sum(len(ids) > room for ids in texts)
+    return [(place, ids[-room:]) for place, ids in enumerate(texts)], n_cut
+
+
+class Writing:
+    """What the rows of a batch write. For `Llama.generate`'s on_token: it ends when each row has ended, with
+    a stop string or a token that ends a text."""
+
+    def __init__(self, tok, stop, n_rows):
+        self.tok, self.stop = tok, stop
+        self.ids = [[] for _ in range(n_rows)]       # up to each row's end
+        self.ended = [False] * n_rows
+
+    def __call__(self, token):
+        for row, token_id in enumerate(token.tolist()):
+            if not self.ended[row]:
+                self.ids[row].append(token_id)
+                latest = self.tok.decode(self.ids[row][-LOOK_BACK:])
+                self.ended[row] = token_id in self.tok.eos_ids or any(stop in latest for stop in self.stop)
+        return all(self.ended)
+
+    def texts(self):
+        """Each row's text before the first stop string, special tokens left out."""
+        special = {*self.tok.special.values(), *self.tok.eos_ids}
+        texts = [self.tok.decode(i for i in ids if i not in special) for ids in self.ids]
+        for stop in self.stop:
+            texts = [text.split(stop)[0] for text in texts]
+        return texts
+
+
+def extract(text, pattern, which):
+    """The final number of an answer, as text, or "[invalid]"."""
+    matches = re.findall(pattern, text)
+    if not matches:
+        return "[invalid]"
+    groups = [matches[which]] if isinstance(matches[which], str) else matches[which]
+    return next(filter(None, groups)).strip()
+
+
+def plain(answer):
+    """An answer without what does not count: a worked solution, signs, the last full stop."""
+    for pattern in IGNORED:
+        answer = re.sub(pattern, "", answer)
+    return answer.lower()
+
+
+class Scores:
+    """One variant's answers to a task's questions, and what follows from them.
+
+    writings: the Writing of each batch; places: the places in `questions` of their rows, one after the other;
+    seconds: that writing them took, prompts included; numbers: of the model's, which should be finite.
+    """
+
+    def __init__(self, questions, writings, places, seconds, n_prompt_tokens, numbers):
+        self.questions, self.seconds, self.numbers = questions, seconds, numbers
+        self.n_prompt_tokens = n_prompt_tokens
+        texts = dict(zip(places, (text for writing in writings for text in writing.texts())))
+        self.texts = [texts[place] for place in range(len(questions))]
+        self.n_tokens = sum(len(ids) for writing in writings for ids in writing.ids)
+        self.n_endless = sum(not ended for writing in writings for ended in writing.ended)
+        self.gold = [plain(question.continuations[0][1:]) for question in questions]
+        self.answers = {name: self.extracted(name) for name in EXTRACTIONS}
+        self.right = self.right_by("strict")
+
+    def extracted(self, extraction):
+        return [extract(text, *EXTRACTIONS[extraction]) for text in self.texts]
+
+    def right_by(self, extraction):
+        """Which answers are right, 0 or 1, float64 (n,)."""
+        answers = map(plain, self.answers[extraction])
+        return torch.tensor([answer == gold for answer, gold in zip(answers, self.gold)]).double()
+
+    def against(self, dense):
+        """What changed: see tasks.compare; there are no probabilities to compare."""
+        changed = [a != b for a, b in zip(self.answers["strict"], dense.answers["strict"])]
+        return compare(self.right, dense.right) | {"changed": sum(changed), "kl": None}
+
+    def note(self):
+        return (f"flexible extraction {100 * float(self.right_by('flexible').mean()):.1f}; {self.n_tokens:,}"
+                f" tokens written, {self.n_tokens / self.seconds:.1f} per second; {self.n_endless} of"
+                f" {len(self.questions)} answers had no end after {LONGEST} tokens")
+
+    def entry(self):
+        """As the JSON file has it."""
+        items = [{"id": question.id, "gold": gold, "ll": None, "strict": strict, "flexible": flexible,
+                  "text": text}
+                 for question, gold, strict, flexible, text
+                 in zip(self.questions, self.gold, *self.answers.values(), self.texts)]
+        accuracies = {name: float(self.right_by(name).mean()) for name in EXTRACTIONS}
+        return {"n": len(items), "acc": None, "acc_norm": None, **accuracies, "seconds": self.seconds,
+                "tokens_per_s": self.n_tokens / self.seconds, "endless": self.n_endless, "items": items}
