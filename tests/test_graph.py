@@ -14,9 +14,10 @@ from test_router import LENGTHS, routed, tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import skipping
 from bench import Removed
 from model import Cache, Config, Llama, rotate, swiglu
-from router import GRANULARITIES, add_routers, capacity, close_all, dense, trace
+from router import GRANULARITIES, add_routers, capacity, close_all, dense, mindskips, trace
 from support import cuda, graph
 from support.attention import store
 from support.cuda import plain_kernels
@@ -255,3 +256,52 @@ def test_a_captured_step_waits_for_nothing_and_launches_few_kernels(granularity,
             names.append(Eager(model, Cache, 1, 256).kernels.names)
     assert len(names[1]) - len(names[0]) == expected, names[0]
     assert len(names[0]) - expected < 16                       # the embedding, the mask, angles, positions
+
+
+class Waits(TorchDispatchMode):
+    """Counts where the host reads what a device computed: numbers, and sizes that depend on values."""
+    WAITING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
+               torch.ops.aten.masked_select.default, torch.ops.aten.equal.default}
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.n = 0
+        for name in "tolist", "numpy":                         # these are not dispatched on a CPU
+            monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
+        monkeypatch.setattr(skipping, "to_host", self.counted(skipping.to_host))
+        monkeypatch.setattr(skipping, "open_columns", self.uncounted(skipping.open_columns))
+
+    def uncounted(self, function):
+        """For what reads a copy that the host has."""
+        def run(*args):
+            before = self.n
+            columns = function(*args)
+            self.n = before
+            return columns
+        return run
+
+    def counted(self, function):
+        def run(*args):
+            self.n += 1
+            return function(*args)
+        return run
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func in self.WAITING
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("granularity, kv", [*product(GRANULARITIES, ["all"]), ("attn_token", "open")])
+def test_a_prompt_waits_once_for_each_layer_that_decides(granularity, kv, tiny, monkeypatch):
+    """On the path that CUDA takes, where keys are computed while the host waits."""
+    model = routed(tiny, granularity, kv=kv)
+    n_routed = len(mindskips(model))
+    monkeypatch.setattr(skipping, "is_asynchronous", lambda t: True)
+    idx = tokens()
+    with torch.inference_mode():
+        with Waits(monkeypatch) as waits:
+            with dense(model):
+                model(idx, LENGTHS)
+            before = waits.n
+            model(idx, LENGTHS)
+    assert waits.n - before == before + n_routed
