@@ -11,9 +11,10 @@ closed tokens, a price on the square of the layers that a token uses; as kinds o
     python examples/flexidepth.py train_router --gate bottleneck                   # our recipe, their router
 
 The first takes the flags of train_router.py: --penalty is alpha, from which capacity follows (--capacity is
-not used), --loss kl takes our loss, --gate gated goes without the adapter. Published are the formulas, alpha
-and three epochs of 939,000 chats; ours is what makes it start well within minutes: W_r = 0, so that new gates
-are just open, A = 0, and a larger learning rate (published: 1e-4).
+not used), --loss kl takes our loss, --gate gated goes without the adapter; --gate adapter without the gated
+update is for our recipe. Published are the formulas, alpha and three epochs of 939,000 chats; ours is what
+makes it start well within minutes: W_r = 0, so that new gates are just open, A = 0, and a larger learning
+rate (published: 1e-4).
 """
 import runpy
 import sys
@@ -55,13 +56,12 @@ class Gated(Bottleneck):
         return torch.lerp(x, y, (score * is_open)[..., None].to(x.dtype))
 
 
-class FlexiDepth(Gated):
-    """With the adapter A too."""
+class Adapter(Bottleneck):
+    """With the adapter A, and MindSkip's gate: x + gate (block(x) - x) + (1 - gate) A(norm2(x))."""
 
     def attach(self, block):
         if not isinstance(block, Block):
-            raise InputError("gate 'flexidepth': its adapter stands in for a whole block; give --granularity"
-                             " block_token")
+            raise InputError("an adapter stands in for a whole block; give --granularity block_token")
         n_embd, width = block.mlp.gate_up.in_features, max(1, block.mlp.down.in_features // 16)
         self.adapter_in = nn.Linear(n_embd, 2 * width, bias=False)
         self.adapter_out = nn.Linear(width, n_embd, bias=False)
@@ -71,15 +71,29 @@ class FlexiDepth(Gated):
         gate, up = self.adapter_in(h.to(self.weight.dtype)).chunk(2, -1)
         return self.adapter_out(swiglu(gate, up))
 
+    def shares(self, skip, score, is_open):
+        """How much of what the block adds a token gets, and of what the adapter adds, (B, T) each."""
+        gate = skip.gates if skip.training else is_open.to(score.dtype)
+        return gate, 1 - gate
+
     def merge(self, skip, x, y, score, is_open):
-        at = (~is_open).flatten().nonzero().squeeze(1)                   # (N,): the closed ones of B * T
-        closed_x, closed_score = x.flatten(0, 1)[at], score.flatten()[at]
-        update = (1 - closed_score)[:, None] * self.adapter(skip.sublayer.mlp.norm(closed_x))
-        merged = super().merge(skip, x, y, score, is_open).flatten(0, 1)
-        return merged.index_copy(0, at, closed_x + update.to(x.dtype)).view_as(x)
+        of_block, of_adapter = (share.flatten() for share in self.shares(skip, score, is_open))     # (B * T,)
+        flat_x = x.flatten(0, 1)
+        merged = torch.lerp(flat_x, y.flatten(0, 1), of_block[:, None].to(x.dtype))
+        served = torch.ones_like(of_adapter) if skip.training else of_adapter
+        at = served.nonzero().squeeze(1)                                 # (N,): in inference closed ones
+        update = of_adapter[at, None] * self.adapter(skip.sublayer.mlp.norm(flat_x[at]))
+        return merged.index_copy(0, at, merged[at] + update.to(x.dtype)).view_as(x)
 
 
-GATES |= {"bottleneck": Bottleneck, "gated": Gated, "flexidepth": FlexiDepth}
+class FlexiDepth(Adapter):
+    """With both."""
+
+    def shares(self, skip, score, is_open):
+        return score * is_open, (1 - score) * ~is_open
+
+
+GATES |= {"bottleneck": Bottleneck, "gated": Gated, "adapter": Adapter, "flexidepth": FlexiDepth}
 
 
 # ------------------------------------------------------------------------------------------------- a recipe

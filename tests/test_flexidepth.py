@@ -29,7 +29,7 @@ from router import (
 from support import graph
 from weights import InputError
 
-KINDS = ["gated", "flexidepth"]
+KINDS = ["gated", "adapter", "flexidepth"]
 
 
 def routed(folder, gate="flexidepth", granularity="block_token", layers="1-3", **options):
@@ -48,8 +48,8 @@ def rms(x, norm):
 
 
 def token_by_token(model, layer, x, lengths):
-    """What the formulas say of a FlexiDepth block: x (B, T, C) -> (the stream after it, g (B, T)), by loops
-    over rows, tokens and heads; padding is left as it was."""
+    """What the formulas say of a block: x (B, T, C) -> (the stream after it, g (B, T)), by loops over rows,
+    tokens and heads, everything computed; padding is left as it was."""
     skip, config = mindskips(model)[layer], model.config
     block, router, D = skip.sublayer, skip.router, config.head_dim
     frequency = 1 / config.rope_theta ** (torch.arange(0, D, 2) / D)             # angles are float32
@@ -71,24 +71,26 @@ def token_by_token(model, layer, x, lengths):
             narrow = narrow / (narrow.square().mean() + 1e-6).sqrt() * router.norm.weight
             g = 1 / (1 + torch.exp(-(router.weight[0] @ (router.up.weight @ narrow))))
             scores[b, t] = g.detach()
-            if g > 0.5:
-                heads = []
-                for h in range(config.n_head):
-                    group = slice(h * config.n_kv_head // config.n_head * D, None)
-                    query = turned((q_weight @ z[t])[h * D:h * D + D], t)
-                    keys = [turned((k_weight @ z[s])[group][:D], s) for s in range(t + 1)]
-                    share = torch.stack([query @ key / math.sqrt(D) for key in keys]).softmax(0)
-                    heads.append(sum(share[s] * (v_weight @ z[s])[group][:D] for s in range(t + 1)))
-                middle = x[b, t] + block.attn.o.weight @ torch.cat(heads)
-                read = rms(middle, block.mlp.norm)
-                after = middle + block.mlp.down.weight @ (F.silu(gate_weight @ read) * (up_weight @ read))
-                row.append(x[b, t] + g * (after - x[b, t]))
-            elif hasattr(router, "adapter"):
-                read = rms(x[b, t], block.mlp.norm)
-                gate, up = (router.adapter_in.weight @ read).chunk(2)
-                row.append(x[b, t] + (1 - g) * (router.adapter_out.weight @ (F.silu(gate) * up)))
-            else:
-                row.append(x[b, t])
+            heads = []
+            for h in range(config.n_head):
+                group = slice(h * config.n_kv_head // config.n_head * D, None)
+                query = turned((q_weight @ z[t])[h * D:h * D + D], t)
+                keys = [turned((k_weight @ z[s])[group][:D], s) for s in range(t + 1)]
+                share = torch.stack([query @ key / math.sqrt(D) for key in keys]).softmax(0)
+                heads.append(sum(share[s] * (v_weight @ z[s])[group][:D] for s in range(t + 1)))
+            middle = x[b, t] + block.attn.o.weight @ torch.cat(heads)
+            read = rms(middle, block.mlp.norm)
+            after = middle + block.mlp.down.weight @ (F.silu(gate_weight @ read) * (up_weight @ read))
+            adapted = 0.0
+            if hasattr(router, "adapter"):
+                gate, up = (router.adapter_in.weight @ rms(x[b, t], block.mlp.norm)).chunk(2)
+                adapted = router.adapter_out.weight @ (F.silu(gate) * up)
+            is_open = float(g > 0.5)
+            of_block, of_adapter = g * is_open, (1 - g) * (1 - is_open)
+            if skip.gate_name == "adapter":                    # straight-through
+                of_block = is_open + g - g.detach()
+                of_adapter = 1 - of_block
+            row.append(x[b, t] + of_block * (after - x[b, t]) + of_adapter * adapted)
         rows.append(torch.cat((torch.stack(row), x[b, n:])))
     return torch.stack(rows), scores
 
@@ -111,7 +113,7 @@ def test_a_block_and_its_gradients_are_those_of_the_formulas(gate, tiny):
     assert 0.2 < (scores[is_real] > 0.5).double().mean() < 0.8
     assert (y - expected)[is_real].abs().max() < bound(expected, 96)
     assert torch.equal(skip.gates == 1, (scores > 0.5) & is_real)
-    assert len(gradients) == {"gated": 4, "flexidepth": 6}[gate]
+    assert len(gradients) == (4 if gate == "gated" else 6)
     for name, parameter in skip.router.named_parameters():
         assert gradients[name].abs().max() > 0
         assert (parameter.grad - gradients[name]).abs().max() < bound(gradients[name], 96)
@@ -158,6 +160,7 @@ def test_the_price_and_its_gradient(tiny):
 @pytest.mark.parametrize("gate, granularity, kv, family, forced", [
     *(("flexidepth", "block_token", "all", "grouped queries", forced) for forced in (None, 0.0, 0.3, 0.9)),
     ("flexidepth", "block_token", "all", "Mistral with a window", None),
+    ("adapter", "block_token", "all", "grouped queries", None),
     ("flexidepth", "block_token", "open", "SmolLM3", None),
     ("gated", "attn_token", "all", "SmolLM3", None), ("gated", "mlp_token", "all", "SmolLM3", None),
     ("bottleneck", "attn_token", "all", "grouped queries", 0.9)])
@@ -256,7 +259,7 @@ def test_the_router_file(gate, tiny, tmp_path):
     model = routed(tiny, gate).float()
     save_routers(model, path)
     own = {"weight": (1, 48), "down.weight": (3, 48), "norm.weight": (3,), "up.weight": (48, 3)}
-    if gate == "flexidepth":
+    if gate in ("adapter", "flexidepth"):
         own |= {"adapter_in.weight": (12, 48), "adapter_out.weight": (48, 6)}
     with safe_open(path, "pt") as file:
         assert file.metadata()["gate"] == gate
@@ -273,7 +276,7 @@ def test_the_router_file(gate, tiny, tmp_path):
 
 def test_only_gates_that_do_not_merge_are_captured(tiny, monkeypatch):
     monkeypatch.setattr(graph, "triton_module", lambda: SimpleNamespace())
-    for gate, captured in ("linear", True), ("bottleneck", True), ("gated", False), ("flexidepth", False):
+    for gate, captured in ("linear", True), ("bottleneck", True), *((gate, False) for gate in KINDS):
         model = add_routers(Llama.from_pretrained(tiny), "block_token", gate=gate)
         assert all(bool(graph.can_capture(skip, None)) == captured for skip in graph.gates(model))
 
@@ -321,8 +324,9 @@ def test_the_script_tunes_again_and_serves_the_other_scripts(arguments, call, tm
 
 
 def test_its_gates_under_our_recipe(arguments, call, tmp_path):
-    for flags in (["--gate", "bottleneck"], ["--gate", "flexidepth", "--granularity", "block_token"]):
-        status, said = call(flexidepth.main, "train_router", *arguments, *flags)
+    arguments += ["--granularity", "block_token"]
+    for gate in "flexidepth", "adapter":
+        status, said = call(flexidepth.main, "train_router", *arguments, "--gate", gate)
         assert status == 0 and "recipe default" in said
     model = Llama.from_pretrained(arguments[1])
     load_routers(model, tmp_path / "out" / "routers.safetensors", capacity=0.7)
@@ -332,6 +336,7 @@ def test_its_gates_under_our_recipe(arguments, call, tmp_path):
     (["--granularity", "block_sequence"], "block_sequence"), (["--granularity", "attn_token"], "block_token"),
     (["--granularity", "mlp_token"], "block_token"), (["--layers", "2-9"], "layers 0 to 3"),
     (["--gate", "gated", "--granularity", "attn_sequence"], "attn_sequence"),
+    (["--gate", "adapter", "--granularity", "attn_token"], "block_token"),
     (["--data", "none.jsonl"], "none.jsonl"), (["--gate", "last_token"], "last_token"),
 ])
 def test_what_is_refused(flags, named, arguments, call):
