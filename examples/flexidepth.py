@@ -113,7 +113,7 @@ class SoftGates(Recipe):
 
 RECIPES["flexidepth"] = SoftGates(**vars(PAPER) | dict(
     name="flexidepth", gate="flexidepth", regularizer=squared_price, penalty=1e-3, lr=2e-3, betas=(0.9, 0.95),
-    steps=160, step_samples=None, tokens_cpu=1024))
+    steps=160, step_samples=None))
 
 
 def main():
