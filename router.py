@@ -66,7 +66,10 @@ class LinearRouter(nn.Linear):
 
 
 # Kinds of gate, each by its router. To add one, add a class: it is made of (n_embd, scope, pool), keeps pool,
-# and has pooled(h, ctx), what it reads, and forward of that, the logit of the score, (..., 1)
+# and has pooled(h, ctx), what it reads, and forward of that, the logit of the score, (..., 1). It may have
+#   attach(sublayer)                     called once, for parameters whose shapes depend on the sublayer
+#   merge(skip, x, y, score, is_open)    at token level: the residual stream (B, T, C) after the gate, from x
+#       before it and y = x + f(h). In model.eval() y is x where the gate is closed
 GATES = {
     "linear": LinearRouter,                             # open at first
     "unbiased": partial(LinearRouter, bias=False),      # the paper's: every score is 0.5 at first, just open
@@ -93,11 +96,18 @@ class MindSkip(nn.Module):
         self.part, self.scope = granularity.split("_")
         self.kv = kv
         self.sublayer, self.threshold, self.gate_name = sublayer, threshold, gate
-        self.router = GATES[gate](n_embd, self.scope, pool).to(next(sublayer.parameters()).device)
+        router = GATES[gate](n_embd, self.scope, pool)
+        if hasattr(router, "attach"):
+            router.attach(sublayer)
+        self.router = router.to(next(sublayer.parameters()).device)
+        self.merges = hasattr(router, "merge")
+        if self.merges and self.scope == "sequence":
+            raise InputError(f"gate {gate!r}: only for gates of tokens, not for {granularity}")
         self.estimator = straight_through    # (score, threshold) -> the gate in training, with its gradient
         self.override = None                 # (score, ctx) -> the scores to use instead, where a gate decides
         self.bypass = False                  # True: the dense model; no score is computed
         self.opened = self.seen = None       # sum of the gates since the last prompt, and their number
+        self.gates = None                    # after a training pass: each of them, (B,) or (B, T)
         self.trace = None                    # a list: collects the decisions of every pass
         self.train(sublayer.training)
 
@@ -124,7 +134,8 @@ class MindSkip(nn.Module):
             return self.run_gated(x, ctx, h, score)
         if self.scope == "token":
             run = run_open_only if self.kv == "open" else run_tokens
-            return run(self, x, ctx, h, is_open)
+            y = run(self, x, ctx, h, is_open)
+            return self.router.merge(self, x, y, score, is_open) if self.merges else y
         rows = is_open.nonzero().squeeze(1)                              # the one wait for the device
         self.count(len(rows), ctx)
         if ctx.cache is not None:
@@ -140,27 +151,31 @@ class MindSkip(nn.Module):
         score = torch.sigmoid(self.router(self.router.pooled(h, ctx)).squeeze(-1))
         return self.override(score, ctx) if self.override else score
 
-    def count(self, n_open, ctx):
-        """Note how many of this pass's gates are open, padding excluded: in training their sum, with its
-        gradient."""
+    def count(self, n_open, ctx, gates=None):
+        """Note how many of this pass's gates are open, padding excluded: in training their sum and each of
+        them, with their gradient."""
         n_seen = sum(ctx.host_lengths) if self.scope == "token" else len(ctx.lengths)
         if ctx.decoding:
             n_open, n_seen = self.opened + n_open, self.seen + n_seen
-        self.opened, self.seen = n_open, n_seen
+        self.opened, self.seen, self.gates = n_open, n_seen, gates
 
     def run_gated(self, x, ctx, h, score):
         """Training: x + g * f(h), everything computed, since dL/dg is the product of f(h) and dL/dy."""
         gate = self.estimator(score, self.threshold)                     # (B,) or (B, T)
         if self.scope == "token":
             is_real = torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
-            self.count((gate * is_real).sum(), ctx)
+            real_gates = gate * is_real
+            self.count(real_gates.sum(), ctx, real_gates)
             if self.kv == "open":
                 ctx = mask_closed_keys(ctx, gate, x.dtype)
             gate = gate[..., None]                                       # (B, T, 1)
         else:
-            self.count(gate.sum(), ctx)
+            self.count(gate.sum(), ctx, gate)
             gate = gate[:, None, None]                                   # (B, 1, 1)
-        return torch.lerp(x, self.run(x, ctx, h), gate.to(x.dtype))      # exactly run's output where g = 1
+        y = self.run(x, ctx, h)
+        if self.merges:
+            return self.router.merge(self, x, y, score, score >= self.threshold)
+        return torch.lerp(x, y, gate.to(x.dtype))                        # exactly y where g = 1
 
     def run(self, x, ctx, h):
         """sublayer(x, ctx), given h = norm(x)."""

@@ -168,7 +168,8 @@ def make_recipe(args, n_samples, model):
     does not go together."""
     keys = "gate", "loss", "train", "method", "lr", "penalty", "pool", "kv", "steps", "epochs", "clip"
     recipe = choose(args.recipe, args.granularity, **{key: getattr(args, key) for key in keys})
-    has_bias = getattr(GATES[recipe.gate](1, "sequence", recipe.pool), "bias", None) is not None
+    scope = args.granularity.split("_")[1]
+    has_bias = getattr(GATES[recipe.gate](1, scope, recipe.pool), "bias", None) is not None
     can_measure = can_measure_harm(args.granularity, recipe.loss, recipe.train)
     if recipe.method == "harm" and not (can_measure and has_bias):
         raise InputError("--method harm: only for gates at sequence level, with a bias, --loss kl and a"
@@ -244,6 +245,7 @@ def main():
     run = Run(args, settings, save)
     kept = own_text_file(args.model, args.seed, settings["weights of hash"])
     own_ids, own_samples = own_text(model, recipe, train_set, args.seed, kept)
+    torch.manual_seed(args.seed)                     # for gates whose weights are random at first
     add_routers(model, args.granularity, args.layers, pool=recipe.pool, gate=recipe.gate, kv=recipe.kv)
     teacher = None
     if recipe.train == "all":

@@ -51,6 +51,9 @@ def attach_routers(model, path, capacity=None, prompt=None):
     for i in parse_layers(meta["layers"], model.config.num_hidden_layers):
         layer = model.model.layers[i]
         router = GATES[meta["gate"]](model.config.hidden_size, scope, meta["pool"])
+        if hasattr(router, "merge"):
+            raise InputError(f"{path}: gate {meta['gate']!r} does more than to leave out a sublayer, which"
+                             " these hooks do not; load the model with model.py instead")
         for name, parameter in router.named_parameters():
             parameter.data.copy_(tensor_of(file, f"layers.{i}.{name}", parameter.shape, path))
         gate = Gate(router.to(layer.self_attn.q_proj.weight.device), threshold, prompt, generation)

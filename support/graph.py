@@ -47,10 +47,11 @@ def can_replay(model):
 
 def can_capture(gate, window):
     """`trace` copies decisions to the host; an override may read what only the host knows, unless it says so;
-    a window is of positions, and with kv="open" columns are not positions; and without Triton a closed gate
-    would save nothing."""
+    `merge` may gather tokens; a window is of positions, and with kv="open" columns are not positions; and
+    without Triton a closed gate would save nothing."""
     on_device = gate.override is None or getattr(gate.override, "on_device", False)
-    return gate.trace is None and on_device and (gate.kv == "all" or not window) and triton_module()
+    on_device = on_device and gate.trace is None and not gate.merges
+    return on_device and (gate.kv == "all" or not window) and triton_module()
 
 
 @contextmanager
