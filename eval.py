@@ -29,9 +29,11 @@ from harm import measure
 from losses import Usage, chunks, evaluate, log_probabilities
 from model import Cache, Llama, run_layers
 from router import add_routers, close_all, load_routers, mindskips, remove_routers, routed_share
+from support import parallel
 from support.attention import additive_mask
 from support.cli import check_destinations, common_arguments, device_and_dtype, number, numbers, perplexity
 from support.data import DEFAULT_DATA, HELD_OUT, Batch, batches, common_beginning, pack, read_samples
+from support.run import file_hash, weights_hash
 from support.tasks import (
     QUESTIONS,
     TASKS,
@@ -219,11 +221,14 @@ def named(name, values):
 def make_variants(model, tok, args, device):
     """{name: a function that turns the model into this variant}; the first is the dense model."""
     setters = {"dense": lambda: remove_routers(model)}
+    settings = vars(args) | {"weights of hash": weights_hash(model)}
     if args.routers:
         for name, capacity in named("routed", args.capacity).items():
             load = setters[name] = partial(load_routers, model, args.routers, capacity)
             meta = load()                                            # a bad file is told before the work
         args.kind = {key: meta[key] for key in ("granularity", "kv")}
+        settings["routers of hash"] = file_hash(args.routers)
+    parallel.check_same(settings)
     if args.shuffled:
         shuffle = Shuffle(args.seed)
 
@@ -280,11 +285,12 @@ class Result:
 def save(results, args):
     """Write --json: the (first) routed model's entry, or the dense one's, with the other variants' beside
     it."""
-    if args.json:
+    if args.json:                                    # all processes make it, the first writes it
         entries = {variant: result.entry() for variant, result in results.items()}
         first = entries.pop(list(entries)[1 if args.routers else 0])
         entries |= {"routers": args.kind} if args.routers else {}
-        write_file(args.json, json.dumps(first | entries, allow_nan=False).encode())
+        if parallel.is_first():
+            write_file(args.json, json.dumps(first | entries, allow_nan=False).encode())
 
 
 def check_finite(values, what, variant):
@@ -305,7 +311,10 @@ def run_task(name, questions, shots, setters, results, model, tok, budget):
     for variant, set_up in setters.items():
         set_up()
         usage, start, result = Usage(model), time.perf_counter(), results[variant]
-        lls, n_cut, n = log_likelihoods(model, questions, tok, budget, (usage, result.usage))
+        mine = [question for question, counts in parallel.share(questions) if counts]
+        lls, n_cut, n = log_likelihoods(model, mine, tok, budget, (usage, result.usage))
+        lls = parallel.gathered(lls)
+        n_cut, n = parallel.summed(n_cut, n)
         seconds, tokens = time.perf_counter() - start, tokens + n
         check_finite(sum(lls, []), name, variant)
         scores = result.tasks[name] = Scores(questions, lls, TASKS[name].norm)
@@ -393,6 +402,7 @@ def parse_arguments():
 
 
 def main():
+    parallel.start()
     args = parse_arguments()
     device, dtype = device_and_dtype(args.device, args.dtype)
     if device.type == "cpu" and args.dtype == "auto":
@@ -404,6 +414,10 @@ def main():
     samples = read_samples(args.text, tok, model.config.max_context)[0] if args.text else []
     if args.text and not samples:
         raise InputError(f"{args.text}: nothing to score; a text needs more than 64 tokens, a chat an answer")
+    for name, (questions, _) in tasks.items():
+        parallel.check_enough(len(questions), name)
+    if args.text:
+        parallel.check_enough(len(samples), args.text)
     setters = make_variants(model, tok, args, device)
     results = {variant: Result(model) for variant in setters}
     tokens, start = 0, time.perf_counter()
