@@ -127,7 +127,7 @@ def log_likelihoods(model, questions, tok, budget, usages):
     rows = rows_of(questions, tok, model.config.max_context,
                    apart=by_sequence and any(skip.router.pool == "all" for skip in skips))
     out = [[0.0] * len(q.contexts) for q in questions]
-    with tqdm(total=len(rows), unit="row", leave=False) as bar:
+    with tqdm(total=len(rows) // parallel.processes.world, unit="row", leave=False) as bar:
         tokens = 0
 
         def count():
@@ -137,6 +137,7 @@ def log_likelihoods(model, questions, tok, budget, usages):
         def run(some, beginning=None):
             shared = beginning.length if beginning else 0
             nonlocal tokens
+            some = [row for row, counts in parallel.share(some) if counts]
             for batch in pack(some, budget, lambda row: size(row) - shared):
                 tokens += score(model, batch, beginning, out)
                 count()
@@ -150,8 +151,12 @@ def log_likelihoods(model, questions, tok, budget, usages):
             shared, beginning = common_beginning([row.context for row in group]), None
             if shared >= SHARED and len(group) > 1 and not by_sequence:
                 beginning = Beginning(model, group[0].context[:shared])
-                count()
+                if parallel.is_first():              # each process runs it
+                    count()
             run(group, beginning)
+    tokens, *values = parallel.summed(tokens, *sum(out, []))
+    values = iter(values)
+    out = [[next(values) for _ in choices] for choices in out]
     return out, sum(row.cut for row in rows), tokens
 
 
@@ -221,7 +226,8 @@ def named(name, values):
 def make_variants(model, tok, args, device):
     """{name: a function that turns the model into this variant}; the first is the dense model."""
     setters = {"dense": lambda: remove_routers(model)}
-    settings = vars(args) | {"weights of hash": weights_hash(model)}
+    settings = {f"--{key}": value for key, value in vars(args).items()}
+    settings["weights of hash"] = weights_hash(model)
     if args.routers:
         for name, capacity in named("routed", args.capacity).items():
             load = setters[name] = partial(load_routers, model, args.routers, capacity)
@@ -311,10 +317,7 @@ def run_task(name, questions, shots, setters, results, model, tok, budget):
     for variant, set_up in setters.items():
         set_up()
         usage, start, result = Usage(model), time.perf_counter(), results[variant]
-        mine = [question for question, counts in parallel.share(questions) if counts]
-        lls, n_cut, n = log_likelihoods(model, mine, tok, budget, (usage, result.usage))
-        lls = parallel.gathered(lls)
-        n_cut, n = parallel.summed(n_cut, n)
+        lls, n_cut, n = log_likelihoods(model, questions, tok, budget, (usage, result.usage))
         seconds, tokens = time.perf_counter() - start, tokens + n
         check_finite(sum(lls, []), name, variant)
         scores = result.tasks[name] = Scores(questions, lls, TASKS[name].norm)
@@ -415,9 +418,9 @@ def main():
     if args.text and not samples:
         raise InputError(f"{args.text}: nothing to score; a text needs more than 64 tokens, a chat an answer")
     for name, (questions, _) in tasks.items():
-        parallel.check_enough(len(questions), name)
+        parallel.check_enough(len(questions), name, "questions")
     if args.text:
-        parallel.check_enough(len(samples), args.text)
+        parallel.check_enough(len(samples), args.text, "samples")
     setters = make_variants(model, tok, args, device)
     results = {variant: Result(model) for variant in setters}
     tokens, start = 0, time.perf_counter()

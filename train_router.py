@@ -170,9 +170,11 @@ def parse_arguments():
     args = p.parse_args()
     if args.train == "all" and args.dtype == "auto":
         args.dtype = "float32"                       # steps of 1e-5 would be lost in bfloat16's rounding
-    if args.shard and (parallel.processes.world == 1 or args.train == "all"):
-        raise InputError("--shard: for several processes, which torchrun --nproc-per-node N starts, and not"
-                         " with --train all; leave it out")
+    if args.shard and args.train == "all":
+        raise InputError("--shard: only frozen weights are held in parts; leave out --train all, or --shard")
+    if args.shard and parallel.processes.world == 1:
+        raise InputError("--shard: there is one process, which holds all; start several, with torchrun"
+                         " --nproc-per-node N, or leave it out")
     args.accumulate *= parallel.processes.world
     args.command = " ".join(["python train_router.py", *(a for a in sys.argv[1:] if a != "--resume")])
     return args
@@ -260,7 +262,7 @@ def main():
     path = Path(args.out) / "routers.safetensors"
     save = partial(save_routers, model, path, command=args.command)
     settings = settings_of(args, model, train_set + test_set)
-    parallel.check_enough(len(train_set), args.data)
+    parallel.check_enough(len(train_set), args.data, "samples to tune on")
     parallel.check_same(settings)
     run = Run(args, settings, save)
     kept = own_text_file(args.model, args.seed, settings["weights of hash"])

@@ -21,7 +21,7 @@ from support.cuda import choices
 from support.files import InputError
 
 PATIENCE = timedelta(minutes=30)     # that one process waits for another
-LOST = "ended with the other processes; one of them ended early and says why, or torchrun was told to stop"
+LOST = "ended with the other processes, of which one ended early; its own message or torchrun's says why"
 processes = SimpleNamespace(rank=0, world=1, store=None, streams=None)
 
 
@@ -81,9 +81,11 @@ def is_first():
     return processes.rank == 0
 
 
-def check_enough(n, where):
+def check_enough(n, where, what):
+    """Refuse more processes than there are questions or samples."""
     if n < processes.world:
-        raise InputError(f"{where}: {n} cannot be shared by {processes.world} processes; start at most {n}")
+        raise InputError(f"{where}: {n} {what} cannot be shared by {processes.world} processes; start at most"
+                         f" {n}")
 
 
 def check_same(settings):
