@@ -26,8 +26,10 @@ from losses import Usage, evaluate
 from model import Llama
 from router import add_routers, close_all, load_routers, mindskips, remove_routers, routed_share
 from scoring import TOKENS, answer
+from support import parallel
 from support.cli import check_destinations, common_arguments, device_and_dtype, number, numbers, perplexity
 from support.data import DEFAULT_DATA, HELD_OUT, Batch, batches, pack, read_samples
+from support.run import file_hash, weights_hash
 from support.tasks import QUESTIONS, TASKS, read_task, standard_error
 from tokenizer import Tokenizer
 from weights import InputError, write_file
@@ -101,11 +103,15 @@ def named(name, values):
 def make_variants(model, tok, args, device):
     """{name: a function that turns the model into this variant}; the first is the dense model."""
     setters = {"dense": lambda: remove_routers(model)}
+    settings = {f"--{key}": value for key, value in vars(args).items()}
+    settings["weights of hash"] = weights_hash(model)
     if args.routers:
         for name, capacity in named("routed", args.capacity).items():
             load = setters[name] = partial(load_routers, model, args.routers, capacity)
             meta = load()                                            # a bad file is told before the work
         args.kind = {key: meta[key] for key in ("granularity", "kv")}
+        settings["routers of hash"] = file_hash(args.routers)
+    parallel.check_same(settings)
     if args.shuffled:
         shuffle = Shuffle(args.seed)
 
@@ -162,11 +168,12 @@ class Result:
 def save(results, args):
     """Write --json: the (first) routed model's entry, or the dense one's, with the other variants' beside
     it."""
-    if args.json:
+    if args.json:                                    # all processes make it, the first writes it
         entries = {variant: result.entry() for variant, result in results.items()}
         first = entries.pop(list(entries)[1 if args.routers else 0])
         entries |= {"routers": args.kind} if args.routers else {}
-        write_file(args.json, json.dumps(first | entries, allow_nan=False).encode())
+        if parallel.is_first():
+            write_file(args.json, json.dumps(first | entries, allow_nan=False).encode())
 
 
 def check_finite(values, what, variant):
@@ -284,6 +291,7 @@ def parse_arguments():
 
 
 def main():
+    parallel.start()
     args = parse_arguments()
     device, dtype = device_and_dtype(args.device, args.dtype)
     if device.type == "cpu" and args.dtype == "auto":
@@ -294,6 +302,10 @@ def main():
     samples = read_samples(args.text, tok, model.config.max_context)[0] if args.text else []
     if args.text and not samples:
         raise InputError(f"{args.text}: nothing to score; a text needs more than 64 tokens, a chat an answer")
+    for name, (questions, _) in tasks.items():
+        parallel.check_enough(len(questions), name, "questions")
+    if args.text:
+        parallel.check_enough(len(samples), args.text, "samples")
     setters = make_variants(model, tok, args, device)
     results = {variant: Result(model) for variant in setters}
     tokens, start = 0, time.perf_counter()

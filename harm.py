@@ -12,6 +12,7 @@ import torch
 from losses import kl, log_probabilities
 from model import run_layers
 from router import dense, mindskips, overall_capacity
+from support import parallel
 
 RIDGE = 20.0        # of the regression, in units of the inputs' mean squared distance from their mean
 
@@ -122,14 +123,19 @@ def tune(model, source, recipe, capacity, run):
         fit(model, harm, state["inputs"], float(run.tensor("target", ())), biases_only)
     for step in run.steps():
         target = recipe.target(step, run.n_steps, capacity)
-        total, n_tokens, open_shares = 0.0, 0, []
-        for _, batch in next(source):
+        rows, total, n_tokens, open_shares = [], 0.0, 0, []
+        for (_, batch), counts in parallel.share(next(source)):
             harm, inputs, is_open, answers_kl = measure(model, batch)
-            state["harm"] = torch.cat((state["harm"], harm.cpu()))
-            state["inputs"] = torch.cat((state["inputs"], inputs.cpu()))
-            total += float(answers_kl.sum())
-            n_tokens += len(batch.targets)
-            open_shares.append(float(is_open.float().mean()))
+            if counts:
+                open_share = float(is_open.float().mean())
+                batch_kl, n = float(answers_kl.sum()), len(batch.targets)
+                rows.append((harm.tolist(), inputs.tolist(), batch_kl, n, open_share))
+        for harm, inputs, batch_kl, n, open_share in parallel.gathered(rows):
+            state["harm"] = torch.cat((state["harm"], torch.tensor(harm)))
+            state["inputs"] = torch.cat((state["inputs"], torch.tensor(inputs)))
+            total += batch_kl
+            n_tokens += n
+            open_shares.append(open_share)
         run.check_finite(step, total)
         fit(model, state["harm"], state["inputs"], target, biases_only)
         share = sum(open_shares) / len(open_shares)

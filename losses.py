@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from model import run_layers
 from router import dense, mindskips, overall_capacity, trace
+from support import parallel
 
 CHUNK = {"cpu": 128, "cuda": 1024}           # tokens whose logits exist at once
 
@@ -115,7 +116,7 @@ def decisions_on(decisions, tokens):
 
 
 class Usage:
-    """How often the gates were open over many passes: call `add` after each."""
+    """How often the gates were open over many passes, in all processes: call `add` after each."""
 
     def __init__(self, model):
         self.model, self.opened, self.seen = model, Counter(), Counter()
@@ -127,7 +128,9 @@ class Usage:
 
     def summary(self):
         """{"capacity": overall, "routed_capacity", "keep": {layer: share}}."""
-        keep = {i: self.opened[i] / self.seen[i] for i in self.opened}
+        opened = parallel.summed(*self.opened.values())
+        seen = parallel.summed(*self.seen.values())
+        keep = {i: opened[at] / seen[at] for at, i in enumerate(self.opened)}
         shares, n_layer = list(keep.values()), self.model.config.n_layer
         routed = overall_capacity(shares, len(shares)) if shares else 1.0
         return {"capacity": overall_capacity(shares, n_layer), "routed_capacity": routed, "keep": keep}
@@ -136,16 +139,20 @@ class Usage:
 @torch.no_grad()
 def evaluate(model, batches, teacher=None):
     """Dense and routed loss and KL(dense || routed) in nats per token, capacity on all tokens and on answers,
-    and how often each layer ran. batches: an iterable of Batch; the model skips (it is set to eval mode)."""
+    and how often each layer ran. batches: an iterable of Batch, which processes share; the model skips (it is
+    set to eval mode)."""
     model.eval()
     teacher = teacher or model
     sums, tokens, usage = torch.zeros(3, dtype=torch.float64), 0, Usage(model)
-    in_answers = []                                                      # decisions on answers' tokens
-    for batch in batches:
+    n_open = n_decisions = 0                                             # on answers' tokens
+    for batch, counts in parallel.share(batches):
         with trace(model) as decisions:
             x, reference = hidden_states(model, batch, teacher)
+        if not counts:
+            continue
         if decisions:
-            in_answers.append(decisions_on(decisions, batch.scored.cpu()))
+            is_open = decisions_on(decisions, batch.scored.cpu())
+            n_open, n_decisions = n_open + int(is_open.sum()), n_decisions + len(is_open)
         for chunk in chunks(x):
             targets = batch.targets[chunk]
             log_p, log_q = log_probabilities(teacher, reference[chunk]), log_probabilities(model, x[chunk])
@@ -154,8 +161,9 @@ def evaluate(model, batches, teacher=None):
             sums += torch.stack([loss.sum() for loss in losses]).cpu()
         tokens += len(x)
         usage.add()
-    dense_loss, loss, divergence = (sums / tokens).tolist()
-    share = float(torch.cat(in_answers).float().mean()) if in_answers else 1.0
+    n_open, n_decisions, tokens, *sums = parallel.summed(n_open, n_decisions, tokens, *sums.tolist())
+    dense_loss, loss, divergence = [total / tokens for total in sums]
+    share = n_open / n_decisions if n_decisions else 1.0
     answers = overall_capacity([share] * len(mindskips(model)), model.config.n_layer)
     return {"tokens": tokens, "dense_loss": dense_loss, "loss": loss, "kl": divergence,
             "answer_capacity": answers} | usage.summary()

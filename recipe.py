@@ -19,6 +19,7 @@ from tqdm import tqdm
 from losses import decisions_on, reads_dense
 from model import run_layers
 from router import mindskips, open_shares, overall_capacity, routed_share, straight_through, trace
+from support import parallel
 from support.data import PLAIN_PROMPT, Batch, Sample, alternating, common_beginning, epochs, pack, pieces
 from support.own_text import write_text
 
@@ -213,18 +214,21 @@ def make_source(recipe, samples, own_samples, args, device):
 
 @torch.no_grad()
 def measured_capacity(model, batches, start=0):
-    """Overall capacity on batches, of decisions (score >= threshold): all tokens from column `start` on,
-    or all sequences, count. Logits are not computed."""
+    """Overall capacity on batches, which processes share, of decisions (score >= threshold): all tokens from
+    column `start` on, or all sequences, count. Logits are not computed."""
     n_open = n_seen = 0
-    for batch in batches:
+    for batch, counts in parallel.share(batches):
         ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
         with trace(model) as decisions:
             run_layers(model.layers, model.embed(batch.idx), ctx)
+        if not counts:
+            continue
         column = torch.arange(batch.idx.shape[1])
-        counts = (column >= start) & (column < batch.lengths.cpu()[:, None])     # (B, T)
-        is_open = decisions_on(decisions, counts)
+        tokens = (column >= start) & (column < batch.lengths.cpu()[:, None])     # (B, T)
+        is_open = decisions_on(decisions, tokens)
         n_open += int(is_open.sum())
         n_seen += len(is_open)
+    n_open, n_seen = parallel.summed(n_open, n_seen)
     return overall_capacity([n_open / n_seen] * len(mindskips(model)), model.config.n_layer)
 
 

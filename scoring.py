@@ -16,7 +16,7 @@ from tqdm import tqdm
 from losses import chunks, log_probabilities
 from model import Cache, run_layers
 from router import mindskips
-from support import written
+from support import parallel, written
 from support.attention import additive_mask
 from support.data import common_beginning, pack
 from support.tasks import TASKS, Scores, rows_of, size
@@ -27,22 +27,23 @@ WRITTEN_TOKENS = {"cpu": 8192, "cuda": 65536}   # where answers are written, a t
 
 
 def answer(name, questions, model, tok, tokens, usages):
-    """(a task's tasks.Scores or written.Scores, tokens run, a note, often empty).
+    """(a task's tasks.Scores or written.Scores, tokens run, a note, often empty); processes share the
+    questions.
 
     tokens: per batch, None: what suits the device; what the gates did is added to each of the usages.
     """
     task, device = TASKS[name], model.embed.weight.device.type
     if task.stop:
-        scores, n_cut = write(questions, task.stop, model, tok, tokens or WRITTEN_TOKENS[device], usages)
-        n_tokens, notes = scores.n_prompt_tokens + scores.n_tokens, [scores.note()]
-    else:
-        budget = tokens or TOKENS[device]
-        values, n_cut, n_tokens = log_likelihoods(model, questions, tok, budget, usages)
-        scores, notes = Scores(questions, values, task.norm), []
-    if n_cut:
-        notes.append(f"{n_cut} contexts were longer than the model's {model.config.max_context} tokens and"
-                     " lost their beginnings")
-    return scores, n_tokens, "; ".join(notes)
+        return write(questions, task.stop, model, tok, tokens or WRITTEN_TOKENS[device], usages)
+    values, n_cut, n_tokens = log_likelihoods(model, questions, tok, tokens or TOKENS[device], usages)
+    return Scores(questions, values, task.norm), n_tokens, "; ".join(cut_notes(n_cut, model))
+
+
+def cut_notes(n_cut, model):
+    if not n_cut:
+        return []
+    return [f"{n_cut} contexts were longer than the model's {model.config.max_context} tokens and lost their"
+            " beginnings"]
 
 
 # --------------------------------------------------------------------------------- log-likelihoods of choices
@@ -121,7 +122,7 @@ def log_likelihoods(model, questions, tok, budget, usages):
     rows = rows_of(questions, tok, model.config.max_context,
                    apart=by_sequence and any(skip.router.pool == "all" for skip in skips))
     out = [[0.0] * len(q.contexts) for q in questions]
-    with tqdm(total=len(rows), unit="row", leave=False) as bar:
+    with tqdm(total=len(rows) // parallel.processes.world, unit="row", leave=False) as bar:
         tokens = 0
 
         def count():
@@ -131,7 +132,8 @@ def log_likelihoods(model, questions, tok, budget, usages):
         def run(some, beginning=None):
             shared = beginning.length if beginning else 0
             nonlocal tokens
-            for batch in pack(some, budget, lambda row: size(row) - shared):
+            own = [row for row, counts in parallel.share(some) if counts]
+            for batch in pack(own, budget, lambda row: size(row) - shared):
                 tokens += score(model, batch, beginning, out)
                 count()
                 bar.update(len(batch))
@@ -144,18 +146,23 @@ def log_likelihoods(model, questions, tok, budget, usages):
             shared, beginning = common_beginning([row.context for row in group]), None
             if shared >= SHARED and len(group) > 1 and not by_sequence:
                 beginning = Beginning(model, group[0].context[:shared])
-                count()
+                if parallel.is_first():              # each process runs it
+                    count()
             run(group, beginning)
+    tokens, *values = parallel.summed(tokens, *sum(out, []))              # each row was run by one process
+    values = iter(values)
+    out = [[next(values) for _ in choices] for choices in out]
     return out, sum(row.cut for row in rows), tokens
 
 
 # -------------------------------------------------------------------------------------------- written answers
 @torch.no_grad()
 def write(questions, stop, model, tok, budget, usages):
-    """(written.Scores of the answers that the model writes, always the likeliest token, until one of the
-    strings `stop`; how many contexts were cut)."""
-    rows, n_cut = written.prompts(questions, tok, model.config.max_context)
-    places, writings, start = [], [], time.perf_counter()
+    """(written.Scores of what the model writes to answer the questions, tokens run, a note). The likeliest
+    tokens are written, until one of the strings `stop`."""
+    own = [question for question, counts in parallel.share(questions) if counts]
+    rows, n_cut = written.prompts(own, tok, model.config.max_context)
+    answers, start = {}, time.perf_counter()
     with tqdm(total=len(rows), unit="answer", leave=False) as bar:
         for batch in pack(rows, budget, lambda row: len(row[1]) + written.LONGEST):
             texts = [torch.tensor(ids, device=model.embed.weight.device) for _, ids in batch]
@@ -165,11 +172,12 @@ def write(questions, stop, model, tok, budget, usages):
                            on_token=writing)
             for usage in usages:
                 usage.add()
-            writings.append(writing)
-            places += [place for place, _ in batch]
+            answers |= {place: answer for (place, _), answer in zip(batch, writing.answers())}
             bar.update(len(batch))
-    seconds = time.perf_counter() - start
     x = run_layers(model.layers, model.embed(idx), model.context(idx, lengths))
-    n_prompt_tokens = sum(len(ids) for _, ids in rows)
-    scores = written.Scores(questions, writings, places, seconds, n_prompt_tokens, [float(x.abs().max())])
-    return scores, n_cut
+
+    answers = parallel.gathered([answers[place] for place in range(len(own))])
+    numbers = parallel.gathered([float(x.abs().max())])
+    n_cut, n_prompt_tokens = parallel.summed(n_cut, sum(len(ids) for _, ids in rows))
+    scores = written.Scores(questions, answers, time.perf_counter() - start, numbers)
+    return scores, n_prompt_tokens + scores.n_tokens, "; ".join([scores.note(), *cut_notes(n_cut, model)])

@@ -4,6 +4,7 @@
     python train_router.py --recipe paper       # as published
     python train_router.py --data alpaca.jsonl --capacity 0.73 --out out/alpaca
     python train_router.py --resume             # go on where Ctrl-C stopped
+    torchrun --nproc-per-node 2 train_router.py             # as --accumulate 2, by two processes
 
 A run reads its data, makes the recipe (recipe.py), tunes in the one loop below, or by default at sequence
 level in that of harm.py, by default calibrates the threshold, and prints a table of held-out samples.
@@ -26,7 +27,8 @@ import harm
 import losses
 from model import Llama
 from recipe import RECIPES, Penalty, calibrate, can_measure_harm, choose, make_source, own_text
-from router import GATES, GRANULARITIES, add_routers, capacity, mindskips, remove_routers, save_routers
+from router import GATES, GRANULARITIES, add_routers, capacity, dense, mindskips, remove_routers, save_routers
+from support import parallel
 from support.cli import common_arguments, device_and_dtype, number, parse_layers, perplexity
 from support.data import DEFAULT_DATA, HELD_OUT, Batch, hold_out, pack, read_samples
 from support.memory import tokens_that_fit
@@ -55,26 +57,32 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
         for skip in mindskips(model).values():
             skip.estimator = recipe.gate_estimator(step, run.n_steps)
 
-        loss, paid = 0.0, []
-        capacities = [[] for _ in penalties]            # of each kind of text: the mean gate of each batch
-        for kind, batch in batches:
-            regularizer = partial(recipe.regularizer, model, penalties[kind].value / len(batches), target)
-            loss += losses.backward(model, batch, recipe.loss, weight, regularizer, teacher)
-            capacities[kind].append(capacity(model))
-            paid.append(penalties[kind].value)
+        loss, mean_gates = 0.0, []                      # (kind of text, that) of each batch
+        for (kind, batch), counts in parallel.share(batches):
+            price = counts * penalties[kind].value / len(batches)
+            regularizer = partial(recipe.regularizer, model, price, target)
+            loss += losses.backward(model, batch, recipe.loss, counts * weight, regularizer, teacher)
+            if counts:
+                mean_gates.append((kind, capacity(model)))
+        loss, = parallel.summed(float(loss))
+        parallel.sum_gradients(trained(model).values())
 
-        run.check_finite(step, float(loss))
+        run.check_finite(step, loss)
         if recipe.clip:
             torch.nn.utils.clip_grad_norm_(trained(model).values(), recipe.clip)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate(step, run.n_steps, group["peak"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        paid = [penalties[kind].value for kind, _ in batches]
+        capacities = [[] for _ in penalties]            # of each kind
+        for kind, mean_gate in parallel.gathered(mean_gates):
+            capacities[kind].append(mean_gate)
         for penalty, measured in zip(penalties, capacities):
             if measured:                             # a step need not hold every kind
                 penalty.update(mean(measured) - target)
 
-        run.log(step, loss=float(loss), target=target, capacity=mean(sum(capacities, [])),
+        run.log(step, loss=loss, target=target, capacity=mean(sum(capacities, [])),
                 **{"lambda": mean(paid), "lr": recipe.learning_rate(step, run.n_steps, recipe.lr)})
         if run.is_due(step):
             run.save(step, tuning_state(model, optimizer, penalties))
@@ -139,7 +147,10 @@ def parse_arguments():
                                                 " finished run there is replaced, one that is not is kept")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--tokens", type=count, help="tokens per batch (default: the recipe's, or what fits)")
-    p.add_argument("--accumulate", type=count, default=1, help="batches per step, not with --recipe paper")
+    p.add_argument("--accumulate", type=count, default=1,
+                   help="batches per step and process, not with --recipe paper")
+    p.add_argument("--shard", action="store_true",
+                   help="with torchrun: each process holds a part of the frozen weights")
     p.add_argument("--held-out", type=count, default=HELD_OUT, help="last samples of --data, for the table")
     p.add_argument("--save-every", type=count, default=20, help="steps between checkpoints")
     p.add_argument("--recipe", default="default", choices=RECIPES, help="the flags below replace its values")
@@ -159,6 +170,12 @@ def parse_arguments():
     args = p.parse_args()
     if args.train == "all" and args.dtype == "auto":
         args.dtype = "float32"                       # steps of 1e-5 would be lost in bfloat16's rounding
+    if args.shard and args.train == "all":
+        raise InputError("--shard: only frozen weights are held in parts; leave out --train all, or --shard")
+    if args.shard and parallel.processes.world == 1:
+        raise InputError("--shard: there is one process, which holds all; start several, with torchrun"
+                         " --nproc-per-node N, or leave it out")
+    args.accumulate *= parallel.processes.world
     args.command = " ".join(["python train_router.py", *(a for a in sys.argv[1:] if a != "--resume")])
     return args
 
@@ -185,7 +202,8 @@ def make_recipe(args, n_samples, model):
     on_cuda = model.embed.weight.device.type == "cuda"
     first_router = min(parse_layers(args.layers, model.config.n_layer))
     most = recipe.tokens_cuda if on_cuda else recipe.tokens_cpu
-    args.tokens = args.tokens or tokens_that_fit(model, first_router, most, losses.CHUNK["cuda"])
+    fitting = tokens_that_fit(model, first_router, most, losses.CHUNK["cuda"])
+    args.tokens = args.tokens or min(parallel.gathered([fitting]))
     return recipe
 
 
@@ -230,23 +248,31 @@ def report(result, recipe, args):
 
 
 def main():
+    parallel.start()
     args = parse_arguments()
     check_output(args.model, args.out)
     device, dtype = device_and_dtype(args.device, args.dtype)
     tok = Tokenizer.from_pretrained(args.model)
     tok.template.today = FIXED_DATE
-    model = Llama.from_pretrained(args.model, device, dtype)
+    model = Llama.from_pretrained(args.model, "cpu" if args.shard else device, dtype)
+    for whole in model.embed, model.norm, model.head:          # with --shard the layers follow below
+        whole.to(device)
     check(args, model.config.n_layer)
     train_set, test_set = read_data(args, tok, model.config.max_context)
     recipe = make_recipe(args, len(train_set), model)
     path = Path(args.out) / "routers.safetensors"
     save = partial(save_routers, model, path, command=args.command)
     settings = settings_of(args, model, train_set + test_set)
+    parallel.check_enough(len(train_set), args.data, "samples to tune on")
+    parallel.check_same(settings)
     run = Run(args, settings, save)
     kept = own_text_file(args.model, args.seed, settings["weights of hash"])
-    own_ids, own_samples = own_text(model, recipe, train_set, args.seed, kept)
     torch.manual_seed(args.seed)                     # for gates whose weights are random at first
     add_routers(model, args.granularity, args.layers, pool=recipe.pool, gate=recipe.gate, kv=recipe.kv)
+    if args.shard:
+        parallel.shard(model)
+    with dense(model):
+        own_ids, own_samples = own_text(model, recipe, train_set, args.seed, kept)
     teacher = None
     if recipe.train == "all":
         teacher = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False)
@@ -265,6 +291,8 @@ def main():
     batches = (Batch.of(group, device) for group in pack(test_set, args.tokens))
     result = losses.evaluate(model, batches, teacher)
     run.check_finite(run.n_steps, result["loss"] + result["kl"])
+    if not parallel.is_first():
+        return
     save(calibration, held_out=json.dumps(result))
     if recipe.train == "all":
         remove_routers(model)

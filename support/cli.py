@@ -8,6 +8,7 @@ import tempfile
 
 import torch
 
+from support.parallel import say_once, take_card
 from weights import InputError
 
 
@@ -25,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, say_once(f"{self.prog}: {message}\n"))
 
 
 def common_arguments(description):
@@ -46,6 +47,8 @@ def device_and_dtype(device="auto", dtype="auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    if device == "cuda":
+        take_card()
     if dtype == "auto":
         native = torch.cpu._is_avx512_bf16_supported()
         if device == "cuda":

@@ -6,6 +6,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
+from support import parallel
 from support.files import InputError, cache_folder, open_safetensors, write_file
 from support.graph import release
 
@@ -21,9 +22,9 @@ def own_text_file(model_name, seed, weights_hash):
 
 def write_text(model, n, n_tokens, seed, path=None):
     """Token ids (n, n_tokens) that the dense model writes after random first tokens; from the file `path` if
-    it has so many, else written, and kept there."""
+    it has so many, else written, and kept there. Several processes read and write the same, process 0's."""
     device, n_vocab = model.embed.weight.device, model.config.vocab_size
-    ids = read_ids(path) if path else None
+    ids = parallel.from_first(read_ids(path) if path else None)
     if ids is not None and len(ids) >= n and ids.shape[1] >= n_tokens and int(ids.max()) < n_vocab:
         return ids[:n, :n_tokens].to(device)
     torch.manual_seed(seed)
@@ -34,7 +35,8 @@ def write_text(model, n, n_tokens, seed, path=None):
         ids = model.generate(first, n_tokens - 1, temperature=1.0, on_token=show_step)
     model.cache = None
     release(model)
-    if path and path != SHIPPED:
+    ids = parallel.from_first(ids).to(device)
+    if path and path != SHIPPED and parallel.is_first():
         try:
             write_file(path, safetensors_bytes({"ids": ids.cpu().int()}))
         except InputError:           # a cache that cannot be written is done without

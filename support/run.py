@@ -1,6 +1,8 @@
-"""A run in a folder: which of its steps remain, its log, its checkpoint, and how Ctrl-C ends it."""
+"""A run in a folder: which of its steps remain, its log, its checkpoint, and how Ctrl-C ends it. Of several
+processes the first writes; with --resume all read the checkpoint, on a file system that they share."""
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
+from support import parallel
 from support.checked import json_of, number_of, tensor_of
 from support.cli import check_destinations
 from support.files import lock
@@ -32,17 +35,26 @@ def check_output(model, out):
     check_destinations(*(target / name for name in (*FILES, "model/config.json")))
 
 
-def settings_of(args, model, samples):
-    """{what: its value, text}: all that a run's numbers follow from, so that --resume can tell what differs.
-
-    The hash of the weights reads 256 numbers of each tensor, that of the data all token ids.
-    """
-    config, weights, data = model.config, hashlib.sha256(), hashlib.sha256()
-    weights.update(repr(config).encode())
+def weights_hash(model):
+    """A hash of a model's configuration and of 256 numbers of each of its tensors."""
+    weights = hashlib.sha256(repr(model.config).encode())
     for name, weight in model.named_parameters():
         some = weight.detach().flatten()[::max(1, weight.numel() // 256)]
         weights.update(f"{name} {tuple(weight.shape)}".encode())
         weights.update(some.float().cpu().numpy().tobytes())
+    return weights.hexdigest()[:16]
+
+
+def file_hash(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def settings_of(args, model, samples):
+    """{what: its value, text}: all that a run's numbers follow from, so that --resume can tell what differs.
+
+    The hash of the data reads all token ids; for that of the weights see weights_hash.
+    """
+    config, data = model.config, hashlib.sha256()
     for sample in samples:
         data.update(np.array([sample.prompt, len(sample.ids), *sample.ids, *sample.answer]).tobytes())
     on_cpu = model.embed.weight.device.type == "cpu"
@@ -51,7 +63,7 @@ def settings_of(args, model, samples):
         "a model of shape": f"{config.n_layer} x {config.n_embd}, {config.vocab_size} tokens",
         "the device": model.embed.weight.device.type, "numbers of type": str(model.embed.weight.dtype),
         "threads (OMP_NUM_THREADS)": str(torch.get_num_threads() if on_cpu else "any"),
-        "weights of hash": weights.hexdigest()[:16], "data of hash": data.hexdigest()[:16]}
+        "weights of hash": weights_hash(model), "data of hash": data.hexdigest()[:16]}
 
 
 class Run:
@@ -71,10 +83,10 @@ class Run:
 
     def __init__(self, args, settings, save_result):
         self.args, self.settings, self.save_result = args, settings, save_result
-        self.out, self.n_steps, self.stopped = Path(args.out), args.steps, None
+        self.out, self.n_steps, self.stopped = Path(args.out), args.steps, 0
         self.metrics, self.path, self.routers = (self.out / name for name in FILES)
         self.id = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-        self.start, self.checkpoint = 0, None
+        self.start, self.checkpoint, self.signal = 0, None, 0
         if args.resume and not self.path.exists():
             raise InputError(f"--resume: there is no {self.path}; run without --resume")
         self.file = self.open_metrics()
@@ -88,6 +100,8 @@ class Run:
 
     def open_metrics(self):
         """metrics.jsonl, open and locked; the system frees the lock when the process ends, even if killed."""
+        if not parallel.is_first():
+            return io.BytesIO()                      # nowhere
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             file = open(self.metrics, "a+b")
@@ -143,6 +157,8 @@ class Run:
         return tensor_of(self.checkpoint, name, shape, self.path)
 
     def save(self, step, tensors):
+        if not parallel.is_first():
+            return
         tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         for key, tensor in tensors.items():
             if not tensor.isfinite().all():
@@ -153,13 +169,14 @@ class Run:
 
     def is_due(self, step):
         """Whether a step's result is to be saved: every few steps, at the end, and before the run stops."""
+        self.stopped = max(parallel.gathered([self.signal]))        # processes stop at the same step
         return self.stopped or step + 1 == self.n_steps or (step + 1) % self.args.save_every == 0
 
     def steps(self):
         """The steps that remain. After Ctrl-C or SIGTERM the running step is finished and saved, and the run
         ends."""
         def stop(number, frame):
-            self.stopped = number
+            self.signal = number
 
         self.checkpoint = None                       # it was read; Windows replaces no open file
         self.file.truncate(sum(map(len, self.lines)))
@@ -171,6 +188,7 @@ class Run:
             for step in self.bar:
                 yield step
                 if self.stopped:
+                    parallel.gathered([])            # wait for what process 0 saves
                     self.bar.close()
                     print(f"stopped after step {step + 1} of {self.n_steps}, saved in {self.out}; --resume"
                           " goes on", file=sys.stderr)

@@ -45,9 +45,10 @@ def drop_unwritable_streams():
 
 def run_script(name, main):
     """main(), with bad input told in one sentence and exit status 1, and Ctrl-C without a traceback. A reader
-    that goes away, as `head` does, ends the script."""
+    that goes away, as `head` does, ends the script. Of several processes the first that ends speaks."""
     from torch import OutOfMemoryError
 
+    from support.parallel import LOST, is_lost, leave, say_once
     from weights import InputError
     keep_freed_memory()
     prepare_streams()
@@ -55,10 +56,15 @@ def run_script(name, main):
         main()
         sys.stdout.flush()
     except InputError as e:
-        sys.exit(f"{name}: {e}")
+        sys.exit(say_once(f"{name}: {e}") or 1)
     except OutOfMemoryError as e:
         why = str(e).split(". ")[0]
-        sys.exit(f"{name}: {why}; lower --tokens, --batch or --context, or route fewer --layers")
+        advice = "lower --tokens, --batch or --context, or route fewer --layers"
+        sys.exit(say_once(f"{name}: {why}; {advice}") or 1)
+    except RuntimeError as e:
+        if not is_lost(e):
+            raise
+        sys.exit(say_once(f"{name}: {LOST}") or 1)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
@@ -68,3 +74,5 @@ def run_script(name, main):
         drop_unwritable_streams()
         if not isinstance(e, BrokenPipeError):
             sys.exit(f"{name}: what it prints cannot be written ({e.strerror}); what it saved is whole")
+    finally:
+        leave()

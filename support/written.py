@@ -45,13 +45,14 @@ class Writing:
                 self.ended[row] = token_id in self.tok.eos_ids or any(stop in latest for stop in self.stop)
         return all(self.ended)
 
-    def texts(self):
-        """Each row's text before the first stop string, special tokens left out."""
+    def answers(self):
+        """[(text, number of tokens, whether it ended) of each row]: the text before the first stop string,
+        special tokens left out; the number of what was written until then."""
         special = {*self.tok.special.values(), *self.tok.eos_ids}
         texts = [self.tok.decode(i for i in ids if i not in special) for ids in self.ids]
         for stop in self.stop:
             texts = [text.split(stop)[0] for text in texts]
-        return texts
+        return list(zip(texts, map(len, self.ids), self.ended))
 
 
 def extract(text, pattern, which):
@@ -73,17 +74,14 @@ def plain(answer):
 class Scores:
     """One variant's answers to a task's questions, and what follows from them.
 
-    writings: the Writing of each batch; places: the places in `questions` of their rows, one after the other;
-    seconds: that writing them took, prompts included; numbers: of the model's, which should be finite.
+    answers: of Writing.answers, one for each question; seconds: that they took, prompts included; numbers:
+    some of the model's, which should be finite.
     """
 
-    def __init__(self, questions, writings, places, seconds, n_prompt_tokens, numbers):
+    def __init__(self, questions, answers, seconds, numbers):
         self.questions, self.seconds, self.numbers = questions, seconds, numbers
-        self.n_prompt_tokens = n_prompt_tokens
-        texts = dict(zip(places, (text for writing in writings for text in writing.texts())))
-        self.texts = [texts[place] for place in range(len(questions))]
-        self.n_tokens = sum(len(ids) for writing in writings for ids in writing.ids)
-        self.n_endless = sum(not ended for writing in writings for ended in writing.ended)
+        self.texts, n_tokens, ended = zip(*answers)
+        self.n_tokens, self.n_endless = sum(n_tokens), len(ended) - sum(ended)
         self.gold = [plain(question.continuations[0][1:]) for question in questions]
         self.answers = {name: self.extracted(name) for name in EXTRACTIONS}
         self.right = self.right_by("strict")
