@@ -16,7 +16,7 @@ update is for our recipe. Published are the formulas, alpha and three epochs of 
 makes it start well within minutes: W_r = 0, so that new gates are just open, A = 0, and a larger learning
 rate (published: 1e-4).
 """
-import runpy
+import importlib
 import sys
 from pathlib import Path
 
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import Block, swiglu  # noqa: E402
 from recipe import PAPER, RECIPES, Recipe  # noqa: E402
 from router import GATES, LinearRouter, mindskips  # noqa: E402
+from support.script import run_script  # noqa: E402
 from weights import InputError  # noqa: E402
 
 SCRIPTS = "train_router", "eval", "bench", "sample"
@@ -122,7 +123,7 @@ def main():
     else:                                        # what the command line says besides comes later, and counts
         script = "train_router"
         sys.argv[1:1] = "--recipe flexidepth --granularity block_token --layers last:15".split()
-    runpy.run_module(script, run_name="__main__", alter_sys=True)
+    run_script(f"{script}.py", importlib.import_module(script).main)
 
 
 if __name__ == "__main__":
