@@ -17,6 +17,7 @@ from support.script import run_script  # isort: skip (before torch, see there)
 import json
 import math
 import sys
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -27,10 +28,20 @@ import harm
 import losses
 from model import Llama
 from recipe import RECIPES, Penalty, calibrate, can_measure_harm, choose, make_source, own_text
-from router import GATES, GRANULARITIES, add_routers, capacity, dense, mindskips, remove_routers, save_routers
+from router import (
+    GATES,
+    GRANULARITIES,
+    add_routers,
+    capacity,
+    dense,
+    load_routers,
+    mindskips,
+    remove_routers,
+    save_routers,
+)
 from support import parallel
-from support.cli import common_arguments, device_and_dtype, number, parse_layers, perplexity
-from support.data import DEFAULT_DATA, HELD_OUT, Batch, hold_out, pack, read_samples
+from support.cli import common_arguments, device_and_dtype, number, numbers, parse_layers, perplexity
+from support.data import DEFAULT_DATA, HELD_OUT, Batch, hold_out, mixture, pack, read_samples
 from support.memory import tokens_that_fit
 from support.own_text import own_text_file
 from support.run import Run, check_output, settings_of
@@ -139,7 +150,11 @@ def restore(model, optimizer, penalties, run):
 # ----------------------------------------------------------------------------------------------------- script
 def parse_arguments():
     p, count, rate = common_arguments(__doc__), number(int, 1), number(float, 0, 1e6)
-    p.add_argument("--data", default=str(DEFAULT_DATA), help="Alpaca JSON or JSONL, chat JSONL or plain text")
+    p.add_argument("--data", nargs="+", default=[str(DEFAULT_DATA)], metavar="FILE",
+                   help="Alpaca JSON or JSONL, chat JSONL or plain text; several are mixed")
+    p.add_argument("--data-weights", type=numbers(float, 1e-6), metavar="W,W",
+                   help="shares of several --data (default: each sample once)")
+    p.add_argument("--init", metavar="FILE", help="begin with the routers of this file")
     p.add_argument("--granularity", default="attn_token", choices=GRANULARITIES)
     p.add_argument("--layers", default="all", help="which layers get a router: all, last:16, 2-29 or 3,5,9")
     p.add_argument("--capacity", type=float, default=0.8, help="overall: the share of sublayers that run")
@@ -170,6 +185,9 @@ def parse_arguments():
     args = p.parse_args()
     if args.train == "all" and args.dtype == "auto":
         args.dtype = "float32"                       # steps of 1e-5 would be lost in bfloat16's rounding
+    if args.data_weights and len(args.data_weights) != len(args.data):
+        raise InputError(f"--data-weights: give one for each --data, {len(args.data)}, not"
+                         f" {len(args.data_weights)}")
     if args.shard and args.train == "all":
         raise InputError("--shard: only frozen weights are held in parts; leave out --train all, or --shard")
     if args.shard and parallel.processes.world == 1:
@@ -193,6 +211,10 @@ def make_recipe(args, n_samples, model):
                          " frozen model")
     if recipe.train == "bias" and not has_bias:
         raise InputError(f"--train bias: gates of the kind {recipe.gate!r} have none; add --gate linear")
+    if args.init:
+        recipe = replace(recipe, falls_until=0.0)                # its routers have closed gates already
+    if args.init and recipe.method == "harm":
+        raise InputError("--init: --method harm fits routers afresh to what it measures; add --method ramp")
     if args.epochs and recipe.steps:
         raise InputError("--epochs: only with --recipe paper, whose steps have so many samples each, and not"
                          " beside --steps; give --steps alone")
@@ -218,15 +240,34 @@ def check(args, n_layer):
 
 
 def read_data(args, tok, context):
-    """(training samples, held-out samples)."""
-    samples, n_cut = read_samples(args.data, tok, context)
-    if n_cut:
-        print(f"{n_cut} samples were cut to the context of {context} tokens", file=sys.stderr)
-    if len(samples) < 2:
-        raise InputError(f"{args.data}: {len(samples)} usable samples; at least 2 are needed, one to hold"
-                         " out")
-    train_set, test_set = hold_out(samples, args.held_out)
-    return train_set[:args.max_samples], test_set
+    """(training samples, held-out samples): the last ones of each --data."""
+    train_sets, test_set = [], []
+    for path in args.data:
+        samples, n_cut = read_samples(path, tok, context)
+        if n_cut:
+            print(f"{n_cut} samples were cut to the context of {context} tokens", file=sys.stderr)
+        if len(samples) < 2:
+            raise InputError(f"{path}: usable samples: {len(samples)}; give at least 2, of which one is held"
+                             " out")
+        train_part, test_part = hold_out(samples, max(1, args.held_out // len(args.data)))
+        train_sets.append(train_part)
+        test_set += test_part
+    return mixture(train_sets, args.data_weights, args.seed)[:args.max_samples], test_set
+
+
+def place_routers(model, recipe, args):
+    """New routers, or with --init those of a file, which have to be of the kind that the run has."""
+    if not args.init:
+        torch.manual_seed(args.seed)                 # for gates whose weights are random at first
+        add_routers(model, args.granularity, args.layers, pool=recipe.pool, gate=recipe.gate, kv=recipe.kv)
+        return
+    meta, layers = load_routers(model, args.init), parse_layers(args.layers, model.config.n_layer)
+    run = {"granularity": args.granularity, "layers": ",".join(map(str, layers)), "gate": recipe.gate,
+           "pool": recipe.pool, "kv": recipe.kv}
+    for what, value in run.items():
+        if meta[what] != value:
+            raise InputError(f"--init {args.init}: its routers have {what} {meta[what]}, this run {value};"
+                             f" give --{what} {meta[what]}, or another file")
 
 
 def report(result, recipe, args):
@@ -263,12 +304,11 @@ def main():
     path = Path(args.out) / "routers.safetensors"
     save = partial(save_routers, model, path, command=args.command)
     settings = settings_of(args, model, train_set + test_set)
-    parallel.check_enough(len(train_set), args.data, "samples to tune on")
+    parallel.check_enough(len(train_set), " ".join(args.data), "samples to tune on")
     parallel.check_same(settings)
     run = Run(args, settings, save)
     kept = own_text_file(args.model, args.seed, settings["weights of hash"])
-    torch.manual_seed(args.seed)                     # for gates whose weights are random at first
-    add_routers(model, args.granularity, args.layers, pool=recipe.pool, gate=recipe.gate, kv=recipe.kv)
+    place_routers(model, recipe, args)
     if args.shard:
         parallel.shard(model)
     with dense(model):

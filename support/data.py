@@ -176,6 +176,20 @@ def hold_out(samples, most):
     return samples[:-n], samples[-n:]
 
 
+def mixture(sources, weights, seed):
+    """Samples of several sources, shuffled, as many as all have together: of each its share of the weights,
+    some more than once where it has too few. weights None: each sample once. One source stays as it is."""
+    if len(sources) == 1:
+        return sources[0]
+    rng, n = torch.Generator().manual_seed(seed), sum(map(len, sources))
+    weights, mixed = weights or [len(samples) for samples in sources], []
+    for samples, weight in zip(sources, weights):
+        share = max(1, round(n * weight / sum(weights)))
+        order = torch.randperm(len(samples), generator=rng).tolist()
+        mixed += [samples[i] for i in islice(cycle(order), share)]
+    return [mixed[i] for i in torch.randperm(len(mixed), generator=rng).tolist()]
+
+
 def batches(samples, budget, seed):
     """Lists of samples, forever: of similar lengths, at most `budget` tokens with padding, shuffled."""
     if not samples:

@@ -22,9 +22,9 @@ from support.files import lock
 from weights import InputError, open_safetensors, write_file
 
 FILES = "metrics.jsonl", "checkpoint.safetensors", "routers.safetensors"
-SAME_ON_RESUME = ("model", "dtype", "seed", "data", "granularity", "layers", "capacity", "recipe", "gate",
-                  "train", "loss", "method", "steps", "lr", "penalty", "clip", "tokens", "accumulate",
-                  "pool", "kv", "held_out")
+SAME_ON_RESUME = ("model", "dtype", "seed", "data", "data_weights", "init", "granularity", "layers",
+                  "capacity", "recipe", "gate", "train", "loss", "method", "steps", "lr", "penalty", "clip",
+                  "tokens", "accumulate", "pool", "kv", "held_out")
 
 
 def check_output(model, out):
@@ -58,7 +58,11 @@ def settings_of(args, model, samples):
     for sample in samples:
         data.update(np.array([sample.prompt, len(sample.ids), *sample.ids, *sample.answer]).tobytes())
     on_cpu = model.embed.weight.device.type == "cpu"
-    flags = {"--" + key.replace("_", "-"): str(getattr(args, key)) for key in SAME_ON_RESUME}
+    flags = {}
+    for key in SAME_ON_RESUME:
+        value = getattr(args, key)
+        value = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        flags["--" + key.replace("_", "-")] = value
     return flags | {
         "a model of shape": f"{config.n_layer} x {config.n_embd}, {config.vocab_size} tokens",
         "the device": model.embed.weight.device.type, "numbers of type": str(model.embed.weight.dtype),

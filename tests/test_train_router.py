@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import is_one_sentence, train_tokenizer, write_tiny
 from safetensors import safe_open
-from safetensors.torch import load
+from safetensors.torch import load, load_file
 
 import bench
 import eval as evaluation
@@ -22,7 +22,8 @@ import train_router
 from losses import evaluate
 from model import Llama
 from recipe import DEFAULT, Penalty, choose
-from router import GRANULARITIES, add_routers, load_routers, mindskips, straight_through
+from router import GRANULARITIES, add_routers, load_routers, mindskips, save_routers, straight_through
+from support import data
 from support.data import Batch, pack, read_samples
 from support.run import Run
 from support.tasks import QUESTIONS
@@ -322,3 +323,58 @@ def test_every_script_on_every_family(family, call, tmp_path):
     assert status == 0 and "efficiency" in said
     status, said = call(sample.main, "hello", *routed, "--max-new-tokens", 4)
     assert status == 0 and "--- routed" in said
+
+
+# ----------------------------------------------------------------------------------- routers to begin with
+def test_a_run_begins_with_the_routers_of_a_file(arguments, call, tmp_path):
+    """Without a step of any size the routers stay those of the file; only the threshold is calibrated."""
+    status, _ = call(main, *arguments, "--steps", 3, "--out", tmp_path / "first")
+    assert status == 0
+    first = tmp_path / "first" / "routers.safetensors"
+    status, said = call(main, *arguments, "--steps", 1, "--lr", 0, "--init", first, "--out",
+                        tmp_path / "again")
+    assert status == 0, said
+    expected, tensors = load_file(first), load_file(tmp_path / "again" / "routers.safetensors")
+    assert expected.keys() == tensors.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    line = json.loads((tmp_path / "again" / "metrics.jsonl").read_text())
+    assert line["target"] == 0.7                     # at once, since the routers know what to close
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--granularity", "mlp_token"], ["granularity attn_token", "--granularity attn_token"]),
+    (["--layers", "1-2"], ["layers 0,1,2,3"]), (["--kv", "open"], ["kv all"]),
+    (["--recipe", "paper"], ["gate linear", "--gate linear"]),
+    (["--granularity", "attn_sequence"], ["--method ramp"]), (["--init", "none"], ["none"]),
+])
+def test_routers_of_another_kind_are_refused(flags, words, arguments, tiny, call, tmp_path):
+    save_routers(add_routers(Llama.from_pretrained(tiny), "attn_token"), tmp_path / "r")
+    status, said = call(main, *arguments, "--init", tmp_path / "r", *flags, "--out", tmp_path / "out")
+    assert status == 1 and is_one_sentence(said) and all(word in said for word in words), said
+    assert not (tmp_path / "out" / "routers.safetensors").exists()
+
+
+def test_several_files_are_mixed_by_weight(arguments, call, tmp_path, monkeypatch):
+    lines = arguments[3].read_text().splitlines(keepends=True)
+    for name, some in ("a", lines[:20]), ("b", lines[20:30]):
+        (tmp_path / name).write_text("".join(some))
+    mixed = []
+    monkeypatch.setattr(train_router, "mixture", lambda *a: mixed.append(a) or data.mixture(*a))
+    files = ["--data", tmp_path / "a", tmp_path / "b", "--data-weights", "1,3", "--held-out", 4]
+    status, said = call(main, *arguments, *files, "--steps", 1, "--out", tmp_path / "out")
+    assert status == 0, said
+    (sources, weights, seed), = mixed
+    assert [len(samples) for samples in sources] == [18, 8] and weights == [1, 3]
+    of_first = sum(sample in sources[0] for sample in data.mixture(sources, weights, seed))
+    assert of_first == round(26 / 4)
+    status, said = call(main, *arguments, *files, "--data-weights", 1, "--out", tmp_path / "out")
+    assert status == 1 and is_one_sentence(said) and "one for each --data, 2" in said
+
+
+def test_a_mixture_has_each_sample_once_where_there_are_no_weights():
+    sources = [list(range(5)), list(range(5, 12))]
+    mixed = data.mixture(sources, None, 0)
+    assert sorted(mixed) == list(range(12)) and mixed == data.mixture(sources, None, 0) != sorted(mixed)
+    assert data.mixture(sources[:1], [2.0], 0) is sources[0]
+    more = data.mixture(sources, [1, 3], 0)
+    assert sum(n >= 5 for n in more) == 9 and {n for n in more if n >= 5} == set(range(5, 12))
