@@ -68,7 +68,7 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
         for skip in mindskips(model).values():
             skip.estimator = recipe.gate_estimator(step, run.n_steps)
 
-        loss, mean_gates = 0.0, []                      # (kind of text, that) of each batch
+        loss, mean_gates = 0.0, []                   # the latter of each batch: (kind of text, capacity)
         for (kind, batch), counts in parallel.share(batches):
             price = counts * penalties[kind].value / len(batches)
             regularizer = partial(recipe.regularizer, model, price, target)
@@ -86,7 +86,7 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         paid = [penalties[kind].value for kind, _ in batches]
-        capacities = [[] for _ in penalties]            # of each kind
+        capacities = [[] for _ in penalties]         # of each kind of text
         for kind, mean_gate in parallel.gathered(mean_gates):
             capacities[kind].append(mean_gate)
         for penalty, measured in zip(penalties, capacities):
