@@ -57,7 +57,7 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
         for skip in mindskips(model).values():
             skip.estimator = recipe.gate_estimator(step, run.n_steps)
 
-        loss, mean_gates = 0.0, []                      # (kind of text, that) of each batch
+        loss, mean_gates = 0.0, []                      # of each batch: (kind of text, its gates' mean)
         for (kind, batch), counts in parallel.share(batches):
             price = counts * penalties[kind].value / len(batches)
             regularizer = partial(recipe.regularizer, model, price, target)
