@@ -68,7 +68,7 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
         for skip in mindskips(model).values():
             skip.estimator = recipe.gate_estimator(step, run.n_steps)
 
-        loss, mean_gates = 0.0, []                   # the latter of each batch: (kind of text, capacity)
+        loss, mean_gates = 0.0, []                   # of each batch: (kind of text, capacity)
         for (kind, batch), counts in parallel.share(batches):
             price = counts * penalties[kind].value / len(batches)
             regularizer = partial(recipe.regularizer, model, price, target)
