@@ -58,8 +58,9 @@ CORPUS = [
 def pytest_cmdline_main(config):
     """All tests run in two processes, where pytest-xdist is installed; those that a file's name chooses, in
     one."""
-    chosen = config.known_args_namespace.file_or_dir
-    if config.pluginmanager.hasplugin("xdist") and not chosen and config.option.numprocesses is None:
+    if "PYTEST_XDIST_WORKER" in os.environ or config.known_args_namespace.file_or_dir:
+        return
+    if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses = 2
 
 

@@ -17,8 +17,8 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from eval import Beginning
 from model import Config, Llama, rope_frequencies
+from scoring import Beginning
 from weights import SMOLLM2_FILE, InputError
 
 
