@@ -6,7 +6,7 @@ does it.
     python eval.py --tasks piqa,arc_challenge --data-dir benchmarks --limit 100 --json scores.json
 
 A question's choices are scored by their log-likelihood after its context; acc takes the likeliest, acc_norm
-the likeliest a character. In GSM8K the model writes its answer, and the number at its end counts. Prompts,
+the likeliest per character. In GSM8K the model writes its answer, and the number at its end counts. Prompts,
 splits and metrics are lm-evaluation-harness 0.4's, few-shot examples the first K of the training split.
 scoring.py computes the answers.
 """
@@ -138,6 +138,7 @@ def make_variants(model, tok, args, device):
             raise InputError(f"--static {max(args.static)}: this model has {model.config.n_layer} layers")
         samples, _ = read_samples(args.static_data, tok, model.config.max_context)
         ranked = by_harm(model, samples[:-HELD_OUT] or samples, args, device)
+        parallel.check_same({"attentions of least harm": ranked})
 
         def static(layers):
             add_routers(model, "attn_token", layers)
@@ -158,6 +159,9 @@ class Result:
     def __init__(self, model):
         self.tasks, self.text, self.keep, self.usage = {}, None, {}, Usage(model)
 
+    def has_run(self):
+        return bool(self.tasks or self.text)
+
     def entry(self):
         """As the JSON file has it."""
         capacity = self.usage.summary()["capacity"] if self.tasks else self.text["capacity"]
@@ -169,7 +173,7 @@ def save(results, args):
     """Write --json: the (first) routed model's entry, or the dense one's, with the other variants' beside
     it."""
     if args.json:                                    # all processes make it, the first writes it
-        entries = {variant: result.entry() for variant, result in results.items()}
+        entries = {variant: result.entry() for variant, result in results.items() if result.has_run()}
         first = entries.pop(list(entries)[1 if args.routers else 0])
         entries |= {"routers": args.kind} if args.routers else {}
         if parallel.is_first():
@@ -193,6 +197,8 @@ def run_task(name, questions, shots, setters, results, model, tok, args):
     task, n_tokens, notes = TASKS[name], 0, []
     metric = "strict" if task.stop else "acc_norm" if task.norm else "acc"
     for variant, set_up in setters.items():
+        if variant == "shuffled" and task.stop:      # other gates write other texts, of other lengths
+            continue
         set_up()
         usage, start, result = Usage(model), time.perf_counter(), results[variant]
         scores, n, note = answer(name, questions, model, tok, args.tokens, (usage, result.usage))
@@ -268,11 +274,12 @@ def parse_arguments():
     p.add_argument("--static", type=numbers(int, 1), default=[], metavar="N",
                    help="also without the N attentions whose removal does least harm; one N or several")
     p.add_argument("--static-data", default=str(DEFAULT_DATA), help="the text they are chosen on")
-    p.add_argument("--shuffled", action="store_true", help="also with each layer's decisions shuffled")
+    p.add_argument("--shuffled", action="store_true",
+                   help="also with each layer's decisions shuffled, but where answers are written")
     p.add_argument("--random", action="store_true",
                    help="also with gates that open at random, as many, and as often in every layer")
     p.add_argument("--tokens", type=count, help="tokens per batch (default: 512 on a CPU, 16384 on CUDA)")
-    p.add_argument("--json", help="write every log-likelihood, and how often each layer ran, to this file")
+    p.add_argument("--json", help="write every log-likelihood and answer, and how often each layer ran")
     args = p.parse_args()
     check_destinations(args.json)
     if (args.shuffled or args.random or args.capacity != [None]) and not args.routers:

@@ -128,9 +128,10 @@ class Usage:
 
     def summary(self):
         """{"capacity": overall, "routed_capacity", "keep": {layer: share}}."""
-        opened = parallel.summed(*self.opened.values())
-        seen = parallel.summed(*self.seen.values())
-        keep = {i: opened[at] / seen[at] for at, i in enumerate(self.opened)}
+        layers = sorted(set(parallel.gathered(list(self.opened))))
+        opened = parallel.summed(*(self.opened[i] for i in layers))
+        seen = parallel.summed(*(self.seen[i] for i in layers))
+        keep = {i: opened[at] / seen[at] for at, i in enumerate(layers)}
         shares, n_layer = list(keep.values()), self.model.config.n_layer
         routed = overall_capacity(shares, len(shares)) if shares else 1.0
         return {"capacity": overall_capacity(shares, n_layer), "routed_capacity": routed, "keep": keep}

@@ -1,7 +1,7 @@
 """A model's answers to the questions of a benchmark: log-likelihoods of choices, or written answers.
 
-What is shared is computed once. Choices branch off their context in one row, each seeing the context and
-itself alone; a beginning that all questions of a task share is kept as keys and values. Gates that read a
+Choices of one question share its context: they branch off in one row, each seeing the context and
+itself alone. A beginning that all questions of a task share is kept as keys and values. Gates that read a
 sequence decide on the whole context, so for them nothing is shared between questions; gates that read even
 the answer (pool "all") share nothing.
 """
@@ -159,7 +159,8 @@ def log_likelihoods(model, questions, tok, budget, usages):
 @torch.no_grad()
 def write(questions, stop, model, tok, budget, usages):
     """(written.Scores of what the model writes to answer the questions, tokens run, a note). The likeliest
-    tokens are written, until one of the strings `stop`."""
+    tokens are written, until one of the strings `stop`. A row that ended goes on until all of its batch have,
+    and usages count its gates."""
     own = [question for question, counts in parallel.share(questions) if counts]
     rows, n_cut = written.prompts(own, tok, model.config.max_context)
     answers, start = {}, time.perf_counter()
@@ -174,10 +175,10 @@ def write(questions, stop, model, tok, budget, usages):
                 usage.add()
             answers |= {place: answer for (place, _), answer in zip(batch, writing.answers())}
             bar.update(len(batch))
-    x = run_layers(model.layers, model.embed(idx), model.context(idx, lengths))
+    seconds, x = time.perf_counter() - start, run_layers(model.layers, model.embed(idx), model.context(idx))
 
     answers = parallel.gathered([answers[place] for place in range(len(own))])
     numbers = parallel.gathered([float(x.abs().max())])
     n_cut, n_prompt_tokens = parallel.summed(n_cut, sum(len(ids) for _, ids in rows))
-    scores = written.Scores(questions, answers, time.perf_counter() - start, numbers)
+    scores = written.Scores(questions, answers, seconds, numbers)
     return scores, n_prompt_tokens + scores.n_tokens, "; ".join([scores.note(), *cut_notes(n_cut, model)])

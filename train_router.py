@@ -44,7 +44,7 @@ from support.cli import common_arguments, device_and_dtype, number, numbers, par
 from support.data import DEFAULT_DATA, HELD_OUT, Batch, hold_out, mixture, pack, read_samples
 from support.memory import tokens_that_fit
 from support.own_text import own_text_file
-from support.run import Run, check_output, settings_of
+from support.run import Run, check_output, file_hash, settings_of
 from tokenizer import Tokenizer
 from weights import InputError
 
@@ -193,7 +193,6 @@ def parse_arguments():
     if args.shard and parallel.processes.world == 1:
         raise InputError("--shard: there is one process, which holds all; start several, with torchrun"
                          " --nproc-per-node N, or leave it out")
-    args.accumulate *= parallel.processes.world
     args.command = " ".join(["python train_router.py", *(a for a in sys.argv[1:] if a != "--resume")])
     return args
 
@@ -218,6 +217,11 @@ def make_recipe(args, n_samples, model):
     if args.epochs and recipe.steps:
         raise InputError("--epochs: only with --recipe paper, whose steps have so many samples each, and not"
                          " beside --steps; give --steps alone")
+    if recipe.step_samples and args.accumulate > 1:
+        raise InputError(f"--accumulate: not with --recipe {recipe.name}, whose steps have"
+                         f" {recipe.step_samples} samples each; leave it out")
+    if not recipe.step_samples:
+        args.accumulate *= parallel.processes.world
     for key in keys:
         setattr(args, key, getattr(recipe, key))
     args.steps = recipe.steps or recipe.epochs * math.ceil(n_samples / recipe.step_samples)
@@ -262,9 +266,9 @@ def place_routers(model, recipe, args):
         add_routers(model, args.granularity, args.layers, pool=recipe.pool, gate=recipe.gate, kv=recipe.kv)
         return
     meta, layers = load_routers(model, args.init), parse_layers(args.layers, model.config.n_layer)
-    run = {"granularity": args.granularity, "layers": ",".join(map(str, layers)), "gate": recipe.gate,
-           "pool": recipe.pool, "kv": recipe.kv}
-    for what, value in run.items():
+    wanted = {"granularity": args.granularity, "layers": ",".join(map(str, layers)), "gate": recipe.gate,
+              "pool": recipe.pool, "kv": recipe.kv}
+    for what, value in wanted.items():
         if meta[what] != value:
             raise InputError(f"--init {args.init}: its routers have {what} {meta[what]}, this run {value};"
                              f" give --{what} {meta[what]}, or another file")
@@ -304,6 +308,8 @@ def main():
     path = Path(args.out) / "routers.safetensors"
     save = partial(save_routers, model, path, command=args.command)
     settings = settings_of(args, model, train_set + test_set)
+    if args.init:
+        settings["--init of hash"] = file_hash(args.init)
     parallel.check_enough(len(train_set), " ".join(args.data), "samples to tune on")
     parallel.check_same(settings)
     run = Run(args, settings, save)

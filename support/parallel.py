@@ -3,8 +3,8 @@ and process 0 alone prints and writes.
 
     torchrun --nproc-per-node 2 train_router.py
 
-With one process, and without torchrun, nothing here does anything. With several, all of them call `gathered`,
-and what is made of it, in the same order. It goes from host to host by gloo, which notices a process that
+With one process, and without torchrun, nothing here does anything. With several, each calls `gathered`, and
+the functions that use it, in the same order. These go from host to host by gloo, which notices a process that
 ended; gradients and the weights of `shard` go from device to device, by NCCL on CUDA.
 """
 import json
@@ -66,9 +66,13 @@ def say_once(sentence):
         return sentence
 
 
-def is_lost(error):
-    """Whether a RuntimeError says that another process is gone."""
-    return processes.world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+def told(error):
+    """What to say of a RuntimeError that came of talking to other processes; None of another."""
+    if processes.world > 1 and "gloo" in str(error):
+        return LOST
+    if processes.world > 1 and isinstance(error, dist.DistError):                         # NCCL's
+        return f"{LOST} ({str(error).splitlines()[0][:100]})"
+    return None
 
 
 def leave():
@@ -101,8 +105,8 @@ def check_same(settings):
 
 
 def share(items):
-    """(item, whether it counts) of every world-th item. All processes have equally many, so that those that
-    hold a part of the weights each run the same passes: the last item may be one that does not count."""
+    """(item, whether it counts) of every world-th item. Every process gets equally many, since with --shard
+    all must run the same passes: one that is short gets the first item again, which does not count."""
     if processes.world == 1:
         return ((item, True) for item in items)
     items = list(items)
@@ -131,7 +135,7 @@ def gathered(items):
 
 def summed(*numbers):
     """[the sum over the processes of each number]."""
-    return [sum(column) for column in zip(*gathered([numbers]))]
+    return [sum(column) for column in zip(*gathered([numbers]), strict=True)]
 
 
 def from_first(ids):
@@ -159,8 +163,8 @@ def shard(model):
     device = model.embed.weight.device
     mesh = init_device_mesh(device.type, (processes.world,))
     for layer in model.layers:
-        routers = {parameter for parameter in layer.parameters() if parameter.requires_grad}
-        for router in routers:
-            router.data = router.data.to(device)
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=routers)
-    choices["triton"] = False            # a CUDA graph cannot capture the fetching
+        of_router = {parameter for parameter in layer.parameters() if parameter.requires_grad}
+        for parameter in of_router:
+            parameter.data = parameter.data.to(device)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=of_router)
+    choices["triton"] = False            # no CUDA graphs, which cannot capture the fetching

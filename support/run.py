@@ -46,7 +46,10 @@ def weights_hash(model):
 
 
 def file_hash(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
 
 
 def settings_of(args, model, samples):
@@ -123,6 +126,8 @@ class Run:
 
     def remove_temporaries(self):
         """What killed runs left of the files that they were writing, see weights.write_file."""
+        if not parallel.is_first():                  # it alone has the lock
+            return
         for pattern in (*(f".{name}.*.tmp" for name in FILES), "model/.*.tmp"):
             for temporary in self.out.glob(pattern):
                 with contextlib.suppress(OSError):

@@ -48,7 +48,7 @@ def run_script(name, main):
     that goes away, as `head` does, ends the script. Of several processes the first that ends speaks."""
     from torch import OutOfMemoryError
 
-    from support.parallel import LOST, is_lost, leave, say_once
+    from support.parallel import leave, say_once, told
     from weights import InputError
     keep_freed_memory()
     prepare_streams()
@@ -62,9 +62,9 @@ def run_script(name, main):
         advice = "lower --tokens, --batch or --context, or route fewer --layers"
         sys.exit(say_once(f"{name}: {why}; {advice}") or 1)
     except RuntimeError as e:
-        if not is_lost(e):
+        if not told(e):
             raise
-        sys.exit(say_once(f"{name}: {LOST}") or 1)
+        sys.exit(say_once(f"{name}: {told(e)}") or 1)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

@@ -75,7 +75,7 @@ class Scores:
     """One variant's answers to a task's questions, and what follows from them.
 
     answers: of Writing.answers, one for each question; seconds: that they took, prompts included; numbers:
-    some of the model's, which should be finite.
+    the largest of the residual stream, which should be finite.
     """
 
     def __init__(self, questions, answers, seconds, numbers):

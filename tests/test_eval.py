@@ -257,6 +257,20 @@ def test_long_prompts_lose_their_beginning(tok, question_files):
     assert n_cut == 3 and all(ids == all_ids[-10:] for (_, ids), (_, all_ids) in zip(cut, whole))
 
 
+def test_written_answers_are_not_shuffled(tiny, question_files, call, tmp_path, monkeypatch):
+    """Other gates write other texts, of other lengths, for which there are no decisions to deal."""
+    monkeypatch.setattr(written, "LONGEST", 24)
+    model = Llama.from_pretrained(tiny)
+    with_gates(model, "attn_token")
+    save_routers(model, tmp_path / "r.safetensors")
+    status, said = call(evaluation.main, "--model", tiny, "--data-dir", question_files, "--tasks",
+                        "gsm8k,rte", "--routers", tmp_path / "r.safetensors", "--shuffled", "--json",
+                        tmp_path / "o.json")
+    assert status == 0, said
+    table = json.loads((tmp_path / "o.json").read_text())
+    assert list(table["tasks"]) == ["gsm8k", "rte"] and list(table["shuffled"]["tasks"]) == ["rte"]
+
+
 # ----------------------------------------------------------------------------------------------- side by side
 
 

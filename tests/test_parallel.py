@@ -143,7 +143,8 @@ def assert_same_run(one, other):
 RUNS = {
     "token": ["--tokens", 200],                                          # KL, two kinds of text, calibration
     "sequence": ["--granularity", "attn_sequence"],                      # measured harm
-    "paper": ["--recipe", "paper", "--granularity", "attn_sequence", "--penalty", 0.1, "--tokens", 300],
+    "paper": ["--recipe", "paper", "--granularity", "attn_sequence", "--penalty", 0.1, "--tokens", 300,
+              "--held-out", 1],                                          # of which one process has none
 }
 
 

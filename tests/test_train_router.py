@@ -325,6 +325,11 @@ def test_every_script_on_every_family(family, call, tmp_path):
     assert status == 0 and "--- routed" in said
 
 
+def test_the_papers_steps_are_not_accumulated(arguments, call, tmp_path):
+    status, said = call(main, *arguments, "--recipe", "paper", "--accumulate", 2)
+    assert status == 1 and is_one_sentence(said) and "64 samples" in said
+
+
 # ----------------------------------------------------------------------------------- routers to begin with
 def test_a_run_begins_with_the_routers_of_a_file(arguments, call, tmp_path):
     """Without a step of any size the routers stay those of the file; only the threshold is calibrated."""
