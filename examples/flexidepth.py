@@ -18,6 +18,7 @@ rate (published: 1e-4).
 """
 import importlib
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,10 +37,11 @@ SCRIPTS = "train_router", "eval", "bench", "sample"
 
 # --------------------------------------------------------------------------------------------- kinds of gate
 class Bottleneck(LinearRouter):
-    """The router alone, without biases, in float32; W_r (1, C) is LinearRouter's weight."""
+    """The router alone, in float32; W_r (1, C) is LinearRouter's weight. Published without biases; with one,
+    new gates are open as a linear router's are, also where they are ramps in training."""
 
-    def __init__(self, n_embd, scope, pool="prompt"):
-        super().__init__(n_embd, scope, pool, bias=False)
+    def __init__(self, n_embd, scope, pool="prompt", bias=False):
+        super().__init__(n_embd, scope, pool, bias)
         narrow = max(1, n_embd // 16)
         self.down = nn.Linear(n_embd, narrow, bias=False)
         self.norm = nn.RMSNorm(narrow, eps=1e-6)
@@ -47,7 +49,7 @@ class Bottleneck(LinearRouter):
 
     def forward(self, read):                                             # (..., C) -> (..., 1)
         narrow = torch.tanh(self.down(read.to(self.weight.dtype)))       # (..., C / 16)
-        return F.linear(self.up(self.norm(narrow)), self.weight)
+        return F.linear(self.up(self.norm(narrow)), self.weight, self.bias)
 
 
 class Gated(Bottleneck):
@@ -94,7 +96,8 @@ class FlexiDepth(Adapter):
         return score * is_open, (1 - score) * ~is_open
 
 
-GATES |= {"bottleneck": Bottleneck, "gated": Gated, "adapter": Adapter, "flexidepth": FlexiDepth}
+GATES |= {"bottleneck": partial(Bottleneck, bias=True), "gated": Gated, "adapter": Adapter,
+          "flexidepth": FlexiDepth}
 
 
 # ------------------------------------------------------------------------------------------------- a recipe
