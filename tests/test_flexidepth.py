@@ -38,7 +38,7 @@ def routed(folder, gate="flexidepth", granularity="block_token", layers="1-3", *
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            spread = 0.1 if "norm" in name else 1 / parameter.shape[1] ** 0.5
+            spread = 0.1 if parameter.dim() == 1 else 1 / parameter.shape[1] ** 0.5
             parameter.data.normal_(float("norm" in name), spread, generator=generator)
     return model
 
