@@ -259,6 +259,8 @@ def test_the_router_file(gate, tiny, tmp_path):
     model = routed(tiny, gate).float()
     save_routers(model, path)
     own = {"weight": (1, 48), "down.weight": (3, 48), "norm.weight": (3,), "up.weight": (48, 3)}
+    if gate == "bottleneck":
+        own |= {"bias": (1,)}
     if gate in ("adapter", "flexidepth"):
         own |= {"adapter_in.weight": (12, 48), "adapter_out.weight": (48, 6)}
     with safe_open(path, "pt") as file:
