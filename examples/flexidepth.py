@@ -6,15 +6,15 @@ closed tokens, a price on the square of the layers that a token uses; as kinds o
     closed:         y = x + (1 - g) A(norm2(x))       keys and values, and A, a SwiGLU 16 times narrower
     loss = cross-entropy + alpha * mean over tokens of (sum over layers of g)^2
 
-    python examples/flexidepth.py --data alpaca.jsonl --out out/flexidepth         # as published, for minutes
+    python examples/flexidepth.py --data alpaca.jsonl --out out/flexidepth         # their gates and loss
     python examples/flexidepth.py eval --routers out/flexidepth/routers.safetensors     # or bench, or sample
     python examples/flexidepth.py train_router --gate bottleneck                   # our recipe, their router
 
 The first takes the flags of train_router.py: --penalty is alpha, from which capacity follows (--capacity is
 not used), --loss kl takes our loss, --gate gated goes without the adapter; --gate adapter without the gated
-update is for our recipe. Published are the formulas, alpha and three epochs of 939,000 chats; ours is what
-makes it start well within minutes: W_r = 0, so that new gates are just open, A = 0, and a larger learning
-rate (published: 1e-4).
+update is for our recipe. Published are the formulas, alpha, the last 16 of 32 layers and three epochs of
+939,000 chats; ours are 160 steps, the last 15 of 30 layers, a larger learning rate (published: 1e-4) and what
+makes it start well: W_r = 0, so that new gates are just open, A = 0, and a bias for the bottleneck alone.
 """
 import importlib
 import sys
