@@ -21,7 +21,8 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{word!r} is not UTF-8 text; give another name or prompt")
         args = super().parse_args()
         for name, value in vars(args).items():
-            if value == "" and name != "prompt":
+            is_empty = "" in value if isinstance(value, list) else value == ""
+            if is_empty and name != "prompt":
                 self.error(f"--{name.replace('_', '-')} is empty; give it a value, or leave it out")
         return args
 

@@ -228,11 +228,11 @@ def test_benchmark_lines(tok, tmp_path):
 # ---------------------------------------------------------------------------------------------- command lines
 
 
-SWITCHES = "--resume", "--shuffled", "--random", "--plain", "--random-weights"
+SWITCHES = "--resume", "--shard", "--shuffled", "--random", "--plain", "--random-weights"
 FLAGS = {
     train_router: """--model --data --granularity --layers --capacity --out --tokens --seed --accumulate
         --held-out --save-every --recipe --gate --loss --train --method --steps --lr --penalty --pool --device
-        --dtype --resume""",
+        --dtype --init --data-weights --shard --resume""",
     evaluation: """--model --routers --capacity --tasks --data-dir --text --last --limit --num-fewshot
         --static --static-data --shuffled --random --tokens --json""",
     bench: """--phase --batch --context --capacity --granularity --layers --routers --random-weights --against
