@@ -65,11 +65,13 @@ class LinearRouter(nn.Linear):
         return logit(read, self.weight, self.bias)
 
 
-# Kinds of gate, each by its router. To add one, add a class: it is made of (n_embd, scope, pool), keeps pool,
-# and has pooled(h, ctx), what it reads, and forward of that, the logit of the score, (..., 1). It may have
+# Kinds of gate, each by its router. To add one, add a class: it is made of (n_embd, scope, pool), has the
+# attribute pool, pooled(h, ctx), what it reads, and forward of that, the logit of the score, (..., 1). It may
+# have
 #   attach(sublayer)                     called once, for parameters whose shapes depend on the sublayer
 #   merge(skip, x, y, score, is_open)    at token level: the residual stream (B, T, C) after the gate, from x
-#       before it and y = x + f(h). In model.eval() y is x where the gate is closed
+#       before it and y = x + f(h), to which MindSkip has not applied the gate; but in model.eval() a closed
+#       token was not computed, and its y is x
 GATES = {
     "linear": LinearRouter,                             # open at first
     "unbiased": partial(LinearRouter, bias=False),      # the paper's: every score is 0.5 at first, just open
