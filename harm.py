@@ -129,10 +129,10 @@ def tune(model, source, recipe, capacity, run):
             if counts:
                 open_share = float(is_open.float().mean())
                 batch_kl, n = float(answers_kl.sum()), len(batch.targets)
-                rows.append((harm.tolist(), inputs.tolist(), batch_kl, n, open_share))
+                rows.append((harm.cpu(), inputs.cpu(), batch_kl, n, open_share))
         for harm, inputs, batch_kl, n, open_share in parallel.gathered(rows):
-            state["harm"] = torch.cat((state["harm"], torch.tensor(harm)))
-            state["inputs"] = torch.cat((state["inputs"], torch.tensor(inputs)))
+            state["harm"] = torch.cat((state["harm"], torch.as_tensor(harm)))
+            state["inputs"] = torch.cat((state["inputs"], torch.as_tensor(inputs)))
             total += batch_kl
             n_tokens += n
             open_shares.append(open_share)

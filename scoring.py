@@ -132,8 +132,7 @@ def log_likelihoods(model, questions, tok, budget, usages):
         def run(some, beginning=None):
             shared = beginning.length if beginning else 0
             nonlocal tokens
-            own = [row for row, counts in parallel.share(some) if counts]
-            for batch in pack(own, budget, lambda row: size(row) - shared):
+            for batch in pack(parallel.own(some), budget, lambda row: size(row) - shared):
                 tokens += score(model, batch, beginning, out)
                 count()
                 bar.update(len(batch))
@@ -161,7 +160,7 @@ def write(questions, stop, model, tok, budget, usages):
     """(written.Scores of what the model writes to answer the questions, tokens run, a note). The likeliest
     tokens are written, until one of the strings `stop`. A row that ended goes on until all of its batch have,
     and usages count its gates."""
-    own = [question for question, counts in parallel.share(questions) if counts]
+    own = parallel.own(questions)
     rows, n_cut = written.prompts(own, tok, model.config.max_context)
     answers, start = {}, time.perf_counter()
     with tqdm(total=len(rows), unit="answer", leave=False) as bar:

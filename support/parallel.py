@@ -104,13 +104,18 @@ def check_same(settings):
                                  " processes the same")
 
 
+def own(items):
+    """Every world-th item."""
+    return items[processes.rank::processes.world]
+
+
 def share(items):
     """(item, whether it counts) of every world-th item. Every process gets equally many, since with --shard
     all must run the same passes: one that is short gets the first item again, which does not count."""
     if processes.world == 1:
         return ((item, True) for item in items)
     items = list(items)
-    mine = [(item, True) for item in items[processes.rank::processes.world]]
+    mine = [(item, True) for item in own(items)]
     if len(mine) * processes.world < len(items):
         mine.append((items[0], False))
     return mine
@@ -118,10 +123,11 @@ def share(items):
 
 def gathered(items):
     """The items of all processes in the order that one process would have them, the inverse of `share`:
-    anything that JSON can say."""
+    anything that JSON can say, and tensors, which come from other processes as lists."""
     if processes.world == 1:
         return items
-    text = torch.frombuffer(bytearray(json.dumps(items).encode()), dtype=torch.uint8)
+    encoded = json.dumps(items, default=torch.Tensor.tolist).encode()
+    text = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
     lengths = torch.zeros(processes.world, 1, dtype=torch.int64)
     dist.all_gather(list(lengths), torch.tensor([len(text)]))
     texts = torch.zeros(processes.world, int(lengths.max()), dtype=torch.uint8)
@@ -140,10 +146,8 @@ def summed(*numbers):
 
 def from_first(ids):
     """Process 0's token ids (n, T), or None where it has none."""
-    if processes.world == 1:
-        return ids
-    rows = gathered([None if ids is None else ids.tolist()])[0]
-    return None if rows is None else torch.tensor(rows)
+    first = gathered([ids])[0]
+    return None if first is None else torch.as_tensor(first)
 
 
 def sum_gradients(parameters):
