@@ -195,7 +195,6 @@ def plus_minus(value, width):
 def run_task(name, questions, shots, setters, results, model, tok, args):
     """Run a task's questions with every variant, and print one line for each; returns the tokens run."""
     task, n_tokens, notes = TASKS[name], 0, []
-    metric = "strict" if task.stop else "acc_norm" if task.norm else "acc"
     for variant, set_up in setters.items():
         if variant == "shuffled" and task.stop:      # other gates write other texts, of other lengths
             continue
@@ -212,7 +211,7 @@ def run_task(name, questions, shots, setters, results, model, tok, args):
                             f"{d['changed']:9}{kl}")
         percent, used = 100 * float(scores.right.mean()), usage.summary()
         result.keep[name] = used["keep"]
-        print(f"{name:14}{len(questions):6}{shots:6} {variant:12}{metric:>9}{percent:7.1f}"
+        print(f"{name:14}{len(questions):6}{shots:6} {variant:12}{scores.metric:>9}{percent:7.1f}"
               f"{plus_minus(100 * standard_error(scores.right), 4)}{beside_dense}{used['capacity']:9.3f}"
               f"{used['routed_capacity']:8.3f}{seconds:9.1f}", flush=True)
         notes += [f"{variant}: {note}" if task.stop else note]

@@ -133,7 +133,7 @@ class MindSkip(nn.Module):
         if self.trace is not None:
             self.trace.append(is_open.cpu())
         if self.training:
-            return self.run_gated(x, ctx, h, score)
+            return self.run_gated(x, ctx, h, score, is_open)
         if self.scope == "token":
             run = run_open_only if self.kv == "open" else run_tokens
             y = run(self, x, ctx, h, is_open)
@@ -161,7 +161,7 @@ class MindSkip(nn.Module):
             n_open, n_seen = self.opened + n_open, self.seen + n_seen
         self.opened, self.seen, self.gates = n_open, n_seen, gates
 
-    def run_gated(self, x, ctx, h, score):
+    def run_gated(self, x, ctx, h, score, is_open):
         """Training: x + g * f(h), everything computed, since dL/dg is the product of f(h) and dL/dy."""
         gate = self.estimator(score, self.threshold)                     # (B,) or (B, T)
         if self.scope == "token":
@@ -176,7 +176,7 @@ class MindSkip(nn.Module):
             gate = gate[:, None, None]                                   # (B, 1, 1)
         y = self.run(x, ctx, h)
         if self.merges:
-            return self.router.merge(self, x, y, score, score >= self.threshold)
+            return self.router.merge(self, x, y, score, is_open)
         return torch.lerp(x, y, gate.to(x.dtype))                        # exactly y where g = 1
 
     def run(self, x, ctx, h):

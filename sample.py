@@ -101,7 +101,7 @@ def main():
     if args.routers:
         load_routers(model, args.routers, args.capacity)
     if args.plain or not args.prompt:
-        ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(args.prompt, special=False)
+        ids = tok.bos_ids + tok.encode(args.prompt, special=False)
     else:
         ids, _ = tok.encode_chat([{"role": "user", "content": args.prompt}])
     ids = torch.tensor([ids], dtype=torch.int64, device=device)

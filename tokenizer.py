@@ -140,6 +140,11 @@ class Tokenizer:
             file = TokenizersFile(found["json"], [mark(config, key) for key in SPECIAL_TOKENS])
         return cls(file, config)
 
+    @property
+    def bos_ids(self):
+        """What a text begins with: [bos_id], or []."""
+        return [] if self.bos_id is None else [self.bos_id]
+
     def encode(self, text, special=True):
         """Token ids of a string, nothing added. special=False reads special tokens as plain text."""
         hidden = not special and self.special_in(text)

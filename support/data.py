@@ -141,7 +141,7 @@ def messages_of(record, form, where):
 
 def plain_samples(text, tok, piece):
     """A text in pieces; the first 64 tokens of each stand in for a prompt and are not learned from."""
-    ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(text, special=False)
+    ids = tok.bos_ids + tok.encode(text, special=False)
     samples = []
     for i in range(0, len(ids), piece):
         piece_ids = ids[i:i + piece]

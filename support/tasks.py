@@ -206,12 +206,12 @@ def rows_of(questions, tok, max_context, apart):
     ids in the encoding of both, and a row too long for the model loses its first tokens. Choices after the
     same context share a row, unless they are to be kept `apart` or do not fit.
     """
-    bos, rows = [] if tok.bos_id is None else [tok.bos_id], []
+    rows = []
     for n, q in enumerate(questions):
         branches = {}                                        # {context's ids: {choice's place: its ids}}
         for place, (context, continuation) in enumerate(zip(q.contexts, q.continuations)):
-            ids = bos + tok.encode(context.rstrip())
-            whole = bos + tok.encode(context + continuation)
+            ids = tok.bos_ids + tok.encode(context.rstrip())
+            whole = tok.bos_ids + tok.encode(context + continuation)
             if not ids or len(whole) <= len(ids):
                 raise InputError(f"question {q.id + 1}: its context or a choice has no token of its own")
             branches.setdefault(tuple(ids), {})[place] = whole[len(ids):]
@@ -244,6 +244,7 @@ class Scores:
         """lls: [[log-likelihood of each choice] for each question]; norm: whether the task's metric is
         acc_norm."""
         self.questions, self.lls, self.numbers = questions, lls, sum(lls, [])
+        self.metric = "acc_norm" if norm else "acc"
         gold = torch.tensor([q.gold for q in questions])
         likeliest = torch.tensor([first_largest(ll) for ll in lls])
         per_character = torch.tensor([first_largest([value / n for value, n in zip(ll, q.lengths)])

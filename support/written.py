@@ -22,8 +22,7 @@ def prompts(questions, tok, max_context):
     if room < 1:
         raise InputError(f"an answer may have {LONGEST} tokens, which leaves no room for a question in the"
                          f" model's context of {max_context}; leave this task out")
-    bos = [] if tok.bos_id is None else [tok.bos_id]
-    texts = [bos + tok.encode(question.contexts[0]) for question in questions]
+    texts = [tok.bos_ids + tok.encode(question.contexts[0]) for question in questions]
     n_cut = sum(len(ids) > room for ids in texts)
     return [(place, ids[-room:]) for place, ids in enumerate(texts)], n_cut
 
@@ -72,7 +71,7 @@ def plain(answer):
 
 
 class Scores:
-    """One variant's answers to a task's questions, and what follows from them.
+    """One variant's answers to a task's questions, and what follows from them; the metric is the strict one.
 
     answers: of Writing.answers, one for each question; seconds: that they took, prompts included; numbers:
     the largest of the residual stream, which should be finite.
@@ -84,7 +83,7 @@ class Scores:
         self.n_tokens, self.n_endless = sum(n_tokens), len(ended) - sum(ended)
         self.gold = [plain(question.continuations[0][1:]) for question in questions]
         self.answers = {name: self.extracted(name) for name in EXTRACTIONS}
-        self.right = self.right_by("strict")
+        self.metric, self.right = "strict", self.right_by("strict")
 
     def extracted(self, extraction):
         return [extract(text, *EXTRACTIONS[extraction]) for text in self.texts]
