@@ -11,7 +11,7 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from weights import InputError, reason
+from support.files import InputError, reason
 
 SECONDS, MEGABYTES, CHARACTERS = 10, 512, 10**7     # that a template may take, and write, for one chat
 FIRST, END = "\U0010fffe", "\U0010ffff"   # around what a template says is the assistant's: no characters
@@ -119,7 +119,8 @@ class ChatTemplate:
                 spans.append((len(before), len(after)))
                 continue
             content = message["content"].strip()
-            first = text.find(content, spans[-1][1] if spans else 0)
+            question = len(before) if text.startswith(before) else 0
+            first = text.find(content, max(question, spans[-1][1] if spans else 0))
             if first >= 0 and content:
                 end = first + len(content)
                 mark = self.end_mark.match(text, end)

@@ -114,6 +114,19 @@ def test_ids_are_transformers(name, kind, tmp_path):
             assert all(content in text for content, text in zip(contents, answers))
 
 
+def test_an_answer_is_looked_for_after_its_question(tmp_path):
+    """Where a template writes the last answer otherwise than those before, as Qwen3's does, and the text of
+    an answer stands in its question too."""
+    thinks = "'<think>' if loop.index0 == last and m['role'] == 'assistant' else ''"
+    source = "{% set last = messages | length - 1 %}" + CHATML.replace("m['content'] +",
+                                                                       f"({thinks}) + m['content'] +")
+    tok = Tokenizer.from_pretrained(folder_of(tmp_path, byte_level(), source))
+    chat = [("user", "yes or no"), ("assistant", "yes"), ("user", "no?"), ("assistant", "no")]
+    ids, answer = tok.encode_chat(messages_of(chat))
+    assert spoken(tok, ids, answer) == ["yes<|im_end|>", "<think>no<|im_end|>\n"]
+    assert tok.decode(ids[:answer.index(True)]).endswith("assistant\n")
+
+
 def test_an_answer_ends_with_its_mark(tmp_path):
     for source, end in (CHATML, "<|im_end|>\n"), (GENERATION, "<|im_end|>"), (None, "<|im_end|>"):
         tok = Tokenizer.from_pretrained(folder_of(tmp_path, byte_level(), source))
