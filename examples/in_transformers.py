@@ -9,6 +9,7 @@ A forward hook on every routed sublayer multiplies what it returns by its gate: 
 model. It saves no time, since the hook runs after the sublayer was computed; and it cannot hide keys, so that
 router files with kv "open" are refused. To skip, load the model here: model.py, router.load_routers.
 """
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from router import GATES, threshold_for  # noqa: E402
-from support.checked import json_of, open_router_file, tensor_of  # noqa: E402
+from support.checked import open_router_file, tensor_of  # noqa: E402
 from support.cli import parse_layers  # noqa: E402
 from weights import InputError  # noqa: E402
 
@@ -39,15 +40,14 @@ def attach_routers(model, path, capacity=None, prompt=None):
     if meta["gate"] not in GATES:
         raise InputError(f"{path}: its gate, {meta['gate']!r}, is not one of {', '.join(GATES)}")
     for ours, theirs in SIZES.items():
-        wanted, size = json_of(meta["model"], dict, path).get(ours), getattr(model.config, theirs)
+        wanted, size = json.loads(meta["model"]).get(ours), getattr(model.config, theirs, None)
         if wanted != size:
             raise InputError(f"{path}: these routers are for a model whose {theirs} is {wanted}, not {size}")
     part, scope = meta["granularity"].split("_")
     threshold = float(meta["threshold"])
     if capacity is not None:
-        threshold = threshold_for(capacity, json_of(meta["calibration"], list, path), path)
-    generation = Generation()
-    handles = [model.model.register_forward_pre_hook(generation.begin, with_kwargs=True)]
+        threshold = threshold_for(capacity, json.loads(meta["calibration"]), path)
+    generation, hooks = Generation(scope), []
     for i in parse_layers(meta["layers"], model.config.num_hidden_layers):
         layer = model.model.layers[i]
         router = GATES[meta["gate"]](model.config.hidden_size, scope, meta["pool"])
@@ -56,18 +56,24 @@ def attach_routers(model, path, capacity=None, prompt=None):
                              " these hooks do not; load the model with model.py instead")
         for name, parameter in router.named_parameters():
             parameter.data.copy_(tensor_of(file, f"layers.{i}.{name}", parameter.shape, path))
-        gate = Gate(router.to(layer.self_attn.q_proj.weight.device), threshold, prompt, generation)
+        gate = Gate(router.to(next(layer.parameters()).device), threshold, prompt, generation)
         sublayer = {"attn": layer.self_attn, "mlp": layer.mlp, "block": layer}[part]
-        hook = gate.close_block if part == "block" else gate.close
-        handles.append(sublayer.register_forward_hook(hook, with_kwargs=True))
-    return handles
+        hooks.append((sublayer, gate.close_block if part == "block" else gate.close))
+    handles = [model.model.register_forward_pre_hook(generation.begin, with_kwargs=True)]
+    return handles + [sublayer.register_forward_hook(hook, with_kwargs=True) for sublayer, hook in hooks]
 
 
 class Generation:
     """Whether a pass goes on with a text, whose gates of sequences are decided."""
-    goes_on = False
+
+    def __init__(self, scope):
+        self.scope, self.goes_on = scope, False
 
     def begin(self, model, args, kwargs):
+        mask = kwargs.get("attention_mask")
+        if self.scope == "sequence" and mask is not None and not bool((mask != 0).all()):
+            raise InputError("a gate of sequences reads all tokens of a row, padding too; give it rows of one"
+                             " length")
         cache = kwargs.get("past_key_values")
         self.goes_on = cache is not None and cache.get_seq_length() > 0
 
@@ -114,7 +120,11 @@ def main():
     if len(sys.argv) != 4:
         sys.exit("in_transformers.py: give a model, a router file and a text")
     name, path, text = sys.argv[1:]
-    tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
+    try:
+        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
+    except (OSError, ValueError) as e:
+        reason = str(e).strip().split("\n")[0]
+        sys.exit(f"in_transformers.py: {name}: transformers cannot load it ({reason})")
     ids = tokenizer(text, return_tensors="pt")
     for title in "dense", "routed":
         out = model.generate(**ids, max_new_tokens=40, do_sample=False)

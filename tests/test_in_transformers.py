@@ -12,7 +12,7 @@ from router import GRANULARITIES, add_routers, capacity, load_routers, save_rout
 from weights import InputError
 
 
-@pytest.mark.parametrize("family", ["grouped queries", "Qwen3"])
+@pytest.mark.parametrize("family", ["grouped queries", "Qwen3", "Phi-3"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_logits_and_tokens_equal_ours(granularity, family, tmp_path):
     write_tiny(tmp_path, family)
@@ -44,17 +44,27 @@ def test_what_cannot_be_attached(tiny, router_file, tmp_path):
         in_transformers.attach_routers(theirs, tmp_path / "open.safetensors")
     with pytest.raises(InputError, match="not calibrated"):
         in_transformers.attach_routers(theirs, router_file("attn_token"), capacity=0.5)
+    handles = in_transformers.attach_routers(theirs, router_file("attn_sequence"))
+    idx, mask = torch.randint(3, 320, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    theirs(idx, attention_mask=mask)
+    mask[0, :3] = 0
+    with pytest.raises(InputError, match="padding"):
+        theirs(idx, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
     theirs.config.num_hidden_layers = 3
     with pytest.raises(InputError, match="num_hidden_layers is 4, not 3"):
         in_transformers.attach_routers(theirs, router_file("attn_token"))
 
 
-def test_the_script(tiny, router_file, monkeypatch, capsys):
+def test_the_script(tiny, router_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["in_transformers.py", str(tiny), str(router_file("attn_token")), "fox"])
     in_transformers.main()
     said = capsys.readouterr().out
     assert said.startswith("dense: ") and "\nrouted: " in said
-    monkeypatch.setattr(sys, "argv", ["in_transformers.py", str(tiny), "none.safetensors", "fox"])
-    with pytest.raises(SystemExit) as e:
-        in_transformers.main()
-    assert is_one_sentence(str(e.value)) and "none.safetensors" in str(e.value)
+    for model, routers, named in ((tiny, "none.safetensors", "none.safetensors"),
+                                  (tmp_path / "none", router_file("attn_token"), "none")):
+        monkeypatch.setattr(sys, "argv", ["in_transformers.py", str(model), str(routers), "fox"])
+        with pytest.raises(SystemExit) as e:
+            in_transformers.main()
+        assert is_one_sentence(str(e.value)) and named in str(e.value)
