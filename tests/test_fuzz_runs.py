@@ -19,7 +19,7 @@ import sample
 import train_router
 from model import Llama
 from router import add_routers, load_routers, save_routers
-from support import plot, run
+from support import measurements, plot, run
 from support.tasks import QUESTIONS, TASKS, read_task, rows_of
 from weights import InputError
 
@@ -181,7 +181,7 @@ def test_pictures(tmp_path):
     rng, drawn, path = random.Random(3), 0, tmp_path / "x.json"
     steps = [{"step": i, "loss": 1.0 / (i + 1), "capacity": 0.9, "target": 0.8} for i in range(4)]
     scores = SCORES | {"dense": SCORES | {"keep": {}}, "static 2": SCORES, "static 4": SCORES,
-                       "routers": {"granularity": "attn_token", "kv": "all"}}
+                       "routers": {"granularity": "attn_token", "kv": "all", "file": "r", "hash": "1"}}
     for i in range(N):
         rows = (steps, [scores], [BENCH])[i % 3]
         text = "".join(json.dumps(row) + "\n" for row in [*rows[:-1], mutated(rng, rows[-1])])
@@ -189,9 +189,9 @@ def test_pictures(tmp_path):
         path.write_bytes(damaged(rng, data) if i % 5 == 0 else data)
 
         def work(to_the_end=drawn % 8 == 0):
-            value = plot.read(path)
+            value = measurements.read(path)
             if "rows" in value:
-                return [*plot.equal_harm(plot.tradeoffs([scores], [value]))]
+                return [*measurements.equal_kl_table(measurements.tradeoffs([scores], [value]))]
             draws = [plot.kl, plot.accuracy, plot.keep] if isinstance(value, dict) else [plot.curves]
             for draw in draws:
                 figure = plot.new_figure(4)

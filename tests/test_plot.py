@@ -5,7 +5,7 @@ import pytest
 from conftest import is_one_sentence
 
 import eval as evaluation
-from support import plot
+from support import measurements, plot
 from support.data import DEFAULT_DATA
 from support.tasks import QUESTIONS
 
@@ -37,6 +37,7 @@ def test_plot_refuses(text, call, tmp_path):
         assert status == 1 and is_one_sentence(said) and name in said
 
 
+ROUTERS = {"granularity": "attn_token", "kv": "all", "file": "out/a/r.safetensors", "hash": "1"}
 STEP = {"step": 0, "loss": 1.0, "capacity": 0.9, "target": 0.8}
 SCORES = {"tasks": {"piqa": {"acc": 0.5, "acc_norm": 0.5}}, "capacity": 0.7, "keep": {"piqa": {"0": 0.5}},
           "text": {"file": "x", "capacity": 0.7, "kl": 0.1}}
@@ -57,8 +58,8 @@ def test_speedup_at_equal_harm(call, tmp_path):
     """KL at the capacities that were timed, and the speedup at a KL, by hand; a second setting and text."""
     scores = evaluated(0.7, 0.3) | {"dense": evaluated(1.0, 0.0), "routed 0.5": evaluated(0.5, 0.7),
                                     "static": evaluated(0.75, 0.5),
-                                    "routers": {"granularity": "attn_token", "kv": "all"}}
-    points = plot.tradeoffs([scores], [BENCH])["c4/x.jsonl"]
+                                    "routers": ROUTERS}
+    points = measurements.tradeoffs([scores], [BENCH])["c4/x.jsonl"]
     dots = points["prefill", 1, 64]
     assert dots["attn_token"] == [(1.1, pytest.approx(0.2)), (1.2, pytest.approx(0.5))]
     assert dots["static"] == [(1.15, pytest.approx(0.5))]
@@ -68,8 +69,23 @@ def test_speedup_at_equal_harm(call, tmp_path):
     table = {float(line.split()[-3]): line.split()[-2:] for line in said.splitlines() if "batch 1" in line}
     assert status == 0 and table == {0.1: ["-", "-"], 0.2: ["1.100", "-"], 0.4: ["1.167", "-"]}
     assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
-    other = scores | {"routers": {"granularity": "attn_token", "kv": "open"}}
-    assert plot.harms([other])["c4/x.jsonl"].keys() == {"attn_token, kv open", "static"}
+
+
+def test_router_files_are_told_apart():
+    """By the kind of their gates; by their names too, where several have the same kind."""
+    file = {"tuned": ROUTERS, "again": ROUTERS | {"file": "out/b/r.safetensors", "hash": "2"},
+            "open": ROUTERS | {"kv": "open", "hash": "3"}}
+    scores = {name: evaluated(0.7, 0.3) | {"dense": evaluated(1.0, 0.0), "routers": routers}
+              for name, routers in file.items()}
+    benches = [BENCH | {"machine": {"kv": "all", "routers": routers}} for routers in file.values()]
+
+    def names(*chosen):
+        evaluations = [scores[name] for name in chosen]
+        [text] = measurements.tradeoffs(evaluations, benches[:len(chosen)]).values()
+        return set(text["prefill", 1, 64])
+    assert names("tuned") == {"attn_token"}
+    assert names("tuned", "again") == {"attn_token, a/r.safetensors", "attn_token, b/r.safetensors"}
+    assert names("tuned", "again", "open") == names("tuned", "again") | {"attn_token, kv open"}
 
 
 @pytest.mark.parametrize("value, named", [
@@ -77,6 +93,7 @@ def test_speedup_at_equal_harm(call, tmp_path):
     (BENCH | {"rows": [ROW | {"speedup": None}]}, "'speedup'"),
     (BENCH | {"rows": [ROW | {"granularity": None}]}, "'granularity'"),
     (SCORES | {"routers": {"kv": "all"}}, "'granularity'"), (SCORES | {"static 3": 1}, "object"),
+    (BENCH | {"machine": {"kv": "all", "routers": {"granularity": "attn_token", "kv": "all"}}}, "'file'"),
     (STEP | {"loss": "1.0"}, "'loss'"), (STEP | {"loss": None}, "'loss'"),
     (STEP | {"loss": float("nan")}, "'loss'"),
     (STEP | {"capacity": 2}, "'capacity'"), (STEP | {"step": True}, "'step'"),
