@@ -2,7 +2,7 @@
 
 Notable:
 - every sublayer (Attention, MLP, and the Block of one after the other) maps the residual stream to the
-  residual stream, x -> x + f(norm(x)), and has the same signature: forward(x, ctx)
+  residual stream, x -> x + f(norm(x)), and has the same signature: forward(x, ctx, h=None), h = norm(x)
 - what all layers of one forward pass share, such as rotary angles and the cache, travels in a Context
 - rows of a batch may have different lengths: they are padded on the right, where causal attention never looks
 - grouped-query attention, Llama 3.1's rope scaling, Mistral's sliding window, Qwen2's bias on q, k and v,
@@ -115,6 +115,7 @@ class Cache:
         self.max_tokens = max_tokens                 # per row
         self.k = [None] * config.n_layer             # (B, K, max_tokens, D) each
         self.v = [None] * config.n_layer
+        self.routing = {}                            # what skipping.py has to know of earlier tokens
 
     def store(self, layer, k, v, ctx):
         """Store this pass's keys and values (B, K, T, D); returns all to attend to, (B, K, S, D)."""
@@ -193,11 +194,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.o = Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
-    def forward(self, x, ctx):
-        return x + self.update(self.norm(x), ctx)
-
-    def update(self, h, ctx):
-        """What attention adds to the residual stream, (B, T, C), from h = norm(x)."""
+    def forward(self, x, ctx, h=None):
+        """(B, T, C) to (B, T, C); h: norm(x), where it is there already."""
+        h = self.norm(x) if h is None else h
         y = split_heads(self.qkv(h), self.head_dim)                           # (B, H + 2K, T, D)
         qk, v = y[:, :-self.n_kv_head], y[:, -self.n_kv_head:]
         if self.q_norm:
@@ -209,7 +208,7 @@ class Attention(nn.Module):
         if ctx.cache is not None:
             k, v = ctx.cache.store(self.layer, k, v, ctx)                     # (B, K, S, D)
         y = attention(q, k, v, ctx.mask, causal=ctx.mask is None and not ctx.decoding)
-        return self.o(merge_heads(y))                                         # (B, T, C)
+        return self.o(merge_heads(y), plus=x)                                 # (B, T, C)
 
 
 def split_heads(y, head_dim):
@@ -229,13 +228,11 @@ class MLP(nn.Module):
         self.gate_up = Linear(config.n_embd, 2 * config.intermediate, bias=False)
         self.down = Linear(config.intermediate, config.n_embd, bias=False)
 
-    def forward(self, x, ctx=None):
-        return x + self.update(self.norm(x))
-
-    def update(self, h, ctx=None):
-        """What the MLP adds to the residual stream, (..., C), from h = norm(x)."""
+    def forward(self, x, ctx=None, h=None):
+        """(..., C) to (..., C); h: norm(x), where it is there already."""
+        h = self.norm(x) if h is None else h
         gate, up = self.gate_up(h).chunk(2, -1)                               # (..., intermediate) each
-        return self.down(recomputed(swiglu, gate, up))
+        return self.down(recomputed(swiglu, gate, up), plus=x)
 
 
 @fused
@@ -251,8 +248,9 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, ctx):
-        return self.mlp(self.attn(x, ctx), ctx)
+    def forward(self, x, ctx, h=None):
+        """h: the attention's norm(x), where it is there already."""
+        return self.mlp(self.attn(x, ctx, h), ctx)
 
 
 def run_layers(layers, x, ctx):
@@ -310,6 +308,10 @@ class Llama(nn.Module):
         cos, sin = self.angles_of(slice(0, T), T)
         return Context(cos=cos, sin=sin, lengths=lengths, host_lengths=lengths.tolist(), mask=mask,
                        prompt_lengths=prompt_lengths, longest_prompt=int(prompt_lengths.max()), cache=cache)
+
+    def step(self, token, ctx):
+        """The residual stream (B, C) of one more token per row, token (B,)."""
+        return run_layers(self.layers, self.embed(token[:, None]), ctx)[:, 0]
 
     def step_context(self, cache, positions, device):
         """The Context of a step that continues `cache` by one token per row, at `positions` (a list)."""

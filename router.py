@@ -120,14 +120,14 @@ class MindSkip(nn.Module):
             return None
         return self.sublayer.attn if self.part == "block" else self.sublayer
 
-    def forward(self, x, ctx):
+    def forward(self, x, ctx, h=None):
         if self.bypass:
-            return self.sublayer(x, ctx)
+            return self.sublayer(x, ctx, h)
         if ctx.captured:
             return run_captured(self, x, ctx)
         if ctx.decoding and self.scope == "sequence":
             return run_rows(self, x, ctx, open_rows(ctx.cache)[self])    # as the prompt decided
-        h = self.norm(x)
+        h = self.norm(x) if h is None else h
         score = recomputed(self.score, h, ctx)                           # (B,), or (B, T) at token level
         is_open = score >= self.threshold
         if self.trace is not None:
@@ -156,10 +156,10 @@ class MindSkip(nn.Module):
     def count(self, n_open, ctx, gates=None):
         """Note how many of this pass's gates are open, padding excluded: in training their sum and each of
         them, with their gradient."""
-        n_seen = sum(ctx.host_lengths) if self.scope == "token" else len(ctx.lengths)
+        n_seen = sum(ctx.host_lengths) if self.scope == "token" else len(ctx.host_lengths)
         if ctx.decoding:
             n_open, n_seen = self.opened + n_open, self.seen + n_seen
-        self.opened, self.seen, self.gates = n_open, n_seen, gates
+        vars(self).update(opened=n_open, seen=n_seen, gates=gates)       # nn.Module's own way takes 15 us
 
     def run_gated(self, x, ctx, h, score, is_open):
         """Training: x + g * f(h), everything computed, since dL/dg is the product of f(h) and dL/dy."""
@@ -174,16 +174,11 @@ class MindSkip(nn.Module):
         else:
             self.count(gate.sum(), ctx, gate)
             gate = gate[:, None, None]                                   # (B, 1, 1)
-        y = self.run(x, ctx, h)
+        y = self.sublayer(x, ctx, h)
         if self.merges:
             return self.router.merge(self, x, y, score, is_open)
         return torch.lerp(x, y, gate.to(x.dtype))                        # exactly y where g = 1
 
-    def run(self, x, ctx, h):
-        """sublayer(x, ctx), given h = norm(x)."""
-        if self.part == "block":
-            return self.sublayer.mlp(x + self.attn.update(h, ctx))
-        return x + self.sublayer.update(h, ctx)
 
 # --------------------------------------------------------------------------------------------- a routed model
 def mindskips(model):
@@ -223,6 +218,12 @@ def trace(model):
             if outer[i] is not None:
                 outer[i] += skip.trace
             skip.trace = outer[i]
+
+
+def decisions_on(decisions, tokens):
+    """All decisions (n,) that `trace` kept of one pass: at token level those on `tokens`, a mask (B, T)."""
+    layers = [layer for (layer,) in decisions.values()]                       # (B,) or (B, T) each
+    return torch.cat([layer[tokens] if layer.dim() == 2 else layer for layer in layers])
 
 
 def place(model, layer, part, module):
@@ -270,7 +271,7 @@ def overall_capacity(shares, n_layer):
 
 
 def routed_share(capacity, n_routed, n_layer):
-    """The inverse: the share of open gates that gives an overall capacity."""
+    """The share of n_routed gates that is open where overall capacity is `capacity`."""
     return 1 - (1 - capacity) * n_layer / n_routed
 
 
@@ -340,14 +341,15 @@ def load_routers(model, path, capacity=None):
     if json.loads(meta["model"]) != shape_of(model):
         raise InputError(f"{path}: these routers are for a model of another shape, {meta['model']}; this one"
                          f" has {json.dumps(shape_of(model))}")
+    threshold = float(meta["threshold"])
+    if capacity is not None:
+        threshold = threshold_for(capacity, json.loads(meta["calibration"]), path)
     try:
-        add_routers(model, meta["granularity"], meta["layers"], float(meta["threshold"]), meta["pool"],
-                    meta["gate"], meta["kv"])
+        add_routers(model, meta["granularity"], meta["layers"], threshold, meta["pool"], meta["gate"],
+                    meta["kv"])
     except InputError as e:
         raise InputError(f"{path}: {e}") from None
     for i, skip in mindskips(model).items():
         for name, parameter in skip.router.named_parameters():
             parameter.data.copy_(tensor_of(file, f"layers.{i}.{name}", parameter.shape, path))
-        if capacity is not None:
-            skip.threshold = threshold_for(capacity, json.loads(meta["calibration"]), path)
     return meta

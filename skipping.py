@@ -2,6 +2,7 @@
 
     run_rows      one gate per sequence: closed rows compute nothing and store nothing
     run_tokens    one gate per token, kv="all": closed tokens have a key and a value, and nothing else
+    run_step      the same, generating: with half of the rows open or more, attention is computed for all
     run_open_only one gate per token, kv="open": closed tokens take no part, as in Mixture of Depths. The open
                   ones of a row are a shorter sequence, whose tokens keep their positions in the text
     run_captured  a step of generation in a CUDA graph, which asks the host nothing
@@ -21,13 +22,14 @@ from support.attention import additive_mask, attention, attention_of_some
 from support.cuda import fused, is_asynchronous, only_for, to_device, to_host
 
 WAITING = 32        # steps of generation whose keys and values may wait
+MOSTLY_OPEN = 0.5   # open share of a step's rows from which all are computed: weights are read once for all
 GROWTH = 64         # columns by which a cache of open tokens grows
 
 
 # ----------------------------------------------------------------------------------------- gates of sequences
 def open_rows(cache):
     """{MindSkip: indices of the rows whose prompt opened its gate}, carried by a generation's cache."""
-    return vars(cache).setdefault("open_rows", {})
+    return cache.routing.setdefault("open_rows", {})
 
 
 def run_rows(skip, x, ctx, rows, h=None):
@@ -36,71 +38,82 @@ def run_rows(skip, x, ctx, rows, h=None):
         return x
     h = skip.norm(x) if h is None else h
     if len(rows) == len(x):
-        return skip.run(x, ctx, h)
-    return x.index_copy(0, rows, skip.run(x[rows], select_rows(ctx, rows), h[rows]))
+        return skip.sublayer(x, ctx, h)
+    return x.index_copy(0, rows, skip.sublayer(x[rows], select_rows(ctx, rows), h[rows]))
 
 
 def select_rows(ctx, rows):
-    """The Context of some rows of the batch, given by their indices (n,), as a sublayer reads it: what the
-    host knows of lengths stays that of all rows."""
+    """The Context of some rows of the batch, given by their indices (n,), as a sublayer reads it."""
     def select(t):
         # (B,), (B, 1, T, D) or (B, 1, T, S); a first dimension of 1 is of all rows, (T, D) has none
         has_rows = t is not None and t.dim() in (1, 4) and len(t) > 1
         return t[rows] if has_rows else t
-    names = "cos", "sin", "mask", "lengths", "prompt_lengths", "positions"     # the tensors that are per row
+    names = "cos", "sin", "mask", "positions"                # of what is per row, what a sublayer reads
     return replace(ctx, **{name: select(getattr(ctx, name)) for name in names})
 
 
 # ------------------------------------------------------------------------ gates of tokens, keys of all tokens
 def run_tokens(skip, x, ctx, h, is_open):
     """The sublayer on the open tokens only, is_open (B, T); keys and values are computed of all."""
-    attn, keys, decided = skip.attn, None, to_host(is_open)
-    if attn and is_asynchronous(x) and not ctx.decoding:
-        keys = keys_values(attn, h, ctx)                                 # while the host waits for decisions
-    columns = open_columns(decided(), ctx)
+    if ctx.decoding:
+        return run_step(skip, x, ctx, h, is_open)
+    attn, kv, decided = skip.attn, None, to_host(is_open)
+    if attn and is_asynchronous(x):
+        kv = keys_values(attn, h, ctx)                                 # while the host waits for decisions
+    columns = open_columns(decided(), ctx.host_lengths)
     n_open = sum(map(len, columns))
-    all_open = n_open == sum(ctx.host_lengths)
     skip.count(n_open, ctx)
-    waiting = waiting_steps(skip, ctx) if attn and ctx.decoding else []
-    if attn and ctx.decoding and n_open == 0:
+    if n_open == sum(ctx.host_lengths):
+        return run_with_keys(skip, x, ctx, query_heads(attn, h), *kv) if kv else skip.sublayer(x, ctx, h)
+    if attn and not kv:
+        kv = keys_values(attn, h, ctx)
+    return run_gathered(skip, x, ctx, h, columns, kv) if n_open else x
+
+
+def open_columns(decided, lengths):
+    """[each row's open columns], from decisions (B, T) on the host, padding excluded."""
+    return [row[:n].nonzero().squeeze(1) for row, n in zip(decided, lengths)]
+
+
+def run_step(skip, x, ctx, h, is_open):
+    """The same in a step of generation, one token per row, is_open (B, 1)."""
+    decided, attn = to_host(is_open)().squeeze(1), skip.attn             # (B,) on the host
+    n_open, n_rows = sum(decided.tolist()), len(ctx.host_lengths)
+    skip.count(n_open, ctx)
+    if not attn:
+        return run_rows(skip, x, ctx, to_device(decided.nonzero().squeeze(1), x.device), h)
+    waiting = waiting_steps(skip, ctx)
+    if n_open == 0:
         waiting.append((h, ctx))
         if len(waiting) == WAITING:
             store_waiting(attn, waiting)
         return x
-    if all_open and waiting:
-        return run_with_waiting(skip, x, ctx, h, waiting)
-    if all_open and keys:
-        return run_with_keys(skip, x, ctx, query_heads(attn, h), *keys)
-    if all_open:
-        return skip.run(x, ctx, h)
+    if n_open >= MOSTLY_OPEN * n_rows:
+        y = run_with_waiting(skip, x, ctx, h, waiting) if waiting else skip.sublayer(x, ctx, h)
+        return y if n_open == n_rows else torch.where(is_open[..., None], y, x)
     if waiting:
         store_waiting(attn, waiting)
-    if attn and not keys:
-        keys = keys_values(attn, h, ctx)
-    if n_open == 0:
-        return x
+    columns = open_columns(decided[:, None], ctx.host_lengths)
+    return run_gathered(skip, x, ctx, h, columns, keys_values(attn, h, ctx))
 
-    T = x.shape[1]
+
+def run_gathered(skip, x, ctx, h, columns, kv):
+    """The sublayer on gathered tokens: columns, a list with each row's, on the host; kv: see keys_values,
+    None for an MLP."""
+    T, attn = x.shape[1], skip.attn
     at = torch.cat([row * T + row_columns for row, row_columns in enumerate(columns)])
     at = to_device(at, x.device)
     open_x = x.flatten(0, 1).index_select(0, at)                         # (N, C), row after row
     open_h = h.flatten(0, 1).index_select(0, at)
     if attn:
         q = queries(attn, open_h, ctx, at)                               # (H, N, D)
-        y = attention_of_some(q[None], *keys, columns, at, T, ctx.mask)[0]
-        open_x = open_x + attn.o(merge_heads(y))
+        y = attention_of_some(q[None], *kv, columns, at, T, ctx.mask)[0]
+        open_x = attn.o(merge_heads(y), plus=open_x)
     else:
-        open_x = open_x + skip.sublayer.update(open_h)
+        open_x = skip.sublayer(open_x, ctx, open_h)
     if skip.part == "block":
         open_x = skip.sublayer.mlp(open_x)
     return x.flatten(0, 1).index_copy(0, at, open_x).view_as(x)
-
-
-def open_columns(is_open, ctx):
-    """[each row's open columns], from is_open (B, T), padding excluded, all on the host."""
-    if ctx.decoding and not bool(is_open.any()):
-        return [()] * len(is_open)
-    return [row[:n].nonzero().squeeze(1) for row, n in zip(is_open, ctx.host_lengths)]
 
 
 def keys_values(attn, h, ctx):
@@ -145,7 +158,7 @@ def rotate_some(q, cos, sin, at):
 # computed in one product, with those of the next step that has open tokens, or when there are WAITING.
 def waiting_steps(skip, ctx):
     """[(h, ctx) of each step that waits], carried by a generation's cache."""
-    return vars(ctx.cache).setdefault("waiting", defaultdict(list))[skip]
+    return ctx.cache.routing.setdefault("waiting", defaultdict(list))[skip]
 
 
 def joined(steps):
@@ -165,7 +178,7 @@ def store_waiting(attn, waiting):
 
 
 def run_with_waiting(skip, x, ctx, h, waiting):
-    """A step in which every row is open, and the keys and values that wait, in one product."""
+    """A step that computes every row, and the keys and values that wait, in one product."""
     attn = skip.attn
     all_h, all_ctx = joined([*waiting, (h, ctx)])
     waiting.clear()
@@ -182,7 +195,7 @@ def run_with_keys(skip, x, ctx, q, k, v):
     if attn.rotates:
         q = rotate(q, ctx.cos, ctx.sin)
     y = attention(q, k, v, ctx.mask, causal=ctx.mask is None and not ctx.decoding)      # (B, H, T, D)
-    x = x + attn.o(merge_heads(y))
+    x = attn.o(merge_heads(y), plus=x)
     return skip.sublayer.mlp(x) if skip.part == "block" else x
 
 
@@ -190,29 +203,29 @@ def run_with_keys(skip, x, ctx, q, k, v):
 def run_captured(skip, x, ctx):
     """The sublayer in a step that support/graph.py captures: the same kernels whatever is open. They read the
     decision, is_open (B,), on the device: attention reads no key of a closed row, and with one row products
-    read no weight either. What else is computed in vain is small."""
-    attn, h, keys = skip.attn, skip.norm(x), None
+    read no weight either. With several rows products are computed for all."""
+    attn, h, kv = skip.attn, skip.norm(x), None
     if skip.scope == "sequence":
-        is_open = ctx.cache.is_open[skip]                                # as the prompt decided
+        is_open = ctx.cache.routing["is_open"][skip]                                # as the prompt decided
     else:
         is_open = skip.score(h, ctx).squeeze(1) >= skip.threshold
-        ctx.cache.decisions[skip] = is_open
+        ctx.cache.routing["decisions"][skip] = is_open
         if skip.kv == "open":
             ctx = next_slot(skip, ctx, is_open)
         elif attn:
-            keys = keys_values(attn, h, ctx)
+            kv = keys_values(attn, h, ctx)
     with only_for(is_open):
-        if keys:
-            y = run_with_keys(skip, x, ctx, query_heads(attn, h), *keys)
+        if kv:
+            y = run_with_keys(skip, x, ctx, query_heads(attn, h), *kv)
         else:
-            y = skip.run(x, ctx, h)
+            y = skip.sublayer(x, ctx, h)
     return torch.where(is_open[:, None, None], y, x)
 
 
 def next_slot(skip, ctx, is_open):
     """The Context of a captured step with kv="open": a row writes its key and value where its next open token
     belongs, at n_open[b], and sees those before. If it is closed, the next open one overwrites them."""
-    n_open = ctx.cache.n_open[skip]                                      # (B,), before this step
+    n_open = ctx.cache.routing["n_open"][skip]                                      # (B,), before this step
     slots = n_open.clone()
     n_open += is_open
     visible = torch.arange(ctx.end, device=slots.device) <= slots[:, None, None, None]
@@ -228,7 +241,7 @@ def run_open_only(skip, x, ctx, h, is_open):
         if len(rows) == 0:
             return x
         step = open_keys(ctx.cache)[skip].step(rows, select_rows(ctx, rows))
-        return x.index_copy(0, rows, skip.run(x[rows], step, h[rows]))
+        return x.index_copy(0, rows, skip.sublayer(x[rows], step, h[rows]))
 
     is_open = is_open & (torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None])
     n = is_open.sum(1)                                                   # (B,)
@@ -241,15 +254,14 @@ def run_open_only(skip, x, ctx, h, is_open):
     if mask is not None:                                                 # (1, 1, T, T): a window
         mask = mask[0, 0][columns[:, :, None], columns[:, None]].masked_fill(~is_real[:, None], -math.inf)
         mask = mask[:, None]                                             # (B, 1, N, N)
-    shorter = replace(ctx, cos=ctx.cos[columns][:, None], sin=ctx.sin[columns][:, None], lengths=n,
-                      host_lengths=host_n, mask=mask)
+    shorter = replace(ctx, cos=ctx.cos[columns][:, None], sin=ctx.sin[columns][:, None], mask=mask)
     if ctx.cache is not None:
         shorter.cache = open_keys(ctx.cache)[skip] = OpenKeys(ctx.cache, skip.attn, columns, host_n)
     if not any(host_n):
         return x
     at = columns[..., None].expand(-1, -1, x.shape[2])                   # (B, N, C)
     open_x = x.gather(1, at)
-    y = skip.run(open_x, shorter, h.gather(1, at))
+    y = skip.sublayer(open_x, shorter, h.gather(1, at))
     return x.scatter(1, at, torch.where(is_real[..., None], y, open_x))
 
 
@@ -264,7 +276,7 @@ def mask_closed_keys(ctx, gate, dtype):
 
 def open_keys(cache):
     """{MindSkip: its OpenKeys}, carried by a generation's cache."""
-    return vars(cache).setdefault("open_keys", {})
+    return cache.routing.setdefault("open_keys", {})
 
 
 class OpenKeys:

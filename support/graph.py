@@ -3,8 +3,7 @@
     with stepper(model, cache, rows) as step:
         x = step(token, positions)       # token (B,), positions: a list; the residual stream (B, C)
 
-Plain form: run_layers(model.layers, model.embed(token[:, None]), model.step_context(cache, positions,
-device)).
+Plain form: model.step(token, model.step_context(cache, positions, device)).
 """
 import weakref
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 from support.cuda import choices, triton_module
 from support.kernels import packed_weights
 
-KEPT_GRAPHS = 4                                     # per model
+KEPT_GRAPHS, KEPT_BYTES = 4, 2**32                  # per model, and of their caches
 COLUMNS = 256                                       # of a cache, a multiple: one graph for many prompts
 graphs_of = weakref.WeakKeyDictionary()             # {model: {key: Replay}}, the latest last
 
@@ -25,15 +24,7 @@ def release(model):
     graphs_of.pop(model, None)
 
 
-def eager_step(model, token, ctx):
-    """The residual stream (B, C) of one token per row."""
-    x = model.embed(token[:, None])
-    for layer in model.layers:
-        x = layer(x, ctx)
-    return x[:, 0]
-
-
-def gates(model):
+def active_skips(model):
     """The MindSkips of a model, but for those that are bypassed."""
     return [module for module in model.modules() if hasattr(module, "bypass") and not module.bypass]
 
@@ -42,16 +33,16 @@ def can_replay(model):
     """Whether a step of generation can be captured, on CUDA, and is worth it."""
     if model.embed.weight.device.type != "cuda" or not choices["triton"]:
         return False
-    return all(can_capture(gate, model.config.sliding_window) for gate in gates(model))
+    return all(can_capture(skip, model.config.sliding_window) for skip in active_skips(model))
 
 
-def can_capture(gate, window):
+def can_capture(skip, window):
     """`trace` copies decisions to the host; an override may read what only the host knows, unless it says so;
     `merge` may gather tokens; a window is of positions, and with kv="open" columns are not positions; and
     without Triton a closed gate would save nothing."""
-    on_device = gate.override is None or getattr(gate.override, "on_device", False)
-    on_device = on_device and gate.trace is None and not gate.merges
-    return on_device and (gate.kv == "all" or not window) and triton_module()
+    on_device = skip.override is None or getattr(skip.override, "on_device", False)
+    on_device = on_device and skip.trace is None and not skip.merges
+    return on_device and (skip.kv == "all" or not window) and triton_module()
 
 
 @contextmanager
@@ -61,17 +52,17 @@ def stepper(model, cache, rows):
     if not can_replay(model):
         with packed_weights(model, rows):
             def step(token, positions):
-                return eager_step(model, token, model.step_context(cache, positions, device))
+                return model.step(token, model.step_context(cache, positions, device))
             yield step
         return
     columns = min(-(-cache.max_tokens // COLUMNS) * COLUMNS, model.config.max_context)
     model.make_angles(columns)
-    settings = tuple((gate, gate.threshold, gate.override) for gate in gates(model))
+    settings = tuple((skip, skip.threshold, skip.override) for skip in active_skips(model))
     addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.angles))
     key = (addresses, rows, columns, settings)                  # all that a captured step depends on
     graphs = graphs_of.setdefault(model, {})
     replay = graphs.pop(key, None)
-    while len(graphs) >= KEPT_GRAPHS:
+    while len(graphs) >= KEPT_GRAPHS or sum(kept.cache.bytes() for kept in graphs.values()) > KEPT_BYTES:
         del graphs[next(iter(graphs))]
     replay = graphs[key] = replay or Replay(model, type(cache), rows, columns)
     replay.begin(cache)
@@ -98,19 +89,20 @@ class Replay:
         for memory in self.cache.k, self.cache.v:
             for layer in range(config.n_layer):
                 memory[layer] = weight.new_zeros(rows, config.n_kv_head, columns, config.head_dim)
-        self.gates = gates(model)
-        self.cache.is_open = {gate: self.token.bool() for gate in self.gates if gate.scope == "sequence"}
-        self.cache.n_open = {gate: self.token.clone() for gate in self.gates if gate.kv == "open"}
-        self.cache.decisions = {}                               # token level: {MindSkip: (rows,)} of the step
-        self.opened = torch.zeros(len(self.gates), dtype=torch.int64, device=weight.device)
-        self.x, self.replay = self.capture()
+        self.skips = active_skips(model)
+        self.is_open = {skip: self.token.bool() for skip in self.skips if skip.scope == "sequence"}
+        self.n_open = {skip: self.token.clone() for skip in self.skips if skip.kv == "open"}
+        self.decisions = {}                                     # token level: {MindSkip: (rows,)} of the step
+        self.cache.routing = {"is_open": self.is_open, "n_open": self.n_open, "decisions": self.decisions}
+        self.opened = torch.zeros(len(self.skips), dtype=torch.int64, device=weight.device)
+        self.x, self.launch = self.capture()
 
     def step(self):
         ctx = self.model.ragged_context(self.cache, self.positions, self.cache.max_tokens)
-        x = eager_step(self.model, self.token, replace(ctx, captured=True))
+        x = self.model.step(self.token, replace(ctx, captured=True))
         self.positions += 1
-        if self.cache.decisions:
-            self.opened += torch.stack(list(self.cache.decisions.values())).sum(1)
+        if self.decisions:
+            self.opened += torch.stack(list(self.decisions.values())).sum(1)
         return x
 
     def capture(self):
@@ -127,8 +119,8 @@ class Replay:
 
     def begin(self, cache):
         """Take over a prompt's keys, values and decisions; its cache holds this one's memory from then on."""
-        open_rows = getattr(cache, "open_rows", {})             # sequence level: {MindSkip: indices}
-        stored = {gate.attn.layer: rows for gate, rows in open_rows.items() if gate.attn}
+        open_rows = cache.routing.get("open_rows", {})          # sequence level: {MindSkip: indices}
+        stored = {skip.attn.layer: rows for skip, rows in open_rows.items() if skip.attn}
         for mine, theirs in (self.cache.k, cache.k), (self.cache.v, cache.v):
             for layer, memory in enumerate(theirs):
                 n = min(memory.shape[2], self.cache.max_tokens) if memory is not None else 0
@@ -137,10 +129,10 @@ class Replay:
                 elif n:
                     mine[layer][:, :, :n] = memory[:, :, :n]
                 theirs[layer] = mine[layer]
-        for gate, is_open in self.cache.is_open.items():
-            is_open.zero_().index_fill_(0, open_rows[gate], True)
-        for gate, n_open in self.cache.n_open.items():
-            n_open.copy_(torch.tensor(cache.open_keys[gate].n))
+        for skip, is_open in self.is_open.items():
+            is_open.zero_().index_fill_(0, open_rows[skip], True)
+        for skip, n_open in self.n_open.items():
+            n_open.copy_(torch.tensor(cache.routing["open_keys"][skip].n))
         self.opened.zero_()
         self.n_steps, self.next_positions = 0, None
 
@@ -150,12 +142,12 @@ class Replay:
             self.positions.copy_(torch.tensor(positions))
         self.next_positions = [position + 1 for position in positions]
         self.n_steps += 1
-        self.replay()
+        self.launch()
         return self.x
 
     def count(self):
-        """Tell the gates how many were open in this generation."""
-        if self.cache.decisions:
-            for gate, n_open in zip(self.gates, self.opened.tolist()):
-                gate.opened += n_open
-                gate.seen += self.n_steps * len(self.token)
+        """Tell the MindSkips how many were open in this generation."""
+        if self.decisions:
+            for skip, n_open in zip(self.skips, self.opened.tolist()):
+                skip.opened += n_open
+                skip.seen += self.n_steps * len(self.token)

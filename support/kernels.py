@@ -63,21 +63,23 @@ class Linear(nn.Linear):
     packed = None      # within packed_weights(): {outputs: that part of the weight as oneDNN lays it out}
     rows = 1           # of the inputs that it is laid out for
 
-    def forward(self, x, start=0, end=None):
-        """F.linear; start, end: only these outputs."""
+    def forward(self, x, start=0, end=None, plus=None):
+        """F.linear; start, end: only these outputs; plus: what is added to them."""
         weight, bias = self.weight, self.bias
         if (start, end) != (0, None):            # a slice of all would be a copy more in the backward pass
             weight = weight[start:end]
             bias = None if bias is None else bias[start:end]
         kernels = cuda.triton_kernels(x)
         if kernels and x.numel() == x.shape[-1]:                             # one token
-            return kernels.linear(x, weight, bias, cuda.choices["is_open"])
+            return kernels.linear(x, weight, bias, cuda.choices["is_open"], plus)
         if self.packed is None:
-            return linear(x, weight, bias)
-        if (start, end) not in self.packed:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.rows)
-            self.packed[start, end] = packed
-        return onednn_linear(x, self.packed[start, end], bias)
+            y = linear(x, weight, bias)
+        else:
+            if (start, end) not in self.packed:
+                packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.rows)
+                self.packed[start, end] = packed
+            y = onednn_linear(x, self.packed[start, end], bias)
+        return y if plus is None else plus + y
 
 
 def should_pack(n_bytes, device, dtype):

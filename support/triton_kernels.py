@@ -23,8 +23,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)         # exp(x) = 2^(x log2(e)), and 
 
 # -------------------------------------------------------------------------------------------------- products
 @triton.jit
-def linear_kernel(x, weight, bias, is_open, y, n_in, n_out, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
-                  ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def linear_kernel(x, weight, bias, is_open, plus, y, n_in, n_out, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
+                  ADDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = rows < n_out
     reads = 1
@@ -41,17 +41,20 @@ def linear_kernel(x, weight, bias, is_open, y, n_in, n_out, HAS_BIAS: tl.constex
     result = tl.sum(total, 1)
     if HAS_BIAS:
         result += tl.load(bias + rows, mask=is_row, other=0.0).to(tl.float32)
+    if ADDS:
+        result += tl.load(plus + rows, mask=is_row, other=0.0).to(tl.float32)
     tl.store(y + rows, result.to(y.dtype.element_ty), mask=is_row)
 
 
-def linear(x, weight, bias=None, is_open=None):
-    """F.linear of one token, x (..., in) of as many numbers. is_open (1,) bool: where it is False, no byte of
-    the weight is read, and the result is the bias."""
+def linear(x, weight, bias=None, is_open=None, plus=None):
+    """F.linear of one token, x (..., in) of as many numbers, + plus (..., out). is_open (1,) bool: where it
+    is False, no byte of the weight is read, and its product counts as 0."""
     x, (n_out, n_in), rows, columns = x.contiguous(), weight.shape, 8, 512
     y = x.new_empty(*x.shape[:-1], n_out)
     linear_kernel[(triton.cdiv(n_out, rows),)](
-        x, weight, weight if bias is None else bias, weight if is_open is None else is_open, y, n_in, n_out,
-        HAS_BIAS=bias is not None, GATED=is_open is not None, ROWS=rows, COLUMNS=columns, num_stages=2)
+        x, weight, weight if bias is None else bias, weight if is_open is None else is_open,
+        weight if plus is None else plus.contiguous(), y, n_in, n_out, HAS_BIAS=bias is not None,
+        GATED=is_open is not None, ADDS=plus is not None, ROWS=rows, COLUMNS=columns, num_stages=2)
     return y
 
 

@@ -47,9 +47,12 @@ def test_linear_reads_no_weight_where_the_gate_is_closed(n_in, n_out, bias, dtyp
     is_open = torch.ones(1, dtype=torch.bool, device=DEVICE)
     check(triton_kernels.linear(x, weight, bias), expected, dtype)
     check(triton_kernels.linear(x, weight, bias, is_open), expected, dtype)
+    plus = random(1, 1, n_out, dtype=dtype)
+    check(triton_kernels.linear(x, weight, bias, is_open, plus), expected + plus.double(), dtype)
     nothing = torch.zeros_like(weight[:, 0]) if bias is None else bias
     weight.fill_(torch.nan)                                    # would be seen, were it read
     assert torch.equal(triton_kernels.linear(x, weight, bias, ~is_open)[0, 0], nothing)
+    check(triton_kernels.linear(x, weight, bias, ~is_open, plus), (nothing + plus).double(), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
