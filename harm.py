@@ -4,8 +4,8 @@ The harm of a gate to a sequence is KL(dense || gate closed) - KL(dense || gate 
 sequence's answer, the other gates as they stand. At a price of lambda per gate it is best to close those
 whose harm is below lambda: so a router has to predict the harm, and its threshold is the price. Where a gate
 decides once for a whole sequence, a batch holds only a handful of decisions, and a gradient through so few is
-mostly noise. There the harm is measured, with one run of the layers above for each gate, and its square root
-is predicted by ridge regression.
+mostly noise. There the harm is measured, with one run of its layer and those above for each gate, and its
+square root is predicted by ridge regression.
 """
 import torch
 

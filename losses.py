@@ -1,4 +1,4 @@
-"""The loss of a batch and its gradient, a chunk of tokens at a time; and the losses of held-out text.
+"""The loss of a batch and its gradient, a chunk of tokens at a time.
 
 A batch's logits are vocab_size numbers per token, more than everything else together. So they exist for CHUNK
 tokens at a time: the gradient of each chunk goes back to the input of the head, and from there through the
@@ -12,14 +12,11 @@ V), or None where the loss does not ask for them.
 A Batch (support/data.py) has token ids idx (B, T), lengths and prompt_lengths (B,), a mask `scored` (B, T) of
 the tokens whose next one is learned from, part of an answer, and `targets` (N,), those next ones.
 """
-from collections import Counter
-
 import torch
 import torch.nn.functional as F
 
 from model import run_layers
-from router import dense, mindskips, overall_capacity, trace
-from support import parallel
+from router import dense, mindskips
 
 CHUNK = {"cpu": 128, "cuda": 1024}           # tokens whose logits exist at once
 
@@ -107,64 +104,3 @@ def backward(model, batch, loss, weight=1.0, regularizer=None, teacher=None):
         outputs, gradients = [x, regularizer()], [leaf.grad, None]
     torch.autograd.backward(outputs, gradients)
     return total
-
-
-def decisions_on(decisions, tokens):
-    """All decisions (n,) that `trace` kept of one pass: at token level those on `tokens`, a mask (B, T)."""
-    layers = [layer for (layer,) in decisions.values()]                       # (B,) or (B, T) each
-    return torch.cat([layer[tokens] if layer.dim() == 2 else layer for layer in layers])
-
-
-class Usage:
-    """How often the gates were open over many passes, in all processes: call `add` after each."""
-
-    def __init__(self, model):
-        self.model, self.opened, self.seen = model, Counter(), Counter()
-
-    def add(self):
-        for i, skip in mindskips(self.model).items():
-            self.opened[i] += int(skip.opened)
-            self.seen[i] += skip.seen
-
-    def summary(self):
-        """{"capacity": overall, "routed_capacity", "keep": {layer: share}}."""
-        layers = sorted(set(parallel.gathered(list(self.opened))))
-        opened = parallel.summed(*(self.opened[i] for i in layers))
-        seen = parallel.summed(*(self.seen[i] for i in layers))
-        keep = {i: opened[at] / seen[at] for at, i in enumerate(layers)}
-        shares, n_layer = list(keep.values()), self.model.config.n_layer
-        routed = overall_capacity(shares, len(shares)) if shares else 1.0
-        return {"capacity": overall_capacity(shares, n_layer), "routed_capacity": routed, "keep": keep}
-
-
-@torch.no_grad()
-def evaluate(model, batches, teacher=None):
-    """Dense and routed loss and KL(dense || routed) in nats per token, capacity on all tokens and on answers,
-    and how often each layer ran. batches: an iterable of Batch, which processes share; the model skips (it is
-    set to eval mode)."""
-    model.eval()
-    teacher = teacher or model
-    sums, tokens, usage = torch.zeros(3, dtype=torch.float64), 0, Usage(model)
-    n_open = n_decisions = 0                                             # on answers' tokens
-    for batch, counts in parallel.share(batches):
-        with trace(model) as decisions:
-            x, reference = hidden_states(model, batch, teacher)
-        if not counts:
-            continue
-        if decisions:
-            is_open = decisions_on(decisions, batch.scored.cpu())
-            n_open, n_decisions = n_open + int(is_open.sum()), n_decisions + len(is_open)
-        for chunk in chunks(x):
-            targets = batch.targets[chunk]
-            log_p, log_q = log_probabilities(teacher, reference[chunk]), log_probabilities(model, x[chunk])
-            losses = [cross_entropy(log_p, targets, None), cross_entropy(log_q, targets, None),
-                      kl(log_q, targets, log_p)]
-            sums += torch.stack([loss.sum() for loss in losses]).cpu()
-        tokens += len(x)
-        usage.add()
-    n_open, n_decisions, tokens, *sums = parallel.summed(n_open, n_decisions, tokens, *sums.tolist())
-    dense_loss, loss, divergence = [total / tokens for total in sums]
-    share = n_open / n_decisions if n_decisions else 1.0
-    answers = overall_capacity([share] * len(mindskips(model)), model.config.n_layer)
-    return {"tokens": tokens, "dense_loss": dense_loss, "loss": loss, "kl": divergence,
-            "answer_capacity": answers} | usage.summary()

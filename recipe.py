@@ -3,7 +3,7 @@
 A Recipe is data: `train_router.py --recipe paper|default` takes one of the two, and a flag such as --loss or
 --steps replaces one value of it. DEFAULT has other forms for other granularities, losses and methods: see
 `default_for`. The small objects that a run needs besides are here too: the ramp, the penalty on capacity, the
-text that the model writes, the calibration of the threshold. docs/METHOD.md says why each is as it is.
+text that the model writes. docs/METHOD.md says why each is as it is.
 
 Method "harm" (harm.py) takes no gradient: the KL that closing each gate adds is measured, and the routers are
 fitted to it by ridge regression.
@@ -12,23 +12,16 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from losses import decisions_on, reads_dense
-from model import run_layers
-from router import mindskips, open_shares, overall_capacity, routed_share, straight_through, trace
-from support import parallel
-from support.data import PLAIN_PROMPT, Batch, Sample, alternating, common_beginning, epochs, pack, pieces
+from losses import reads_dense
+from router import dense, open_shares, overall_capacity, routed_share, straight_through
+from support.data import Batch, alternating, epochs, pieces
 from support.own_text import write_text
 
 OWN_TEXTS, OWN_TOKENS = 288, 256      # texts that the model writes, and tokens of each
-NOT_LEARNED = 24                      # of these texts only serve to calibrate the threshold
-CALIBRATION_SAMPLES = 24              # training samples for the threshold, and texts that the model writes
-CALIBRATION_TEXTS, CALIBRATION_TOKENS = 64, 128
-CALIBRATION_ERROR = 0.003             # of the capacity
-CALIBRATION_LOGITS = 0.5, 0.25, 0.12, 0, -0.12, -0.25, -0.5       # of the threshold
+NOT_LEARNED = 24                      # the first of these texts are not learned from
+CALIBRATION_TEXTS, CALIBRATION_TOKENS = 64, 128       # the first ones, and tokens of each, set the threshold
 
 
 # ---------------------------------------------------------------------------------------------- regularizers
@@ -55,7 +48,7 @@ class Recipe:
     loss: str                           # of losses.LOSSES
     train: str                          # what trains: "routers", "bias" or "all"
     method: str                         # "ramp" or "straight-through": gradient of the gates; "harm": harm.py
-    # of those below "harm" uses falls_until, learns_own_text, calibrates, and how many steps and tokens
+    # below: method "harm" reads only falls_until, learns_own_text, calibrates, steps and tokens_*
     regularizer: callable               # (model, lambda, target capacity) -> what is added to the loss
     penalty: float                      # lambda, the penalty on capacity, at first
     moves_penalty: bool                 # whether lambda follows the capacity, by dual ascent
@@ -141,8 +134,8 @@ def choose(name, granularity, **values):
     given = {key: value for key, value in values.items() if value is not None}
     recipe = RECIPES[name]
     if recipe is DEFAULT:
-        form_of = {key: given[key] for key in ("loss", "train", "method") if key in given}
-        recipe = default_for(granularity, **form_of)
+        recipe = default_for(granularity, given.get("loss", "kl"), given.get("train", "routers"),
+                             given.get("method"))
     return replace(recipe, **given)
 
 
@@ -184,7 +177,8 @@ def own_text(model, recipe, samples, seed, path=None):
     if not learns and not recipe.calibrates:
         return None, None
     n, n_tokens = (OWN_TEXTS, OWN_TOKENS) if learns else (CALIBRATION_TEXTS, CALIBRATION_TOKENS)
-    ids = write_text(model, n, min(n_tokens, model.config.max_context), seed, path)
+    with dense(model):
+        ids = write_text(model, n, min(n_tokens, model.config.max_context), seed, path)
     to_calibrate = ids[:CALIBRATION_TEXTS, :CALIBRATION_TOKENS]
     if not learns:
         return to_calibrate, None
@@ -210,82 +204,3 @@ def make_source(recipe, samples, own_samples, args, device):
         for groups in steps:
             yield [(kind, Batch.of(group, device)) for kind, group in groups]
     return batches(), n_kinds
-
-
-@torch.no_grad()
-def measured_capacity(model, batches, start=0):
-    """Overall capacity on batches, which processes share, of decisions (score >= threshold): all tokens from
-    column `start` on, or all sequences, count. Logits are not computed."""
-    n_open = n_seen = 0
-    for batch, counts in parallel.share(batches):
-        ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
-        with trace(model) as decisions:
-            run_layers(model.layers, model.embed(batch.idx), ctx)
-        if not counts:
-            continue
-        column = torch.arange(batch.idx.shape[1])
-        tokens = (column >= start) & (column < batch.lengths.cpu()[:, None])     # (B, T)
-        is_open = decisions_on(decisions, tokens)
-        n_open += int(is_open.sum())
-        n_seen += len(is_open)
-    n_open, n_seen = parallel.summed(n_open, n_seen)
-    return overall_capacity([n_open / n_seen] * len(mindskips(model)), model.config.n_layer)
-
-
-def calibration_batches(gates_read_prompts, samples, own_ids, tokens, device):
-    """[(batches of training samples, first column that counts), (batches of the model's own text (n, T), 0)]:
-    whole ones for gates that read tokens. For gates that read prompts, prompts alone, and more: there is one
-    decision per sequence."""
-    if gates_read_prompts:
-        samples = [Sample(s.ids[:s.prompt], s.answer[:s.prompt], s.prompt)
-                   for s in samples[:8 * CALIBRATION_SAMPLES]]
-        own_samples = pieces(own_ids, PLAIN_PROMPT)
-    else:
-        samples = samples[:CALIBRATION_SAMPLES]
-        own_samples = pieces(own_ids, own_ids.shape[1])
-    texts = [s.ids for s in samples]
-    template = common_beginning(texts) if min(texts) < max(texts) else 0
-    return [([Batch.of(group, device) for group in pack(source, tokens)], start)
-            for source, start in ((samples, template), (own_samples, 0))]
-
-
-def calibrate(model, samples, own_ids, capacity, tokens):
-    """Set the threshold that gives an overall capacity; returns all measured [(threshold, capacity)].
-
-    samples: of the training data; own_ids: token ids (n, T) that the model wrote, with equal weight, since
-    other text opens other gates. What all samples begin with, the template of a chat, does not count. First a
-    grid of thresholds, from which `load_routers` reads other capacities; then the one that lies on the line
-    between its neighbours, until it gives the capacity.
-    """
-    model.eval()
-    skips = list(mindskips(model).values())
-    gates_read_prompts = skips[0].scope == "sequence" and skips[0].router.pool == "prompt"
-    sources = calibration_batches(gates_read_prompts, samples, own_ids, tokens, model.embed.weight.device)
-    measured = {}                                                        # {threshold's logit: capacity}
-    least = overall_capacity([0.0] * len(skips), model.config.n_layer)
-
-    def set_threshold(logit):
-        for skip in skips:
-            skip.threshold = 1 / (1 + math.exp(-logit))
-
-    def measure(logit):
-        set_threshold(logit)
-        capacities = [measured_capacity(model, batches, start) for batches, start in sources]
-        measured[logit] = sum(capacities) / len(capacities)
-        bar.update()
-
-    def nearest():
-        return min(measured, key=lambda logit: abs(measured[logit] - capacity))
-
-    with tqdm(total=len(CALIBRATION_LOGITS) + 2, desc="calibration", unit="threshold", leave=False) as bar:
-        for logit in CALIBRATION_LOGITS:
-            measure(logit)
-        for _ in range(8):
-            if abs(measured[nearest()] - capacity) < CALIBRATION_ERROR:
-                break
-            known = {-4.0: 1.0, 4.0: least} | measured                   # there all are open, or closed
-            below = min(logit for logit, c in known.items() if c <= capacity)
-            above = max(logit for logit, c in known.items() if c >= capacity)
-            measure(float(np.interp(capacity, [known[below], known[above]], [below, above])))
-    set_threshold(nearest())
-    return [(1 / (1 + math.exp(-logit)), c) for logit, c in measured.items()]

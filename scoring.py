@@ -1,11 +1,13 @@
-"""A model's answers to the questions of a benchmark: log-likelihoods of choices, or written answers.
+"""What a model scores: loss and KL of held-out text, and answers to the questions of a benchmark, which are
+log-likelihoods of choices, or written.
 
 Choices of one question share its context: they branch off in one row, each seeing the context and
-itself alone. A beginning that all questions of a task share is kept as keys and values. Gates that read a
+itself alone. A beginning that all questions of a group share is kept as keys and values. Gates that read a
 sequence decide on the whole context, so for them nothing is shared between questions; gates that read even
-the answer (pool "all") share nothing.
+the answer (pool "all") share nothing, nor do gates with kv="open".
 """
 import time
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -13,9 +15,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from losses import chunks, log_probabilities
+from losses import chunks, cross_entropy, hidden_states, kl, log_probabilities
 from model import Cache, run_layers
-from router import mindskips
+from router import decisions_on, mindskips, overall_capacity, trace
 from support import parallel, written
 from support.attention import additive_mask
 from support.data import common_beginning, pack
@@ -26,6 +28,63 @@ TOKENS = {"cpu": 512, "cuda": 16384}            # per batch
 WRITTEN_TOKENS = {"cpu": 8192, "cuda": 65536}   # where answers are written, a token per row at a time
 
 
+# ---------------------------------------------------------------------------------------------- held-out text
+class Usage:
+    """How often the gates were open over many passes, in all processes: call `add` after each."""
+
+    def __init__(self, model):
+        self.model, self.opened, self.seen = model, Counter(), Counter()
+
+    def add(self):
+        for i, skip in mindskips(self.model).items():
+            self.opened[i] += int(skip.opened)
+            self.seen[i] += skip.seen
+
+    def summary(self):
+        """{"capacity": overall, "routed_capacity", "keep": {layer: share}}."""
+        layers = sorted(set(parallel.gathered(list(self.opened))))
+        opened = parallel.summed(*(self.opened[i] for i in layers))
+        seen = parallel.summed(*(self.seen[i] for i in layers))
+        keep = {i: opened[at] / seen[at] for at, i in enumerate(layers)}
+        shares, n_layer = list(keep.values()), self.model.config.n_layer
+        routed = overall_capacity(shares, len(shares)) if shares else 1.0
+        return {"capacity": overall_capacity(shares, n_layer), "routed_capacity": routed, "keep": keep}
+
+
+@torch.no_grad()
+def evaluate(model, batches, teacher=None):
+    """Dense and routed loss and KL(dense || routed) in nats per token, capacity on all tokens and on answers,
+    and how often each layer ran. batches: an iterable of Batch, which processes share; the model skips (it is
+    set to eval mode)."""
+    model.eval()
+    teacher = teacher or model
+    sums, tokens, usage = torch.zeros(3, dtype=torch.float64), 0, Usage(model)
+    n_open = n_decisions = 0                                             # on answers' tokens
+    for batch, counts in parallel.share(batches):
+        with trace(model) as decisions:
+            x, reference = hidden_states(model, batch, teacher)
+        if not counts:
+            continue
+        if decisions:
+            is_open = decisions_on(decisions, batch.scored.cpu())
+            n_open, n_decisions = n_open + int(is_open.sum()), n_decisions + len(is_open)
+        for chunk in chunks(x):
+            targets = batch.targets[chunk]
+            log_p, log_q = log_probabilities(teacher, reference[chunk]), log_probabilities(model, x[chunk])
+            losses = [cross_entropy(log_p, targets, None), cross_entropy(log_q, targets, None),
+                      kl(log_q, targets, log_p)]
+            sums += torch.stack([loss.sum() for loss in losses]).cpu()
+        tokens += len(x)
+        usage.add()
+    n_open, n_decisions, tokens, *sums = parallel.summed(n_open, n_decisions, tokens, *sums.tolist())
+    dense_loss, loss, divergence = [total / tokens for total in sums]
+    share = n_open / n_decisions if n_decisions else 1.0
+    answers = overall_capacity([share] * len(mindskips(model)), model.config.n_layer)
+    return {"tokens": tokens, "dense_loss": dense_loss, "loss": loss, "kl": divergence,
+            "answer_capacity": answers} | usage.summary()
+
+
+# -------------------------------------------------------------------------------------------------- questions
 def answer(name, questions, model, tok, tokens, usages):
     """(a task's tasks.Scores or written.Scores, tokens run, a note, often empty); processes share the
     questions.
@@ -119,8 +178,9 @@ def log_likelihoods(model, questions, tok, budget, usages):
     model.eval()
     skips = mindskips(model).values()
     by_sequence = any(skip.scope == "sequence" for skip in skips)
-    rows = rows_of(questions, tok, model.config.max_context,
-                   apart=by_sequence and any(skip.router.pool == "all" for skip in skips))
+    reads_answers = by_sequence and any(skip.router.pool == "all" for skip in skips)
+    kv_open = any(skip.kv == "open" for skip in skips)          # gathered tokens have to be of one text
+    rows = rows_of(questions, tok, model.config.max_context, apart=reads_answers or kv_open)
     out = [[0.0] * len(q.contexts) for q in questions]
     with tqdm(total=len(rows) // parallel.processes.world, unit="row", leave=False) as bar:
         tokens = 0
@@ -143,7 +203,7 @@ def log_likelihoods(model, questions, tok, budget, usages):
                 groups.setdefault(questions[row.question].group, []).append(row)
         for group in groups.values():
             shared, beginning = common_beginning([row.context for row in group]), None
-            if shared >= SHARED and len(group) > 1 and not by_sequence:
+            if shared >= SHARED and len(group) > 1 and not by_sequence and not kv_open:
                 beginning = Beginning(model, group[0].context[:shared])
                 if parallel.is_first():              # each process runs it
                     count()
@@ -174,10 +234,12 @@ def write(questions, stop, model, tok, budget, usages):
                 usage.add()
             answers |= {place: answer for (place, _), answer in zip(batch, writing.answers())}
             bar.update(len(batch))
-    seconds, x = time.perf_counter() - start, run_layers(model.layers, model.embed(idx), model.context(idx))
+    seconds = time.perf_counter() - start
+    x = run_layers(model.layers, model.embed(idx), model.context(idx))        # to see that it is finite
 
     answers = parallel.gathered([answers[place] for place in range(len(own))])
     numbers = parallel.gathered([float(x.abs().max())])
+    seconds = max(parallel.gathered([seconds]))
     n_cut, n_prompt_tokens = parallel.summed(n_cut, sum(len(ids) for _, ids in rows))
     scores = written.Scores(questions, answers, seconds, numbers)
     return scores, n_prompt_tokens + scores.n_tokens, "; ".join([scores.note(), *cut_notes(n_cut, model)])

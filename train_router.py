@@ -16,6 +16,7 @@ from support.script import run_script  # isort: skip (before torch, see there)
 
 import json
 import math
+import shlex
 import sys
 from dataclasses import replace
 from datetime import datetime
@@ -26,19 +27,21 @@ import torch
 
 import harm
 import losses
+from calibration import calibrate
 from model import Llama
-from recipe import RECIPES, Penalty, calibrate, can_measure_harm, choose, make_source, own_text
+from recipe import RECIPES, Penalty, can_measure_harm, choose, make_source, own_text
 from router import (
     GATES,
     GRANULARITIES,
+    LinearRouter,
     add_routers,
     capacity,
-    dense,
     load_routers,
     mindskips,
     remove_routers,
     save_routers,
 )
+from scoring import evaluate
 from support import parallel
 from support.cli import common_arguments, device_and_dtype, number, numbers, parse_layers, perplexity
 from support.data import DEFAULT_DATA, HELD_OUT, Batch, hold_out, mixture, pack, read_samples
@@ -60,16 +63,16 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
     penalties = [Penalty(recipe.penalty, recipe.moves_penalty) for _ in range(n_kinds)]
     if run.checkpoint:
         restore(model, optimizer, penalties, run)
+    model.train()
     for step in run.steps():
         batches = next(source)
         target = recipe.target(step, run.n_steps, capacity_wanted)
         weight = 1 / sum(len(batch.targets) for _, batch in batches)
-        model.train()
         for skip in mindskips(model).values():
             skip.estimator = recipe.gate_estimator(step, run.n_steps)
 
         loss, mean_gates = 0.0, []                   # of each batch: (kind of text, capacity)
-        for (kind, batch), counts in parallel.share(batches):
+        for (kind, batch), counts in parallel.share(batches):        # counts: 1, or 0 of a batch run again
             price = counts * penalties[kind].value / len(batches)
             regularizer = partial(recipe.regularizer, model, price, target)
             loss += losses.backward(model, batch, recipe.loss, counts * weight, regularizer, teacher)
@@ -114,7 +117,8 @@ def make_optimizer(model, recipe):
         model.requires_grad_(True)
     if recipe.train == "bias":
         for skip in mindskips(model).values():
-            skip.router.weight.requires_grad_(False)
+            skip.router.requires_grad_(False)
+            skip.router.bias.requires_grad_(True)
     groups = {}
     for name, parameter in trained(model).items():
         peak = recipe.lr if ".router." in name else recipe.model_lr
@@ -193,7 +197,7 @@ def parse_arguments():
     if args.shard and parallel.processes.world == 1:
         raise InputError("--shard: there is one process, which holds all; start several, with torchrun"
                          " --nproc-per-node N, or leave it out")
-    args.command = " ".join(["python train_router.py", *(a for a in sys.argv[1:] if a != "--resume")])
+    args.command = shlex.join(word for word in ["python", *sys.orig_argv[1:]] if word != "--resume")
     return args
 
 
@@ -202,12 +206,16 @@ def make_recipe(args, n_samples, model):
     does not go together."""
     keys = "gate", "loss", "train", "method", "lr", "penalty", "pool", "kv", "steps", "epochs", "clip"
     recipe = choose(args.recipe, args.granularity, **{key: getattr(args, key) for key in keys})
-    scope = args.granularity.split("_")[1]
-    has_bias = getattr(GATES[recipe.gate](1, scope, recipe.pool), "bias", None) is not None
+    router = GATES[recipe.gate](1, args.granularity.split("_")[1], recipe.pool)
+    has_bias = getattr(router, "bias", None) is not None
+    is_linear = isinstance(router, LinearRouter) and type(router).forward is LinearRouter.forward
     can_measure = can_measure_harm(args.granularity, recipe.loss, recipe.train)
-    if recipe.method == "harm" and not (can_measure and has_bias):
-        raise InputError("--method harm: only for gates at sequence level, with a bias, --loss kl and a"
-                         " frozen model")
+    if recipe.method == "harm" and not (can_measure and has_bias and is_linear):
+        raise InputError("--method harm: only for linear gates at sequence level, with a bias, --loss kl and"
+                         " a frozen model; else add --method ramp")
+    for flag in "lr", "penalty", "clip":
+        if recipe.method == "harm" and getattr(args, flag) is not None:
+            raise InputError(f"--{flag}: --method harm takes no gradient, and has none; add --method ramp")
     if recipe.train == "bias" and not has_bias:
         raise InputError(f"--train bias: gates of the kind {recipe.gate!r} have none; add --gate linear")
     if args.init:
@@ -226,9 +234,10 @@ def make_recipe(args, n_samples, model):
         setattr(args, key, getattr(recipe, key))
     args.steps = recipe.steps or recipe.epochs * math.ceil(n_samples / recipe.step_samples)
     on_cuda = model.embed.weight.device.type == "cuda"
-    first_router = min(parse_layers(args.layers, model.config.n_layer))
+    all_train = recipe.train == "all"
+    first_trained = 0 if all_train else min(parse_layers(args.layers, model.config.n_layer))
     most = recipe.tokens_cuda if on_cuda else recipe.tokens_cpu
-    fitting = tokens_that_fit(model, first_router, most, losses.CHUNK["cuda"])
+    fitting = tokens_that_fit(model, first_trained, most, losses.CHUNK["cuda"], all_train)
     args.tokens = args.tokens or min(parallel.gathered([fitting]))
     return recipe
 
@@ -279,9 +288,9 @@ def report(result, recipe, args):
     print(f"\nrecipe {recipe.name}, held out: {result['tokens']:,} answer tokens")
     print(f"{'':8}{'loss':>8}{'perplexity':>12}{'KL to dense':>13}{'capacity overall':>18}{'routed':>8}"
           f"{'of answers':>12}")
-    dense = {"loss": result["dense_loss"], "kl": 0.0, "capacity": 1.0, "routed_capacity": 1.0,
+    dense_row = {"loss": result["dense_loss"], "kl": 0.0, "capacity": 1.0, "routed_capacity": 1.0,
              "answer_capacity": 1.0}
-    for name, row in ("dense", dense), ("routed", result):
+    for name, row in ("dense", dense_row), ("routed", result):
         print(f"{name:8}{row['loss']:8.4f}{perplexity(row['loss']):>12}{row['kl']:13.4f}"
               f"{row['capacity']:18.3f}{row['routed_capacity']:8.3f}{row['answer_capacity']:12.3f}")
     print(f"\nhow often each layer's {args.granularity.split('_')[0]} ran")
@@ -308,8 +317,7 @@ def main():
     path = Path(args.out) / "routers.safetensors"
     save = partial(save_routers, model, path, command=args.command)
     settings = settings_of(args, model, train_set + test_set)
-    if args.init:
-        settings["--init of hash"] = file_hash(args.init)
+    settings["--init of hash"] = file_hash(args.init) if args.init else "none"
     parallel.check_enough(len(train_set), " ".join(args.data), "samples to tune on")
     parallel.check_same(settings)
     run = Run(args, settings, save)
@@ -317,8 +325,7 @@ def main():
     place_routers(model, recipe, args)
     if args.shard:
         parallel.shard(model)
-    with dense(model):
-        own_ids, own_samples = own_text(model, recipe, train_set, args.seed, kept)
+    own_ids, own_samples = own_text(model, recipe, train_set, args.seed, kept)
     teacher = None
     if recipe.train == "all":
         teacher = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False)
@@ -335,7 +342,7 @@ def main():
     if recipe.calibrates:
         calibration = calibrate(model, train_set, own_ids, args.capacity, 2 * args.tokens)
     batches = (Batch.of(group, device) for group in pack(test_set, args.tokens))
-    result = losses.evaluate(model, batches, teacher)
+    result = evaluate(model, batches, teacher)
     run.check_finite(run.n_steps, result["loss"] + result["kl"])
     if not parallel.is_first():
         return

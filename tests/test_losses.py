@@ -9,6 +9,7 @@ import losses
 from model import Llama
 from recipe import overall_penalty
 from router import add_routers, capacity, dense, mindskips, open_shares
+from scoring import evaluate
 from support.data import Batch, pack
 
 
@@ -69,7 +70,7 @@ def test_layers_below_the_first_router_run_once_and_without_a_graph(tiny, sample
 def test_evaluate_equals_a_plain_loop(tiny, samples):
     model = add_routers(Llama.from_pretrained(tiny), "attn_token")
     open_gates_at_random(model, 0.5)
-    result = losses.evaluate(model, (Batch.of(group, "cpu") for group in pack(samples, 300)))
+    result = evaluate(model, (Batch.of(group, "cpu") for group in pack(samples, 300)))
     ce = kl = n = opened = tokens = 0
     for s in samples:
         batch = Batch.of([s], "cpu")

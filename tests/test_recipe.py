@@ -11,8 +11,9 @@ from safetensors import safe_open
 
 import losses
 import train_router
+from calibration import calibrate
 from model import Llama
-from recipe import DEFAULT, PAPER, Penalty, calibrate, choose, own_text, ramp
+from recipe import DEFAULT, PAPER, Penalty, choose, own_text, ramp
 from router import add_routers, capacity, mindskips, straight_through, trace
 from support.data import Batch, common_beginning, pieces, read_samples
 
