@@ -31,7 +31,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses import LOSSES, backward
 from model import Cache, Config, Llama, run_layers, sample
@@ -43,15 +42,24 @@ from router import (
     close_all,
     load_routers,
     mindskips,
-    parse_layers,
     remove_routers,
     routed_share,
 )
-from support.cli import check_destinations, common_arguments, device_and_dtype, number, numbers, words
+from support.cli import (
+    check_destinations,
+    common_arguments,
+    device_and_dtype,
+    number,
+    numbers,
+    parse_layers,
+    words,
+)
 from support.cuda import plain_kernels
-from support.data import DEFAULT_DATA, Batch, Sample
+from support.data import DEFAULT_DATA, Batch, Sample, read_samples
 from support.graph import release, stepper
-from support.kernels import should_pack
+from support.machine import Work, device_name, rates
+from support.memory import bench_bytes, free_bytes, linux_bytes, weight_bytes
+from support.run import routers_entry
 from tokenizer import Tokenizer
 from weights import InputError, open_checkpoint, write_file
 
@@ -93,7 +101,6 @@ def patterns(count, shape, share, seed, device):
     return made.view(count, *shape).to(device)
 
 
-@functools.cache
 def override_of(layer, n_layers, share, seed):
     """For MindSkip.override: exactly this share of all layers' gates is open, at random. At token level each
     step of decoding has a pattern of its own. Patterns are made in the warm-up and kept."""
@@ -116,32 +123,10 @@ def open_share(model, share, seed):
         skip.override = override_of(layer, len(skips), share, seed)
 
 
-class Work(TorchDispatchMode):
-    """Counts what the matrix products inside it do: operations, and the bytes of weights, keys and values."""
-
-    def __init__(self):
-        super().__init__()
-        self.flops = self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name in ("mm", "bmm", "addmm", "_linear_pointwise"):
-            a, b = args[:2] if name == "_linear_pointwise" else args[-2:]
-            self.flops += 2 * out.numel() * a.shape[-1]
-            self.bytes += b.nbytes
-        elif "scaled_dot_product" in name and "backward" not in name:
-            q, k, v = args[:3]
-            causal = 2 if q.shape[2] == k.shape[2] else 1
-            self.flops += 4 * q.numel() * k.shape[2] // causal
-            self.bytes += k.nbytes + v.nbytes
-        return out
-
-
 class Removed(torch.nn.Module):
     """In the place of an attention that a static drop removes."""
 
-    def forward(self, x, ctx):
+    def forward(self, x, ctx, h=None):
         return x
 
 
@@ -364,7 +349,9 @@ def compare(model, args, phase, batch, context):
 
 
 def interval(values):
-    """The 95 % confidence interval of the median, from the order of the values."""
+    """The 95 % confidence interval of the median, from the order of the values; None of fewer than 6."""
+    if len(values) < 6:
+        return None
     values, k = sorted(values), max(0, int(len(values) / 2 - 0.98 * math.sqrt(len(values))))
     return values[k], values[-1 - k]
 
@@ -385,50 +372,12 @@ def peak_in_child(args, phase, batch, context, i):
 
 def peak(args, phase, batch, context, i):
     """The same, in this process."""
-    before = memory("VmRSS")
+    before = linux_bytes("VmRSS")
     v = make_variants(make_model(args), args, phase, batch, context)[i]
     v.work = Work()                                         # nothing to count
     Path("/proc/self/clear_refs").write_text("5")           # forget the peak of loading
     v.run()
-    return memory("VmHWM") - before
-
-
-def memory(key, file="/proc/self/status"):
-    """Bytes on a line of a file of the Linux kernel's, or None."""
-    try:
-        lines = Path(file).read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key + ":")), None)
-
-
-def weight_bytes(c, dtype):
-    """Bytes of a model's matrices."""
-    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    layer = c.n_embd * (2 * q + 2 * kv + 3 * c.intermediate)
-    vocabulary = c.vocab_size * c.n_embd * (1 if c.tie_embeddings else 2)
-    return (c.n_layer * layer + vocabulary) * dtype.itemsize
-
-
-def needed(c, args):
-    """About how many bytes a run needs at most: weights, cache and what the layers hand on."""
-    item, batch, context = args.dtype.itemsize, max(args.batch), max(args.context)
-    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    weights = weight_bytes(c, args.dtype)
-    tokens = batch * (context + UNTIMED + STEPS)
-    caches = 2 if args.device.type == "cuda" and "decode" in args.phase else 1     # the graph has its own
-    total = weights + caches * 2 * c.n_layer * kv * tokens * item
-    wide = tokens * (4 * c.n_embd + 2 * q + 2 * kv + 4 * c.intermediate) * item           # alive in one layer
-    if "train" in args.phase:                     # gradients, AdamW's two moments, every layer, logits
-        return total + 3 * weights + c.n_layer * wide + 3 * tokens * c.vocab_size * 4
-    if "decode" in args.phase and should_pack(weights, args.device, args.dtype):
-        total += weights
-    return total + wide
-
-
-def free_bytes(device):
-    """Free memory of the device, or None where the system does not tell."""
-    return torch.cuda.mem_get_info()[0] if device.type == "cuda" else memory("MemAvailable", "/proc/meminfo")
+    return linux_bytes("VmHWM") - before
 
 
 def check_fit(config, args):
@@ -440,6 +389,13 @@ def check_fit(config, args):
                          " --context, or choose a smaller --model")
 
 
+def needed(config, args):
+    n_tokens = max(args.batch) * (max(args.context) + UNTIMED + STEPS)
+    theirs = weight_bytes(config, args.dtype) if "transformers" in args.against else 0
+    return theirs + bench_bytes(config, args.device, args.dtype, n_tokens, args.phase)
+
+
+# ----------------------------------------------------------------------------------------------------- script
 def show(rows):
     """Print rows as a table; ~ marks a speedup that is smaller than the spread of its measurements."""
     print(f"\n{'phase':>8}{'batch':>6}{'context':>8} {'variant':14}{'granularity':15}{'capacity':>8}"
@@ -457,39 +413,13 @@ def show(rows):
               f"{f('cache_bytes', '.1f', unit=2**20):>10}", flush=True)
 
 
-def rates(device, dtype):
-    """(bytes a second that a large copy reads and writes, or a large sum reads, the higher of the two;
-    operations a second of a large product)."""
-    cuda = device.type == "cuda"
-    repeats = 5 if cuda else 1               # so that launching and waiting do not count
-
-    def best(work, amount, seconds=0.7):
-        took, stop = [], time.perf_counter() + seconds
-        while not took or time.perf_counter() < stop:
-            start = time.perf_counter()
-            for _ in range(repeats):
-                work()
-            if cuda:
-                torch.cuda.synchronize()
-            took.append(time.perf_counter() - start)
-        return repeats * amount / min(took)
-    n, n_big = (8192, 2**28) if cuda else (1536, 2**26)
-    a, big = torch.randn(n, n, device=device, dtype=dtype), torch.ones(n_big, device=device)
-    other = torch.ones_like(big)             # written once: memory that was never touched is not there yet
-    copied, summed = best(lambda: other.copy_(big), 2 * big.nbytes), best(big.sum, big.nbytes)
-    return max(copied, summed), best(lambda: a @ a, 2 * n**3)
-
-
 def machine(args):
     """Where this was measured."""
-    name = torch.cuda.get_device_name() if args.device.type == "cuda" else platform.machine()
-    if args.device.type == "cpu" and platform.system() == "Linux":
-        with open("/proc/cpuinfo") as f:
-            name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": platform.python_version(), "dtype": str(args.dtype).removeprefix("torch."),
-            "model": args.model, "kv": args.kv, "gb_per_s": round(args.bandwidth / 1e9, 1),
-            "tflop_per_s": round(args.flops / 1e12, 2)}
+    return {"device": device_name(args.device), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "python": platform.python_version(),
+            "dtype": str(args.dtype).removeprefix("torch."), "model": args.model, "kv": args.kv,
+            "routers": args.routers_entry,
+            "gb_per_s": round(args.bandwidth / 1e9, 1), "tflop_per_s": round(args.flops / 1e12, 2)}
 
 
 def make_model(args):
@@ -517,24 +447,36 @@ def longest_text(args):
 def parse_arguments():
     p = common_arguments(__doc__)
     p.set_defaults(model=None)
-    p.add_argument("--phase", type=words(("prefill", "decode", "train")), default=["prefill", "decode"])
-    p.add_argument("--batch", type=numbers(int, 1), default=[1])
-    p.add_argument("--context", type=numbers(int, 2), default=[512])
+    p.add_argument("--phase", type=words(("prefill", "decode", "train")), default=["prefill", "decode"],
+                   help="reading a prompt, one more token after it, a tuning step (default: the first two)")
+    p.add_argument("--batch", type=numbers(int, 1), default=[1], help="rows, one number or several")
+    p.add_argument("--context", type=numbers(int, 2), default=[512], help="tokens per row, one or several")
     p.add_argument("--capacity", type=numbers(float, 0, 1),
                    help="overall, one or several (default: 0.5, or what the --routers were tuned for)")
-    p.add_argument("--granularity", type=words(GRANULARITIES), default=["attn_sequence", "attn_token"])
-    p.add_argument("--layers", default="all", help="which layers have a gate")
-    p.add_argument("--routers", help="a router file: its decisions on real text instead of random ones")
-    p.add_argument("--kv", default="all", choices=("all", "open"),
-                   help="which tokens have keys and values at token level, without --routers")
+    p.add_argument("--granularity", type=words(GRANULARITIES), help=f"of {', '.join(GRANULARITIES)}"
+                   " (default: attn_sequence,attn_token)")
+    p.add_argument("--layers", help="which layers have a gate: all (the default), last:16, 2-29 or 3,5,9")
+    p.add_argument("--kv", choices=("all", "open"),
+                   help="which tokens have keys and values at token level (default: all)")
+    p.add_argument("--routers", help="a router file: its gates, and their decisions on real text")
     p.add_argument("--static", type=numbers(int, 1), default=[], metavar="N",
-                   help="also without N attentions, evenly spaced, and without routers; one N or several")
+                   help="also without N attentions, evenly spaced, and without routers; one N or several;"
+                        " not of --phase train")
     p.add_argument("--random-weights", action="store_true", help=f"for the shapes {', '.join(SHAPES)}")
-    p.add_argument("--against", type=words(("transformers", "masked")), default=[])
+    p.add_argument("--against", type=words(("transformers", "masked")), default=[],
+                   help="also transformers, or all computed and then multiplied by the gates")
     p.add_argument("--loss", default="ce", choices=LOSSES, help="of a router-tuning step")
     p.add_argument("--rounds", type=number(int, 2), default=7, help="measurements of each variant")
     p.add_argument("--json", help="write the table there, with the machine's name")
     args = p.parse_args()
+    for flag in "granularity", "layers", "kv":
+        if args.routers and getattr(args, flag) is not None:
+            raise InputError(f"--{flag}: --routers has gates of its own; leave one of the two out")
+    if args.static and args.phase == ["train"]:
+        raise InputError("--static: not of --phase train, which has nothing to tune without routers")
+    if args.granularity is None:
+        args.granularity = ["attn_sequence", "attn_token"]
+    args.layers, args.kv = args.layers or "all", args.kv or "all"
     if "train" in args.phase and not args.granularity:
         raise InputError("--phase train needs a --granularity, that of the routers which train")
     check_destinations(args.json)
@@ -568,10 +510,13 @@ def main():
                          f" {config.max_context}")
     check_fit(config, args)
     model, n = make_model(args), max(args.batch) * max(args.context)
+    args.routers_entry = None
     if args.routers:
         meta = load_routers(model, args.routers)
+        args.routers_entry = routers_entry(args.routers, meta)
         args.granularity, args.kv = [meta["granularity"]], meta["kv"]
-        ids = Tokenizer.from_pretrained(args.model).encode(DEFAULT_DATA.read_text("utf-8"))
+        samples, _ = read_samples(DEFAULT_DATA, Tokenizer.from_pretrained(args.model), config.max_context)
+        ids = [i for s in samples for i in s.ids]
     else:
         ids = torch.randint(0, config.vocab_size, (n,)).tolist()
     args.text = torch.tensor((ids * (n // len(ids) + 1))[:n], device=args.device).view(-1, max(args.context))
@@ -583,7 +528,7 @@ def main():
         save(rows, args)
         show(these)
     print("\n~: within the spread of the measurements; 95 %: interval of the efficiency's median")
-    print(", ".join(f"{key} {value}" for key, value in machine(args).items()))
+    print(", ".join(f"{key} {value}" for key, value in machine(args).items() if key != "routers"))
 
 
 if __name__ == "__main__":

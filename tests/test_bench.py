@@ -130,6 +130,10 @@ def test_random_model_runs(tmp_path):
     (["--context", 600], "context of 512"), (["--layers", "3", "--capacity", 0.5], "at least 0.750"),
     (["--random-weights"], "is not one of smollm2-135m"), (["--model", "/nowhere"], "no such model"),
     (["--routers", "/nowhere"], "missing"), (["--layers", "9"], "layers 0 to 3"),
+    (["--routers", "/nowhere", "--kv", "all"], "--kv:"),
+    (["--routers", "/nowhere", "--layers", "1"], "--layers:"),
+    (["--routers", "/nowhere", "--granularity", "attn_token"], "--granularity:"),
+    (["--phase", "train", "--static", 2], "--static:"),
 ])
 def test_bench_refuses(arguments, named, tiny, call):
     status, said = call(bench.main, "--model", tiny, "--rounds", 2, "--context", 40, *arguments)

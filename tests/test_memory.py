@@ -12,6 +12,7 @@ import losses
 from model import Config, Context, Llama
 from recipe import DEFAULT
 from router import add_routers, mindskips
+from support import parallel
 from support.data import Batch
 from support.memory import step_bytes, tokens_that_fit
 
@@ -84,11 +85,22 @@ def test_the_batch_fits_the_card(tiny, monkeypatch):
     with torch.device("meta"):
         model = Llama(SHAPES["llama3-8b"]).bfloat16()
     assert tokens_that_fit(model, 0, 16384, 128) == 16384                    # no GPU: as asked
-    weight = SimpleNamespace(device=torch.device("cuda"), itemsize=2)
-    on_card = SimpleNamespace(config=model.config, layers=model.layers, embed=SimpleNamespace(weight=weight))
+    weight = SimpleNamespace(device=torch.device("cuda"), itemsize=2, dtype=torch.bfloat16)
+    parameters = []
+    on_card = SimpleNamespace(config=model.config, layers=model.layers, embed=SimpleNamespace(weight=weight),
+                              parameters=lambda: parameters)
     for free, first, tokens in (61, 0, 8192), (61, 16, 16384), (20, 0, 4096), (0.001, 0, 64):
         n_bytes = int(free * 2**30)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, n=n_bytes: (n, 80 * 2**30))
         assert tokens_that_fit(on_card, first, 16384, 128) == tokens
         if tokens > 64:
             assert step_bytes(model.config, 32 - first, tokens, 2, 128) < 0.8 * n_bytes
+
+    # with --shard a card's part of the weights, of which the host has all, is still to come
+    parameters.append(SimpleNamespace(device=torch.device("cpu"), nbytes=52 * 2**30))
+    monkeypatch.setitem(vars(parallel.processes), "world", 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((61 + 26) * 2**30, 200 * 2**30))
+    assert tokens_that_fit(on_card, 0, 16384, 128) == 8192
+    parameters.clear()                                   # --train all: gradients, moments, a teacher
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((61 + 61) * 2**30, 200 * 2**30))
+    assert tokens_that_fit(on_card, 0, 16384, 128, all_train=True) == 8192

@@ -1,0 +1,61 @@
+"""What a machine can do, what a pass asks of it, and its name, for bench.py's rates and shares of them."""
+import platform
+import time
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Work(TorchDispatchMode):
+    """Counts what the matrix products inside it do: operations, and the bytes of weights, keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "_linear_pointwise"):
+            a, b = args[:2] if name == "_linear_pointwise" else args[-2:]
+            self.flops += 2 * out.numel() * a.shape[-1]
+            self.bytes += b.nbytes
+        elif "scaled_dot_product" in name and "backward" not in name:
+            q, k, v = args[:3]
+            causal = 2 if q.shape[2] == k.shape[2] else 1
+            self.flops += 4 * q.numel() * k.shape[2] // causal
+            self.bytes += k.nbytes + v.nbytes
+        return out
+
+
+def rates(device, dtype):
+    """(bytes a second that a large copy reads and writes, or a large sum reads, the higher of the two;
+    operations a second of a large product)."""
+    cuda = device.type == "cuda"
+    repeats = 5 if cuda else 1               # so that launching and waiting do not count
+
+    def best(work, amount, seconds=0.7):
+        took, stop = [], time.perf_counter() + seconds
+        while not took or time.perf_counter() < stop:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                work()
+            if cuda:
+                torch.cuda.synchronize()
+            took.append(time.perf_counter() - start)
+        return repeats * amount / min(took)
+    n, n_big = (8192, 2**28) if cuda else (1536, 2**26)
+    a, big = torch.randn(n, n, device=device, dtype=dtype), torch.ones(n_big, device=device)
+    other = torch.ones_like(big)             # written once: memory that was never touched is not there yet
+    copied, summed = best(lambda: other.copy_(big), 2 * big.nbytes), best(big.sum, big.nbytes)
+    return max(copied, summed), best(lambda: a @ a, 2 * n**3)
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    if platform.system() == "Linux":
+        with open("/proc/cpuinfo") as f:
+            return next((line.split(":")[1].strip() for line in f if line.startswith("model name")),
+                        platform.machine())
+    return platform.machine()
