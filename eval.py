@@ -20,16 +20,25 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from harm import measure
-from losses import Usage, evaluate
 from model import Llama
 from router import add_routers, close_all, load_routers, mindskips, remove_routers, routed_share
-from scoring import TOKENS, answer
+from scoring import TOKENS, Usage, answer, evaluate
 from support import parallel
 from support.cli import check_destinations, common_arguments, device_and_dtype, number, numbers, perplexity
-from support.data import DEFAULT_DATA, HELD_OUT, Batch, batches, pack, read_samples
-from support.run import file_hash, weights_hash
+from support.data import (
+    DEFAULT_DATA,
+    HELD_OUT,
+    PLAIN_PIECE,
+    PLAIN_PROMPT,
+    Batch,
+    batches,
+    pack,
+    read_samples,
+)
+from support.run import file_hash, routers_entry, weights_hash
 from support.tasks import QUESTIONS, TASKS, read_task, standard_error
 from tokenizer import Tokenizer
 from weights import InputError, write_file
@@ -42,7 +51,9 @@ def by_harm(model, samples, args, device):
     """All layers, those first whose attention the output misses least, closed one at a time on `samples`."""
     add_routers(model, "attn_token")                                       # all open
     groups = islice(batches(samples, STATIC_TOKENS, args.seed), STATIC_BATCHES)
-    harm = sum(measure(model, Batch.of(group, device))[0].sum(0) for group in groups)       # (n_layer,)
+    harm = 0                                                               # (n_layer,)
+    for group in tqdm(groups, "harm of each layer", STATIC_BATCHES, unit="batch", leave=False):
+        harm = harm + measure(model, Batch.of(group, device))[0].sum(0)
     return harm.argsort().tolist()
 
 
@@ -109,8 +120,8 @@ def make_variants(model, tok, args, device):
         for name, capacity in named("routed", args.capacity).items():
             load = setters[name] = partial(load_routers, model, args.routers, capacity)
             meta = load()                                            # a bad file is told before the work
-        args.kind = {key: meta[key] for key in ("granularity", "kv")}
         settings["routers of hash"] = file_hash(args.routers)
+        args.routers_entry = routers_entry(args.routers, meta)
     parallel.check_same(settings)
     if args.shuffled:
         shuffle = Shuffle(args.seed)
@@ -136,7 +147,7 @@ def make_variants(model, tok, args, device):
     if args.static:
         if max(args.static) > model.config.n_layer:
             raise InputError(f"--static {max(args.static)}: this model has {model.config.n_layer} layers")
-        samples, _ = read_samples(args.static_data, tok, model.config.max_context)
+        samples, _ = read_samples(args.static_data, tok, min(STATIC_TOKENS, model.config.max_context))
         ranked = by_harm(model, samples[:-HELD_OUT] or samples, args, device)
         parallel.check_same({"attentions of least harm": ranked})
 
@@ -175,7 +186,7 @@ def save(results, args):
     if args.json:                                    # all processes make it, the first writes it
         entries = {variant: result.entry() for variant, result in results.items() if result.has_run()}
         first = entries.pop(list(entries)[1 if args.routers else 0])
-        entries |= {"routers": args.kind} if args.routers else {}
+        entries |= {"routers": args.routers_entry} if args.routers else {}
         if parallel.is_first():
             write_file(args.json, json.dumps(first | entries, allow_nan=False).encode())
 
@@ -190,6 +201,11 @@ def check_finite(values, what, variant):
 def plus_minus(value, width):
     """An interval as text, blank where it is not defined, as for a single question."""
     return f" ±{value:{width}.1f}" if math.isfinite(value) else " " * (width + 2)
+
+
+def routed_capacity(used, variant):
+    """The column of that name, blank for a static model, whose closed attentions are no routers'."""
+    return " " * 8 if variant.startswith("static") else f"{used['routed_capacity']:8.3f}"
 
 
 def run_task(name, questions, shots, setters, results, model, tok, args):
@@ -213,7 +229,7 @@ def run_task(name, questions, shots, setters, results, model, tok, args):
         result.keep[name] = used["keep"]
         print(f"{name:14}{len(questions):6}{shots:6} {variant:12}{scores.metric:>9}{percent:7.1f}"
               f"{plus_minus(100 * standard_error(scores.right), 4)}{beside_dense}{used['capacity']:9.3f}"
-              f"{used['routed_capacity']:8.3f}{seconds:9.1f}", flush=True)
+              f"{routed_capacity(used, variant)}{seconds:9.1f}", flush=True)
         notes += [f"{variant}: {note}" if task.stop else note]
     for note in filter(None, dict.fromkeys(notes)):
         print(f"  {note}")
@@ -248,7 +264,7 @@ def run_text(path, samples, setters, results, model, args, device):
         results[variant].text = {"file": path} | r
         results[variant].keep[path] = r["keep"]
         print(f"{r['tokens']:20,} {variant:12}{r['loss']:9.4f}{perplexity(r['loss']):>12}{r['kl']:13.4f}"
-              f"{r['capacity']:10.3f}{r['routed_capacity']:8.3f}", flush=True)
+              f"{r['capacity']:10.3f}{routed_capacity(r, variant)}", flush=True)
 
 
 def tasks_in(data_dir):
@@ -266,6 +282,8 @@ def parse_arguments():
     p.add_argument("--tasks", help=f"comma-separated, of {', '.join(TASKS)} (default: all of --data-dir)")
     p.add_argument("--data-dir", help="folder with <task>/<split>.jsonl (default: fetch from the hub)")
     p.add_argument("--text", help="perplexity of this file: any that train_router.py --data reads")
+    p.add_argument("--piece", type=number(int, PLAIN_PROMPT + 1), default=PLAIN_PIECE,
+                   help="tokens of the pieces of plain text, of which the first 64 are not scored")
     p.add_argument("--last", type=count, help="only so many samples at the end of --text")
     p.add_argument("--limit", type=count, help="only so many lines at the beginning of each task")
     p.add_argument("--num-fewshot", type=number(int, 0),
@@ -305,7 +323,7 @@ def main():
     tasks = {name: read_task(name, args.data_dir, args.num_fewshot, args.limit) for name in args.tasks}
     tok = Tokenizer.from_pretrained(args.model)
     model = Llama.from_pretrained(args.model, device, dtype)
-    samples = read_samples(args.text, tok, model.config.max_context)[0] if args.text else []
+    samples = read_samples(args.text, tok, model.config.max_context, args.piece)[0] if args.text else []
     if args.text and not samples:
         raise InputError(f"{args.text}: nothing to score; a text needs more than 64 tokens, a chat an answer")
     for name, (questions, _) in tasks.items():

@@ -10,9 +10,9 @@ from conftest import is_one_sentence, open_gates_at_random, train_tokenizer, wri
 
 import eval as evaluation
 import scoring
-from losses import Usage
 from model import Llama
 from router import GRANULARITIES, add_routers, save_routers, trace
+from scoring import Usage
 from support import written
 from support.data import Batch, common_beginning, pack
 from support.tasks import QUESTIONS, TASKS, Scores, read_task, rows_of, size
@@ -100,21 +100,23 @@ def brute_force(model, questions, tok):
     return out
 
 
-def with_gates(model, granularity, pool="prompt"):
-    add_routers(model, granularity, "1-3", pool=pool)
+def with_gates(model, granularity, pool="prompt", kv="all"):
+    add_routers(model, granularity, "1-3", pool=pool, kv=kv)
     torch.manual_seed(1)                                  # gates of which some are open in every task below
     open_gates_at_random(model, 0.5)
 
 
-@pytest.mark.parametrize("kind", [None, *GRANULARITIES, "attn_sequence all"])
+@pytest.mark.parametrize("kind", [None, *GRANULARITIES, "attn_sequence all", "attn_token open",
+                                  "block_token open"])
 @pytest.mark.parametrize("family", ["grouped queries", "Mistral with a window"])
 def test_sharing_changes_nothing(kind, family, question_files, tmp_path):
     write_tiny(tmp_path / "m", family)
     train_tokenizer(digits=True).save(str(tmp_path / "m" / "tokenizer.json"))
     tok, model = Tokenizer.from_pretrained(tmp_path / "m"), Llama.from_pretrained(tmp_path / "m")
     if kind:
-        granularity, _, pool = kind.partition(" ")
-        with_gates(model, granularity, pool or "prompt")
+        granularity, _, other = kind.partition(" ")
+        options = {"all": {"pool": "all"}, "open": {"kv": "open"}}.get(other, {})
+        with_gates(model, granularity, **options)
     for name, shots in ("arc_challenge", 0), ("mmlu", 1), ("winogrande", 2), ("boolq", 0), ("hellaswag", 0):
         questions = questions_of(question_files, name, shots, limit=3)
         expected = brute_force(model, questions, tok)
@@ -357,6 +359,20 @@ def test_static_drops_what_is_missed_least(tiny):
     assert evaluation.by_harm(model, samples[:20], args, "cpu")[0] == 2
 
 
+def test_a_text_in_pieces(tiny, call, tmp_path):
+    """The first 64 tokens of each are not scored; of several texts no piece has tokens of two."""
+    texts, tok = ["fox " * 300, "The quick brown fox. " * 9], Tokenizer.from_pretrained(tiny)
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    lengths = [len(tok.bos_ids + tok.encode(text)) for text in texts]
+    for piece in 70, 150, 512:
+        status, _ = call(evaluation.main, "--model", tiny, "--text", path, "--piece", piece, "--json",
+                         tmp_path / "o.json")
+        pieces = [min(piece, n - i) for n in lengths for i in range(0, n, piece)]
+        scored = sum(max(0, n - 64) for n in pieces)
+        assert status == 0 and json.loads((tmp_path / "o.json").read_text())["text"]["tokens"] == scored
+
+
 def test_without_arguments(tiny, call):
     status, said = call(evaluation.main, "--model", tiny)
     assert status == 0 and "no benchmark" in said and all(name in said for name in TASKS)
@@ -401,7 +417,7 @@ def test_finished_tasks_are_kept(tiny, question_files, call, tmp_path, monkeypat
     (["--tasks", "rte", "--random"], ["--routers"]),
     (["--tasks", "rte", "--capacity", 0.5], ["--routers"]),
     (["--tasks", "rte", "--static", 9], ["--static", "4 layers"]),
-    (["--text", "nothing.txt"], ["nothing.txt"]),
+    (["--text", "nothing.txt"], ["nothing.txt"]), (["--text", "x.txt", "--piece", 64], ["--piece"]),
 ])
 def test_bad_flags(flags, words, tiny, question_files, call):
     flags = flags if "--data-dir" in flags or "--text" in flags else [*flags, "--data-dir", question_files]
