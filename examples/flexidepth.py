@@ -3,7 +3,7 @@ closed tokens, a price on the square of the layers that a token uses; as kinds o
 
     z = norm1(x)    g = sigmoid(W_r W_up norm(tanh(W_down z)))      W_down: C -> C/16, W_up: C/16 -> C
     open, g >= 0.5: y = x + g (block(x) - x)
-    closed:         y = x + (1 - g) A(norm2(x))       keys and values, and A, a SwiGLU 16 times narrower
+    closed:         y = x + (1 - g) A(norm2(x))       A: a SwiGLU 16 times narrower; key and value are kept
     loss = cross-entropy + alpha * mean over tokens of (sum over layers of g)^2
 
     python examples/flexidepth.py --data alpaca.jsonl --out out/flexidepth         # their gates and loss
@@ -18,6 +18,7 @@ makes it start well: W_r = 0, so that new gates are just open, A = 0, and a bias
 """
 import importlib
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -108,8 +109,14 @@ def squared_price(model, alpha, target=None):
     return alpha * layers_used.square().sum() / skips[0].seen
 
 
+@dataclass(frozen=True)
 class SoftGates(Recipe):
     """What is priced is g itself, not the step."""
+
+    def __post_init__(self):
+        if self.gate not in ("gated", "flexidepth"):
+            raise InputError(f"--gate {self.gate}: this recipe trains gates between 0 and 1, which only gated"
+                             " and flexidepth have in inference too; name train_router for ours")
 
     def gate_estimator(self, step, steps):
         return lambda score, threshold: score

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import losses  # noqa: E402
 from model import Config, Llama  # noqa: E402
 from router import load_routers, mindskips, remove_routers, save_routers  # noqa: E402
+from scoring import evaluate  # noqa: E402
 from support.cli import common_arguments, device_and_dtype, number, perplexity  # noqa: E402
 from support.data import DEFAULT_DATA, HELD_OUT, Batch, batches, hold_out, pack, read_samples  # noqa: E402
 from support.run import check_output  # noqa: E402
@@ -106,10 +107,8 @@ def parse_arguments():
     p.add_argument("--tokens", type=count, default=2048, help="per step")
     p.add_argument("--held-out", type=count, default=HELD_OUT, help="last samples of --data, for the table")
     p.add_argument("--out", default="out/lora")
-    args = p.parse_args()
-    if args.dtype == "auto":
-        args.dtype = "float32"                       # small updates would be lost in bfloat16's rounding
-    return args
+    p.set_defaults(dtype="float32")                  # small updates would be lost in bfloat16's rounding
+    return p.parse_args()
 
 
 def main():
@@ -120,6 +119,8 @@ def main():
     checkpoint, rows = open_checkpoint(args.model), {}
     context = Config.from_hf(checkpoint.config, checkpoint.path).max_context
     samples, _ = read_samples(args.data, Tokenizer.from_pretrained(args.model), context)
+    if len(samples) < 2:
+        raise InputError(f"{args.data}: give at least 2 samples with an answer; one is held out")
     train_set, test_set = hold_out(samples, args.held_out)
     test = [Batch.of(group, device) for group in pack(test_set, args.tokens)]
     for name in "routed", "dense":                   # in this order, since a router file may be refused
@@ -128,11 +129,11 @@ def main():
         check_rank(model, args.rank)
         if name == "routed":
             load_routers(model, args.routers)
-        rows[name] = losses.evaluate(model, test)
+        rows[name] = evaluate(model, test)
         add_lora(model, args.rank, args.alpha)
         tune(model, train_set, args, f"{name} + LoRA")
         merge(model)
-        rows[f"{name} + LoRA"] = losses.evaluate(model, test)
+        rows[f"{name} + LoRA"] = evaluate(model, test)
         folder = Path(args.out) / name
         if name == "routed":
             save_routers(model, folder / "routers.safetensors")

@@ -1,6 +1,7 @@
 """examples/flexidepth.py against its formulas in float64, and the hooks of router.py that it needs."""
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -280,7 +281,7 @@ def test_only_gates_that_do_not_merge_are_captured(tiny, monkeypatch):
     monkeypatch.setattr(graph, "triton_module", lambda: SimpleNamespace())
     for gate, captured in ("linear", True), ("bottleneck", True), *((gate, False) for gate in KINDS):
         model = add_routers(Llama.from_pretrained(tiny), "block_token", gate=gate)
-        assert all(bool(graph.can_capture(skip, None)) == captured for skip in graph.gates(model))
+        assert all(bool(graph.can_capture(skip, None)) == captured for skip in graph.active_skips(model))
 
 
 def test_a_captured_step_of_the_bottleneck(tiny, monkeypatch):
@@ -300,11 +301,13 @@ def test_a_captured_step_of_the_bottleneck(tiny, monkeypatch):
 def test_the_script_tunes_again_and_serves_the_other_scripts(arguments, call, tmp_path, monkeypatch):
     path = tmp_path / "out" / "routers.safetensors"
     flags = [*arguments, "--layers", "1-3", "--steps", 8, "--lr", 0.05]
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "examples/flexidepth.py", "--resume", "--out", "a b"])
     status, said = call(flexidepth.main, *flags, "--penalty", 0.2)
     assert status == 0 and "recipe flexidepth" in said
     with safe_open(path, "pt") as file:
         meta = file.metadata()
     assert meta["gate"] == "flexidepth" and meta["granularity"] == "block_token"
+    assert meta["command"] == "python examples/flexidepth.py --out 'a b'"
     tensors, priced = load_file(path), json.loads(meta["held_out"])["capacity"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
     assert {line["lambda"] for line in lines} == {0.2}
@@ -338,7 +341,7 @@ def test_its_gates_under_our_recipe(arguments, call, tmp_path):
     (["--granularity", "block_sequence"], "block_sequence"), (["--granularity", "attn_token"], "block_token"),
     (["--granularity", "mlp_token"], "block_token"), (["--layers", "2-9"], "layers 0 to 3"),
     (["--gate", "gated", "--granularity", "attn_sequence"], "attn_sequence"),
-    (["--gate", "adapter", "--granularity", "attn_token"], "block_token"),
+    (["--gate", "adapter"], "--gate adapter"), (["--gate", "linear"], "--gate linear"),
     (["--data", "none.jsonl"], "none.jsonl"), (["--gate", "last_token"], "last_token"),
 ])
 def test_what_is_refused(flags, named, arguments, call):
