@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from weights import InputError, read_text
+from support.files import InputError, read_text
 
 DEFAULT_DATA = Path(__file__).parent.parent / "data" / "instructions.jsonl"
 HELD_OUT = 64         # samples at the end of a file that are kept for the final table
-PLAIN_PIECE = 512     # plain text is cut into pieces of this many tokens
+PLAIN_PIECE = 512     # tokens of the pieces that plain text is cut into
 PLAIN_PROMPT = 64     # of which so many stand in for a prompt, and are not learned from
 
 
@@ -23,9 +23,9 @@ class Sample:
     prompt: int             # tokens before the first answer
 
 
-def read_samples(path, tok, context):
+def read_samples(path, tok, context, piece=PLAIN_PIECE):
     """Samples of a JSON or JSONL file of instructions, chats or texts (see FORMS), or of plain text: what is
-    named .txt or .md, or begins with neither [ nor {.
+    named .txt or .md, or begins with neither [ nor {. piece: tokens of the pieces that texts are cut into.
 
     Returns (samples, how many were cut to `context` tokens), and prints how many records were read in which
     form, and how many have nothing to learn from. InputError names the line or the field that is wrong.
@@ -35,16 +35,16 @@ def read_samples(path, tok, context):
         raise InputError(f"{path}: {'binary' if text.strip() else 'empty'}; give JSON, JSONL or plain text")
     if Path(path).suffix in (".txt", ".md") or text.lstrip()[0] not in "[{":
         print(f"{path}: read as plain text", file=sys.stderr)
-        return plain_samples(text, tok, min(PLAIN_PIECE, context)), 0
+        return plain_samples(text, tok, min(piece, context)), 0
     samples, cut, forms, empty = [], 0, Counter(), 0
     for where, record in records(text, path):
-        form, record_samples = sample_of(record, where, tok, context)
+        form, record_samples = sample_of(record, where, tok, min(piece, context))
         forms[form] += 1
         n = len(samples)
         for sample in record_samples:
             cut += len(sample.ids) > context
             sample = Sample(sample.ids[:context], sample.answer[:context], min(sample.prompt, context))
-            if any(sample.answer):
+            if any(sample.answer[1:]):               # no token predicts the first
                 samples.append(sample)
         empty += len(samples) == n
     counts = ", ".join(f"{n:,} as {form}" for form, n in forms.items())
@@ -78,7 +78,7 @@ FORMS = {     # name: the fields that tell it, the first that a record has all o
     "prompt": ["prompt", "completion"], "context": ["context", "response"], "text": ["text"]}
 
 
-def sample_of(record, where, tok, context):
+def sample_of(record, where, tok, piece):
     """(the form of a record, its samples): one for a chat or an instruction, as many as needed for a text."""
     if not isinstance(record, dict):
         raise InputError(f"{where}: lacks the field 'instruction'; it is not a JSON object")
@@ -88,7 +88,7 @@ def sample_of(record, where, tok, context):
         forms = "; ".join(" and ".join(map(repr, fields)) for fields in FORMS.values())
         raise InputError(f"{where}: has fields of no form that is read, which are {forms}")
     if form == "text":
-        return form, plain_samples(field(record, "text", where), tok, min(PLAIN_PIECE, context))
+        return form, plain_samples(field(record, "text", where), tok, piece)
     messages = messages_of(record, form, where)
     if not any(m["role"] == "assistant" for m in messages):
         raise InputError(f"{where}: none of its messages has the role 'assistant'")

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from support import parallel
 from support.files import InputError, cache_folder, open_safetensors, write_file
 from support.graph import release
+from support.memory import rows_that_fit
 
 SHIPPED = Path(__file__).parent.parent / "data" / "own_text.safetensors"      # smollm2-135m, seed 0, bfloat16
 
@@ -21,21 +22,24 @@ def own_text_file(model_name, seed, weights_hash):
 
 
 def write_text(model, n, n_tokens, seed, path=None):
-    """Token ids (n, n_tokens) that the dense model writes after random first tokens; from the file `path` if
-    it has so many, else written, and kept there. Several processes read and write the same, process 0's."""
+    """Token ids (n, n_tokens) that the model writes after random first tokens; from the file `path` if it has
+    these, or the beginnings of what ships, else written, and kept there. Several processes read and write the
+    same, process 0's."""
     device, n_vocab = model.embed.weight.device, model.config.vocab_size
     ids = parallel.from_first(read_ids(path) if path else None)
-    if ids is not None and len(ids) >= n and ids.shape[1] >= n_tokens and int(ids.max()) < n_vocab:
-        return ids[:n, :n_tokens].to(device)
+    if ids is not None and path == SHIPPED:
+        ids = ids[:n, :n_tokens]
+    if ids is not None and ids.shape == (n, n_tokens) and int(ids.max()) < n_vocab:
+        return ids.to(device)
     torch.manual_seed(seed)
-    first = torch.randint(n_vocab, (n, 1), device=device)
-    with tqdm(total=n_tokens - 1, desc="the model writes", unit="token", leave=False) as bar:
+    groups = torch.randint(n_vocab, (n, 1), device=device).split(rows_that_fit(model, n, n_tokens))
+    with tqdm(total=len(groups) * (n_tokens - 1), desc="the model writes", unit="token", leave=False) as bar:
         def show_step(token):
             bar.update()
-        ids = model.generate(first, n_tokens - 1, temperature=1.0, on_token=show_step)
+        texts = [model.generate(first, n_tokens - 1, temperature=1.0, on_token=show_step) for first in groups]
     model.cache = None
     release(model)
-    ids = parallel.from_first(ids).to(device)
+    ids = parallel.from_first(torch.cat(texts)).to(device)
     if path and path != SHIPPED and parallel.is_first():
         try:
             write_file(path, safetensors_bytes({"ids": ids.cpu().int()}))

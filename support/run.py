@@ -18,8 +18,7 @@ from tqdm import tqdm
 from support import parallel
 from support.checked import json_of, number_of, tensor_of
 from support.cli import check_destinations
-from support.files import lock
-from weights import InputError, open_safetensors, write_file
+from support.files import InputError, lock, open_safetensors, write_file
 
 FILES = "metrics.jsonl", "checkpoint.safetensors", "routers.safetensors"
 SAME_ON_RESUME = ("model", "dtype", "seed", "data", "data_weights", "init", "granularity", "layers",
@@ -50,6 +49,11 @@ def file_hash(path):
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+def routers_entry(path, meta):
+    """What a JSON file of results says of a router file, given its metadata."""
+    return {"granularity": meta["granularity"], "kv": meta["kv"], "file": str(path), "hash": file_hash(path)}
 
 
 def settings_of(args, model, samples):

@@ -13,9 +13,19 @@ def test_what_was_written_is_kept_and_read(tiny, tmp_path, monkeypatch):
     ids = write_text(model, 5, 20, 3, path)
     assert ids.shape == (5, 20) and torch.equal(ids, write_text(model, 5, 20, 3)) and model.cache is None
     assert torch.equal(load(path.read_bytes())["ids"].long(), ids)
-    monkeypatch.setattr(Llama, "generate", None)                    # from here on it is read
-    assert torch.equal(write_text(model, 5, 20, 3, path), ids)
-    assert torch.equal(write_text(model, 2, 20, 3, path), ids[:2])
+    with monkeypatch.context() as patch:
+        patch.setattr(Llama, "generate", None)                      # it is read
+        assert torch.equal(write_text(model, 5, 20, 3, path), ids)
+    fewer = write_text(model, 2, 20, 3)                             # not the first two, and so not read there
+    assert torch.equal(write_text(model, 2, 20, 3, path), fewer) and not torch.equal(fewer, ids[:2])
+
+
+def test_as_many_rows_at_once_as_fit(tiny, monkeypatch):
+    model, rows, generate = Llama.from_pretrained(tiny), [], Llama.generate
+    monkeypatch.setattr(own_text, "rows_that_fit", lambda model, n, n_tokens: 2)
+    monkeypatch.setattr(Llama, "generate", lambda self, first, *a, **k: rows.append(len(first))
+                        or generate(self, first, *a, **k))
+    assert write_text(model, 5, 20, 3).shape == (5, 20) and rows == [2, 2, 1]
 
 
 def test_a_file_that_does_not_fit_is_written_anew(tiny, tmp_path):

@@ -19,10 +19,10 @@ import bench
 import eval as evaluation
 import sample
 import train_router
-from losses import evaluate
 from model import Llama
 from recipe import DEFAULT, Penalty, choose
 from router import GRANULARITIES, add_routers, load_routers, mindskips, save_routers, straight_through
+from scoring import evaluate
 from support import data
 from support.data import Batch, pack, read_samples
 from support.run import Run
@@ -250,7 +250,9 @@ def test_a_price_moves_once_a_step_by_the_mean_of_its_batches(tiny, monkeypatch)
     (["--epochs", 2], "only with --recipe paper"),
     (["--recipe", "paper", "--epochs", 2], "not beside --steps"),           # which `arguments` has
     (["--max-samples", 0], "--max-samples"),
-    (["--method", "harm"], "only for gates at sequence level"),
+    (["--method", "harm"], "only for linear gates at sequence level"),
+    (["--granularity", "attn_sequence", "--lr", 0.01], "--lr:"),
+    (["--granularity", "attn_sequence", "--penalty", 1], "--penalty:"),
     (["--lr", -1], "--lr"),
     (["--tokens", 0], "--tokens"),
     (["--out", "/dev/null/out"], "cannot be written"),
