@@ -1,4 +1,4 @@
-"""The attention of the model, faster: every function equals PyTorch's scaled_dot_product_attention.
+"""The attention of the model, faster: PyTorch's scaled_dot_product_attention, and what it reads.
 
     attention            of all tokens of a pass, or of one new token per row
     attention_of_some    of a few queries per row, those of open tokens

@@ -4,7 +4,7 @@ import math
 
 from safetensors import SafetensorError
 
-from weights import InputError, open_safetensors
+from support.files import InputError, open_safetensors
 
 
 def check(value, form, where):

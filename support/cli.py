@@ -8,8 +8,8 @@ import tempfile
 
 import torch
 
+from support.files import InputError
 from support.parallel import say_once, take_card
-from weights import InputError
 
 
 class Parser(argparse.ArgumentParser):

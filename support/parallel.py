@@ -4,8 +4,8 @@ and process 0 alone prints and writes.
     torchrun --nproc-per-node 2 train_router.py
 
 With one process, and without torchrun, nothing here does anything. With several, each calls `gathered`, and
-the functions that use it, in the same order. These go from host to host by gloo, which notices a process that
-ended; gradients and the weights of `shard` go from device to device, by NCCL on CUDA.
+the functions that use it, in the same order. What is gathered goes as JSON from host to host, by gloo, which
+notices a process that ended; gradients and the weights of `shard` go from device to device, by NCCL on CUDA.
 """
 import json
 import os

@@ -48,8 +48,8 @@ def run_script(name, main):
     that goes away, as `head` does, ends the script. Of several processes the first that ends speaks."""
     from torch import OutOfMemoryError
 
+    from support.files import InputError
     from support.parallel import leave, say_once, told
-    from weights import InputError
     keep_freed_memory()
     prepare_streams()
     try:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from support.checked import check
 from support.data import records
-from weights import InputError
+from support.files import InputError
 
 QUESTIONS = Path(__file__).parent.parent / "data" / "questions"
 

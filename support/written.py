@@ -3,8 +3,8 @@ import re
 
 import torch
 
+from support.files import InputError
 from support.tasks import compare
-from weights import InputError
 
 LONGEST = 256                       # tokens of an answer, the harness's default
 LOOK_BACK = 16                      # last tokens that are searched for a stop string
