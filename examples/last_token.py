@@ -7,7 +7,7 @@
 A kind of gate is a class and a name in GATES. The router file keeps the name, so that no other script takes
 it for another kind: they refuse a file whose gate they do not know. Started through this file, they know it.
 """
-import runpy
+import importlib
 import sys
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from router import GATES, LinearRouter  # noqa: E402
+from support.script import run_script  # noqa: E402
 from weights import InputError  # noqa: E402
 
 
@@ -37,4 +38,4 @@ if __name__ == "__main__":
     script = sys.argv.pop(1)
     if script == "train_router":
         sys.argv += ["--gate", "last_token"]
-    runpy.run_module(script, run_name="__main__", alter_sys=True)
+    run_script(f"{script}.py", importlib.import_module(script).main)

@@ -120,6 +120,18 @@ def test_one_graph_serves_prompts_of_many_lengths_and_is_released(tiny, monkeypa
     assert captures[0]() is None and model not in graph.graphs_of
 
 
+def test_the_caches_of_kept_graphs_are_bounded(tiny, monkeypatch):
+    """Batches of ever other numbers of rows make ever new graphs, each with a cache."""
+    model = Llama.from_pretrained(tiny)
+    monkeypatch.setattr(graph, "Replay", Eager)
+    monkeypatch.setattr(graph, "can_replay", lambda model: True)
+    for kept_bytes, kept in (2**32, 3), (0, 1):
+        monkeypatch.setattr(graph, "KEPT_BYTES", kept_bytes)
+        for rows in 1, 2, 3:
+            model.generate(torch.randint(0, 320, (rows, 20)), 4)
+        assert len(graph.graphs_of[model]) == kept
+
+
 def test_which_steps_are_replayed(tiny, monkeypatch):
     """On CUDA all but those whose decisions are traced, and those of kv="open" with a window."""
     monkeypatch.setattr(graph, "triton_module", lambda: cuda)
