@@ -65,10 +65,12 @@ class LinearRouter(nn.Linear):
         return logit(read, self.weight, self.bias)
 
 
-# Kinds of gate, each by its router. To add one, add a class: it is made of (n_embd, scope, pool), has the
-# attribute pool, pooled(h, ctx), what it reads, and forward of that, the logit of the score, (..., 1). It may
-# have
-#   attach(sublayer)                     called once, for parameters whose shapes depend on the sublayer
+# Kinds of gate, each by the class of its router. To add one, add its name here. A router has
+#   __init__(n_embd, scope, pool), and the attribute pool
+#   pooled(h, ctx)       what it reads of h = norm(x) (B, T, C): (B, T, ...), at sequence level (B, ...)
+#   forward(read)        the logit of the score, (..., 1)
+# and may have
+#   attach(sublayer)     called once, for parameters whose shapes depend on the sublayer
 #   merge(skip, x, y, score, is_open)    at token level: the residual stream (B, T, C) after the gate, from x
 #       before it and y = x + f(h), to which MindSkip has not applied the gate; but in model.eval() a closed
 #       token was not computed, and its y is x
