@@ -465,18 +465,24 @@ def parse_arguments():
     p.add_argument("--random-weights", action="store_true", help=f"for the shapes {', '.join(SHAPES)}")
     p.add_argument("--against", type=words(("transformers", "masked")), default=[],
                    help="also transformers, or all computed and then multiplied by the gates")
-    p.add_argument("--loss", default="ce", choices=LOSSES, help="of a router-tuning step")
+    p.add_argument("--loss", choices=LOSSES, help="of a router-tuning step (default: ce)")
     p.add_argument("--rounds", type=number(int, 2), default=7, help="measurements of each variant")
     p.add_argument("--json", help="write the table there, with the machine's name")
     args = p.parse_args()
     for flag in "granularity", "layers", "kv":
         if args.routers and getattr(args, flag) is not None:
             raise InputError(f"--{flag}: --routers has gates of its own; leave one of the two out")
+    if args.routers and args.random_weights:
+        raise InputError("--routers: they were tuned for a model's own weights; leave out --random-weights")
+    if args.loss and "train" not in args.phase:
+        raise InputError("--loss: only of --phase train")
+    if args.kv == "open" and args.granularity and not {"attn_token", "block_token"} & {*args.granularity}:
+        raise InputError("--kv open: only for attn_token and block_token; add one to --granularity")
     if args.static and args.phase == ["train"]:
         raise InputError("--static: not of --phase train, which has nothing to tune without routers")
     if args.granularity is None:
         args.granularity = ["attn_sequence", "attn_token"]
-    args.layers, args.kv = args.layers or "all", args.kv or "all"
+    args.layers, args.kv, args.loss = args.layers or "all", args.kv or "all", args.loss or "ce"
     if "train" in args.phase and not args.granularity:
         raise InputError("--phase train needs a --granularity, that of the routers which train")
     check_destinations(args.json)

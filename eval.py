@@ -102,7 +102,7 @@ def capacity_of_file(meta, path):
     """The overall capacity that a router file was calibrated for."""
     table = json.loads(meta["calibration"])
     if not table:
-        raise InputError(f"--random: {path} does not tell its capacity; give --capacity")
+        raise InputError(f"--random: {path} was not calibrated, and does not tell its capacity; leave it out")
     return min(table, key=lambda pair: abs(pair[0] - float(meta["threshold"])))[1]
 
 
@@ -158,7 +158,7 @@ def make_variants(model, tok, args, device):
         for name, n in named("static", args.static).items():
             layers = ",".join(map(str, sorted(ranked[:n])))
             setters[name] = partial(static, layers)
-            print(f"{name}: without the attention of layers {layers}, those of least harm on"
+            print(f"{name}: the model without the attention of {layers}, the layers of least harm on"
                   f" {args.static_data}")
     return setters
 
@@ -324,6 +324,7 @@ def main():
     tok = Tokenizer.from_pretrained(args.model)
     model = Llama.from_pretrained(args.model, device, dtype)
     samples = read_samples(args.text, tok, model.config.max_context, args.piece)[0] if args.text else []
+    samples = samples[-args.last:] if args.last else samples
     if args.text and not samples:
         raise InputError(f"{args.text}: nothing to score; a text needs more than 64 tokens, a chat an answer")
     for name, (questions, _) in tasks.items():
@@ -343,7 +344,6 @@ def main():
         save(results, args)
     show_average({variant: result.tasks for variant, result in results.items()})
     if samples:
-        samples = samples[-args.last:] if args.last else samples
         run_text(args.text, samples, setters, results, model, args, device)
         tokens += sum(len(s.ids) for s in samples) * (2 * len(setters) - 1)
         save(results, args)

@@ -126,14 +126,17 @@ def main():
         reason = str(e).strip().split("\n")[0]
         sys.exit(f"in_transformers.py: {name}: transformers cannot load it ({reason})")
     ids = tokenizer(text, return_tensors="pt")
-    for title in "dense", "routed":
-        out = model.generate(**ids, max_new_tokens=40, do_sample=False)
-        print(f"{title}: {tokenizer.decode(out[0])}")
-        if title == "dense":
-            try:
-                attach_routers(model, path)
-            except InputError as e:
-                sys.exit(f"in_transformers.py: {e}")
+    if ids["input_ids"].numel() == 0:
+        sys.exit("in_transformers.py: the text is empty; give some words")
+    try:
+        handles = attach_routers(model, path)
+    except InputError as e:
+        sys.exit(f"in_transformers.py: {e}")
+    routed = model.generate(**ids, max_new_tokens=40, do_sample=False)
+    for handle in handles:
+        handle.remove()
+    dense = model.generate(**ids, max_new_tokens=40, do_sample=False)
+    print(f"dense: {tokenizer.decode(dense[0])}\nrouted: {tokenizer.decode(routed[0])}")
 
 
 if __name__ == "__main__":

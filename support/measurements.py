@@ -107,15 +107,20 @@ def routers_names(evaluations, benches):
 
 
 # ----------------------------------------------------------------------------------------------- KL and speed
+def named_tables(evaluations, names):
+    """(name of the model in a picture, its table) of what eval.py wrote; names: see routers_names."""
+    for scores in evaluations:
+        for name, table in tables_of(scores):
+            if name == "routed" and scores.get("routers"):
+                name = names[scores["routers"]["hash"]]
+            yield name, table
+
+
 def kl_points(evaluations, names):
     """{text: {variant: [(capacity, KL)]}}; names: see routers_names."""
     points = {}
-    for scores in evaluations:
-        for name, table in tables_of(scores):
-            if not table.get("text") or name == "dense":
-                continue
-            if name == "routed" and scores.get("routers"):
-                name = names[scores["routers"]["hash"]]
+    for name, table in named_tables(evaluations, names):
+        if table.get("text") and name != "dense":
             of_text = points.setdefault(table["text"]["file"], {})
             of_text.setdefault(name, []).append((table["text"]["capacity"], table["text"]["kl"]))
     return points

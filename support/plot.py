@@ -18,10 +18,10 @@ from support.files import InputError, write_file
 from support.measurements import (
     equal_kl_table,
     kl_points,
+    named_tables,
     read,
     routers_names,
     short,
-    tables_of,
     task_metric,
     tradeoffs,
 )
@@ -58,26 +58,30 @@ def kl(figure, evaluations):
 
 def accuracy(figure, evaluations):
     points = {}
-    for scores in evaluations:
-        for name, table in tables_of(scores):
-            metrics = [scores_of[task_metric(task)] for task, scores_of in table["tasks"].items()]
-            if metrics:
-                points.setdefault(name, []).append((table["capacity"], 100 * sum(metrics) / len(metrics)))
+    for name, table in named_tables(evaluations, routers_names(evaluations, [])):
+        metrics = [scores_of[task_metric(task)] for task, scores_of in table["tasks"].items()]
+        if metrics:
+            points.setdefault(name, []).append((table["capacity"], 100 * sum(metrics) / len(metrics)))
     if not points:
         return False
     against_capacity(figure.subplots(), points, "mean score of the tasks, %")
 
 
 def keep(figure, evaluations):
-    rows = {f"{plain(short(what))}, {sum(layers.values()) / len(layers):.2f}": layers
-            for scores in evaluations for what, layers in scores["keep"].items() if layers}
+    """How often each layer ran: a row per routed model and text or task, with its mean over the layers."""
+    rows = {}
+    for name, table in named_tables(evaluations, routers_names(evaluations, [])):
+        for what, layers in table["keep"].items():
+            if layers and name not in ("static", "shuffled", "random"):
+                mean = sum(layers.values()) / len(layers)
+                rows[plain(f"{short(what)}, {name}, {mean:.3f}")] = layers
     if not rows:
         return False
-    layers = sorted({int(i) for of in rows.values() for i in of})
+    layers = sorted({int(i) for row in rows.values() for i in row})
     axes = figure.subplots()
-    share = [[of.get(str(i), 1.0) for i in layers] for of in rows.values()]
+    share = [[row.get(str(i), 1.0) for i in layers] for row in rows.values()]
     image = axes.imshow(share, vmin=0, vmax=1, aspect="auto", cmap="viridis")
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_yticks(range(len(rows)), rows, fontsize=7)
     axes.set_xticks(range(len(layers)), layers, fontsize=7)
     axes.set(xlabel="layer")
     figure.colorbar(image, label="share that ran")
@@ -98,7 +102,7 @@ def tradeoff(figure, points):
             axes.axvline(1, color="grey", linewidth=0.5)
             axes.set(title=f"{phase}, {context:,} tokens, batch {batch}", xlabel="speedup over dense")
         row[0].set(ylabel=f"KL to dense on {plain(short(text))}")
-    panels[0][0].legend()
+    panels[0][0].legend(fontsize=7)
 
 
 def plain(name):
@@ -148,6 +152,9 @@ def main():
             save_figure(figure, Path(args.out) / name, dpi=120)
             print(Path(args.out) / name)
     points = tradeoffs(evaluations, benches)
+    if benches and not points:
+        raise InputError("no picture of times: give what eval.py --text ... --json wrote of the same routers,"
+                         " or --static, too")
     if points:
         figure = new_figure(1 + 3.5 * len(all_settings(points)), 0.5 + 3.5 * len(points))
         tradeoff(figure, points)

@@ -1,6 +1,7 @@
 """Benchmarks to questions and their scores, as lm-evaluation-harness 0.4 defines them."""
 import math
 import re
+import sys
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,8 +182,11 @@ def read_task(name, data_dir=None, num_fewshot=None, limit=None):
     for where, record in (read_split(name, task.examples, data_dir) or []) if shots else []:
         contexts, continuations, _, gold, group = parse(task, where, record)
         examples.setdefault(group, []).append(contexts[gold] + continuations[gold] + "\n\n")
-    if num_fewshot is None or not examples:
+    if num_fewshot is None:
         shots = min(shots, min(map(len, examples.values()), default=0))
+    elif shots and not examples:
+        print(f"{name}: without {task.examples}.jsonl no examples precede its questions", file=sys.stderr)
+        shots = 0
     questions = []
     for i, (where, record) in enumerate(lines[:limit]):
         contexts, *rest, group = parse(task, where, record)

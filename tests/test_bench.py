@@ -133,7 +133,9 @@ def test_random_model_runs(tmp_path):
     (["--routers", "/nowhere", "--kv", "all"], "--kv:"),
     (["--routers", "/nowhere", "--layers", "1"], "--layers:"),
     (["--routers", "/nowhere", "--granularity", "attn_token"], "--granularity:"),
-    (["--phase", "train", "--static", 2], "--static:"),
+    (["--phase", "train", "--static", 2], "--static:"), (["--loss", "kl"], "--loss:"),
+    (["--routers", "/nowhere", "--random-weights"], "--random-weights"),
+    (["--kv", "open", "--granularity", "attn_sequence"], "--kv open:"),
 ])
 def test_bench_refuses(arguments, named, tiny, call):
     status, said = call(bench.main, "--model", tiny, "--rounds", 2, "--context", 40, *arguments)

@@ -62,9 +62,10 @@ def test_the_script(tiny, router_file, tmp_path, monkeypatch, capsys):
     in_transformers.main()
     said = capsys.readouterr().out
     assert said.startswith("dense: ") and "\nrouted: " in said
-    for model, routers, named in ((tiny, "none.safetensors", "none.safetensors"),
-                                  (tmp_path / "none", router_file("attn_token"), "none")):
-        monkeypatch.setattr(sys, "argv", ["in_transformers.py", str(model), str(routers), "fox"])
+    for model, routers, text, named in ((tiny, "none.safetensors", "fox", "none.safetensors"),
+                                        (tiny, router_file("attn_token"), "", "empty"),
+                                        (tmp_path / "none", router_file("attn_token"), "fox", "none")):
+        monkeypatch.setattr(sys, "argv", ["in_transformers.py", str(model), str(routers), text])
         with pytest.raises(SystemExit) as e:
             in_transformers.main()
         assert is_one_sentence(str(e.value)) and named in str(e.value)

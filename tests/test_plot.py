@@ -71,6 +71,12 @@ def test_speedup_at_equal_harm(call, tmp_path):
     assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_times_alone_are_no_picture(call, tmp_path):
+    (tmp_path / "b.json").write_text(json.dumps(BENCH))
+    status, said = call(plot.main, tmp_path / "b.json", "--out", tmp_path)
+    assert status == 1 and is_one_sentence(said) and "eval.py --text" in said
+
+
 def test_router_files_are_told_apart():
     """By the kind of their gates; by their names too, where several have the same kind."""
     file = {"tuned": ROUTERS, "again": ROUTERS | {"file": "out/b/r.safetensors", "hash": "2"},
