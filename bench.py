@@ -95,22 +95,20 @@ def random_model(config, device, dtype):
 def patterns(count, shape, share, seed, device):
     """`count` random 0/1 tensors, each with exactly this share of ones: (count, *shape)."""
     n, generator = math.prod(shape), torch.Generator().manual_seed(seed)
-    made = torch.zeros(count, n)
-    for pattern in made:
-        pattern[torch.randperm(n, generator=generator)[:round(share * n)]] = 1.0
-    return made.view(count, *shape).to(device)
+    made = torch.rand(count, n, generator=generator).argsort(1) < round(share * n)
+    return made.float().view(count, *shape).to(device)
 
 
 def override_of(layer, n_layers, share, seed):
     """For MindSkip.override: exactly this share of all layers' gates is open, at random. At token level each
     step of decoding has a pattern of its own. Patterns are made in the warm-up and kept."""
     def override(score, ctx):
-        count = UNTIMED + STEPS if ctx.decoding else 1
+        count = ctx.cache.max_tokens if ctx.decoding else 1
         drawn = patterns(count, (n_layers, *score.shape), share, seed, score.device)[:, layer]
         if ctx.positions is None:
-            wanted = drawn[ctx.end % count]
+            wanted = drawn[ctx.end - 1]                  # the last one, in a prompt
         else:                                            # a captured step: the device knows where it is
-            wanted = drawn.index_select(0, (ctx.positions[:1] + 1) % count)[0]
+            wanted = drawn.index_select(0, ctx.positions[:1])[0]
         return wanted + (score - score.detach()) if score.requires_grad else wanted
     override.on_device = True
     return override

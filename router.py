@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from skipping import mask_closed_keys, open_rows, run_captured, run_open_only, run_rows, run_tokens
+import skipping
 from support.checked import open_router_file, tensor_of
 from support.cli import parse_layers
 from support.kernels import first_mean, logit, recomputed
@@ -126,9 +126,9 @@ class MindSkip(nn.Module):
         if self.bypass:
             return self.sublayer(x, ctx, h)
         if ctx.captured:
-            return run_captured(self, x, ctx)
+            return skipping.run_captured(self, x, ctx)
         if ctx.decoding and self.scope == "sequence":
-            return run_rows(self, x, ctx, open_rows(ctx.cache)[self])    # as the prompt decided
+            return skipping.run_decided(self, x, ctx)
         h = self.norm(x) if h is None else h
         score = recomputed(self.score, h, ctx)                           # (B,), or (B, T) at token level
         is_open = score >= self.threshold
@@ -137,14 +137,10 @@ class MindSkip(nn.Module):
         if self.training:
             return self.run_gated(x, ctx, h, score, is_open)
         if self.scope == "token":
-            run = run_open_only if self.kv == "open" else run_tokens
+            run = skipping.run_open_only if self.kv == "open" else skipping.run_tokens
             y = run(self, x, ctx, h, is_open)
             return self.router.merge(self, x, y, score, is_open) if self.merges else y
-        rows = is_open.nonzero().squeeze(1)                              # the one wait for the device
-        self.count(len(rows), ctx)
-        if ctx.cache is not None:
-            open_rows(ctx.cache)[self] = rows
-        return run_rows(self, x, ctx, rows, h)
+        return skipping.run_sequences(self, x, ctx, h, is_open)
 
     def norm(self, x):
         """The sublayer's normalized input."""
@@ -167,11 +163,10 @@ class MindSkip(nn.Module):
         """Training: x + g * f(h), everything computed, since dL/dg is the product of f(h) and dL/dy."""
         gate = self.estimator(score, self.threshold)                     # (B,) or (B, T)
         if self.scope == "token":
-            is_real = torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
-            real_gates = gate * is_real
+            real_gates = gate * skipping.real_tokens(x, ctx)
             self.count(real_gates.sum(), ctx, real_gates)
             if self.kv == "open":
-                ctx = mask_closed_keys(ctx, gate, x.dtype)
+                ctx = skipping.mask_closed_keys(ctx, gate, x.dtype)
             gate = gate[..., None]                                       # (B, T, 1)
         else:
             self.count(gate.sum(), ctx, gate)

@@ -1,6 +1,6 @@
 """What inference computes of a gated sublayer: the open rows or tokens, gathered, run and put back.
 
-    run_rows      one gate per sequence: closed rows compute nothing and store nothing
+    run_sequences one gate per sequence: closed rows compute nothing and store nothing
     run_tokens    one gate per token, kv="all": closed tokens have a key and a value, and nothing else
     run_step      the same, generating: with half of the rows open or more, attention is computed for all
     run_open_only one gate per token, kv="open": closed tokens take no part, as in Mixture of Depths. The open
@@ -20,25 +20,48 @@ import torch.nn.functional as F
 from model import merge_heads, rotate, split_heads
 from support.attention import additive_mask, attention, attention_of_some
 from support.cuda import fused, is_asynchronous, only_for, to_device, to_host
+from support.kernels import kernels_of_token
 
 WAITING = 32        # steps of generation whose keys and values may wait
 MOSTLY_OPEN = 0.5   # open share of a step's rows from which all are computed: weights are read once for all
+GATHERED_FROM = 4096    # tokens of a prompt on CUDA: fewer take less time than to wait and gather
 GROWTH = 64         # columns by which a cache of open tokens grows
 
 
 # ----------------------------------------------------------------------------------------- gates of sequences
 def open_rows(cache):
-    """{MindSkip: indices of the rows whose prompt opened its gate}, carried by a generation's cache."""
+    """{MindSkip: indices, on the host, of the rows whose prompt opened its gate}, carried by a generation's
+    cache."""
     return cache.routing.setdefault("open_rows", {})
 
 
+def run_sequences(skip, x, ctx, h, is_open):
+    """The sublayer on the open rows only, is_open (B,), from their prompt on."""
+    rows = open_indices(to_host(is_open)())                              # the one wait for the device
+    skip.count(len(rows), ctx)
+    if ctx.cache is not None:
+        open_rows(ctx.cache)[skip] = rows
+    return run_rows(skip, x, ctx, rows, h)
+
+
+def run_decided(skip, x, ctx):
+    """The sublayer in a step of generation, on the rows whose prompt opened the gate."""
+    return run_rows(skip, x, ctx, open_rows(ctx.cache)[skip])
+
+
+def open_indices(decided):
+    """Indices (n,) of what is open, from decisions (N,) on the host."""
+    return decided.nonzero().squeeze(1)
+
+
 def run_rows(skip, x, ctx, rows, h=None):
-    """The sublayer on some rows only: `rows`, their indices (n,)."""
+    """The sublayer on some rows only: `rows`, their indices (n,) on the host."""
     if len(rows) == 0:
         return x
     h = skip.norm(x) if h is None else h
     if len(rows) == len(x):
         return skip.sublayer(x, ctx, h)
+    rows = to_device(rows, x.device)
     return x.index_copy(0, rows, skip.sublayer(x[rows], select_rows(ctx, rows), h[rows]))
 
 
@@ -57,6 +80,9 @@ def run_tokens(skip, x, ctx, h, is_open):
     """The sublayer on the open tokens only, is_open (B, T); keys and values are computed of all."""
     if ctx.decoding:
         return run_step(skip, x, ctx, h, is_open)
+    if is_asynchronous(x) and x.shape[:2].numel() < GATHERED_FROM:
+        skip.count((is_open & real_tokens(x, ctx)).sum(), ctx)
+        return torch.where(is_open[..., None], skip.sublayer(x, ctx, h), x)
     attn, kv, decided = skip.attn, None, to_host(is_open)
     if attn and is_asynchronous(x):
         kv = keys_values(attn, h, ctx)                                 # while the host waits for decisions
@@ -70,9 +96,14 @@ def run_tokens(skip, x, ctx, h, is_open):
     return run_gathered(skip, x, ctx, h, columns, kv) if n_open else x
 
 
+def real_tokens(x, ctx):
+    """Which tokens of a pass are no padding, (B, T) bool; x (B, T, C)."""
+    return torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
+
+
 def open_columns(decided, lengths):
     """[each row's open columns], from decisions (B, T) on the host, padding excluded."""
-    return [row[:n].nonzero().squeeze(1) for row, n in zip(decided, lengths)]
+    return [open_indices(row[:n]) for row, n in zip(decided, lengths)]
 
 
 def run_step(skip, x, ctx, h, is_open):
@@ -81,7 +112,7 @@ def run_step(skip, x, ctx, h, is_open):
     n_open, n_rows = sum(decided.tolist()), len(ctx.host_lengths)
     skip.count(n_open, ctx)
     if not attn:
-        return run_rows(skip, x, ctx, to_device(decided.nonzero().squeeze(1), x.device), h)
+        return run_rows(skip, x, ctx, open_indices(decided), h)
     waiting = waiting_steps(skip, ctx)
     if n_open == 0:
         waiting.append((h, ctx))
@@ -203,8 +234,8 @@ def run_with_keys(skip, x, ctx, q, k, v):
 def run_captured(skip, x, ctx):
     """The sublayer in a step that support/graph.py captures: the same kernels whatever is open. They read the
     decision, is_open (B,), on the device: attention reads no key of a closed row, and with one row products
-    read no weight either. With several rows products are computed for all."""
-    attn, h, kv = skip.attn, skip.norm(x), None
+    read no weight either, and add nothing to x. With several rows products are computed for all."""
+    attn, h, kept = skip.attn, skip.norm(x), {}
     if skip.scope == "sequence":
         is_open = ctx.cache.routing["is_open"][skip]                                # as the prompt decided
     else:
@@ -213,13 +244,10 @@ def run_captured(skip, x, ctx):
         if skip.kv == "open":
             ctx = next_slot(skip, ctx, is_open)
         elif attn:
-            kv = keys_values(attn, h, ctx)
-    with only_for(is_open):
-        if kv:
-            y = run_with_keys(skip, x, ctx, query_heads(attn, h), *kv)
-        else:
-            y = skip.sublayer(x, ctx, h)
-    return torch.where(is_open[:, None, None], y, x)
+            kept = {attn.qkv: attn.n_head * attn.head_dim}                          # on: keys and values
+    with only_for(is_open, kept):
+        y = skip.sublayer(x, ctx, h)
+    return y if kernels_of_token(x) else torch.where(is_open[:, None, None], y, x)
 
 
 def next_slot(skip, ctx, is_open):
@@ -243,7 +271,7 @@ def run_open_only(skip, x, ctx, h, is_open):
         step = open_keys(ctx.cache)[skip].step(rows, select_rows(ctx, rows))
         return x.index_copy(0, rows, skip.sublayer(x[rows], step, h[rows]))
 
-    is_open = is_open & (torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None])
+    is_open = is_open & real_tokens(x, ctx)
     n = is_open.sum(1)                                                   # (B,)
     host_n = n.tolist()                                                  # the one wait for the device
     skip.count(sum(host_n), ctx)

@@ -49,7 +49,7 @@ def attention(q, k, v, mask=None, causal=False):
         mask = F.pad(mask, (k.shape[2] - mask.shape[-1], 0))
     kernels = cuda.triton_kernels(q)
     if kernels and q.shape[2] == 1 and kernels_fit(q, k):
-        return kernels.attention_of_token(q, k, v, mask, cuda.choices["is_open"])
+        return kernels.attention_of_token(q, k, v, mask, cuda.choices["gate"][0])
     if q.shape[2] == 1:   # one token: the query heads of a key head are as good as its rows, and much faster
         y = F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, q.shape[3]), k, v, attn_mask=mask)
         return y.reshape(q.shape)

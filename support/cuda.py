@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-choices = {"triton": True, "is_open": None}      # see plain_kernels and only_for: a switch; a tensor or None
+choices = {"triton": True, "gate": (None, {})}        # see plain_kernels and only_for
 
 
 @functools.cache
@@ -77,7 +77,8 @@ def plain_kernels():
     return choose("triton", False)
 
 
-def only_for(is_open):
-    """Within it products and attention of one token per row may leave out rows whose gate is closed: is_open
-    (B,) bool, on the device. What they return of those rows must not be used."""
-    return choose("is_open", is_open)
+def only_for(is_open, kept):
+    """Within it products of one token and attention of one token per row read nothing for rows whose gate is
+    closed, and give 0: is_open (B,) bool, on the device. kept {Linear: n}: its outputs from n on are computed
+    all the same."""
+    return choose("gate", (is_open, kept))

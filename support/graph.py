@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from support.cuda import choices, triton_module
+from support.cuda import choices, to_device, triton_module
 from support.kernels import packed_weights
 
 KEPT_GRAPHS, KEPT_BYTES = 4, 2**32                  # per model, and of their caches
@@ -120,6 +120,7 @@ class Replay:
     def begin(self, cache):
         """Take over a prompt's keys, values and decisions; its cache holds this one's memory from then on."""
         open_rows = cache.routing.get("open_rows", {})          # sequence level: {MindSkip: indices}
+        open_rows = {skip: to_device(rows, self.token.device) for skip, rows in open_rows.items()}
         stored = {skip.attn.layer: rows for skip, rows in open_rows.items() if skip.attn}
         for mine, theirs in (self.cache.k, cache.k), (self.cache.v, cache.v):
             for layer, memory in enumerate(theirs):

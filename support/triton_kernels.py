@@ -23,20 +23,21 @@ LOG2_E = tl.constexpr(1.4426950408889634)         # exp(x) = 2^(x log2(e)), and 
 
 # -------------------------------------------------------------------------------------------------- products
 @triton.jit
-def linear_kernel(x, weight, bias, is_open, plus, y, n_in, n_out, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
-                  ADDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def linear_kernel(x, weight, bias, is_open, plus, y, n_in, n_out, n_gated, HAS_BIAS: tl.constexpr,
+                  GATED: tl.constexpr, ADDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = rows < n_out
-    reads = 1
+    is_read, reads = is_row, 1
     if GATED:
-        reads = tl.load(is_open).to(tl.int32)
+        first = tl.where(tl.load(is_open) != 0, 0, n_gated)
+        is_read, reads = is_row & (rows >= first), ((tl.program_id(0) + 1) * ROWS > first).to(tl.int32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     if reads != 0:
         for start in range(0, n_in, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)
             is_column = columns < n_in
             at = rows[:, None].to(tl.int64) * n_in + columns[None]
-            w = tl.load(weight + at, mask=is_row[:, None] & is_column[None], other=0.0).to(tl.float32)
+            w = tl.load(weight + at, mask=is_read[:, None] & is_column[None], other=0.0).to(tl.float32)
             total += w * tl.load(x + columns, mask=is_column, other=0.0).to(tl.float32)[None]
     result = tl.sum(total, 1)
     if HAS_BIAS:
@@ -46,15 +47,17 @@ def linear_kernel(x, weight, bias, is_open, plus, y, n_in, n_out, HAS_BIAS: tl.c
     tl.store(y + rows, result.to(y.dtype.element_ty), mask=is_row)
 
 
-def linear(x, weight, bias=None, is_open=None, plus=None):
+def linear(x, weight, bias=None, is_open=None, plus=None, n_gated=None):
     """F.linear of one token, x (..., in) of as many numbers, + plus (..., out). is_open (1,) bool: where it
-    is False, no byte of the weight is read, and its product counts as 0."""
+    is False, no byte of the weight is read, and its product counts as 0; of the first n_gated outputs only,
+    if given."""
     x, (n_out, n_in), rows, columns = x.contiguous(), weight.shape, 8, 512
     y = x.new_empty(*x.shape[:-1], n_out)
     linear_kernel[(triton.cdiv(n_out, rows),)](
         x, weight, weight if bias is None else bias, weight if is_open is None else is_open,
-        weight if plus is None else plus.contiguous(), y, n_in, n_out, HAS_BIAS=bias is not None,
-        GATED=is_open is not None, ADDS=plus is not None, ROWS=rows, COLUMNS=columns, num_stages=2)
+        weight if plus is None else plus.contiguous(), y, n_in, n_out,
+        n_out if n_gated is None else n_gated, HAS_BIAS=bias is not None, GATED=is_open is not None,
+        ADDS=plus is not None, ROWS=rows, COLUMNS=columns, num_stages=2)
     return y
 
 

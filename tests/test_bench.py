@@ -110,10 +110,10 @@ def test_forced_gates_open_exactly_the_share(granularity, tiny):
 def test_forced_gates_are_the_same_in_a_captured_step():
     """Where the device alone knows the position."""
     score, override = torch.rand(3, 1), override_of(1, 4, 0.5, 0)
-    opened = []
+    opened, cache = [], SimpleNamespace(max_tokens=13)
     for position in 10, 11, 12:
-        eager = SimpleNamespace(decoding=True, positions=None, end=position + 1)
-        captured = SimpleNamespace(decoding=True, positions=torch.full((3,), position))
+        eager = SimpleNamespace(decoding=True, cache=cache, positions=None, end=position + 1)
+        captured = SimpleNamespace(decoding=True, cache=cache, positions=torch.full((3,), position))
         opened.append(override(score, captured))
         assert torch.equal(opened[-1], override(score, eager))
     assert not opened[0].equal(opened[1]) or not opened[1].equal(opened[2])

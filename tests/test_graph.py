@@ -205,7 +205,7 @@ class Kernels(TorchDispatchMode):
     def rms_norm(self, x, weight, eps):
         return self.one("rms_norm", F.rms_norm, x, weight.shape, weight, eps)
 
-    def linear(self, x, weight, bias, is_open, plus):
+    def linear(self, x, weight, bias, is_open, plus, n_gated):
         def plain(x, weight, bias):
             return F.linear(x, weight, bias) + (0 if plus is None else plus)
         return self.one("linear", plain, x, weight, bias)
@@ -245,9 +245,9 @@ class Kernels(TorchDispatchMode):
 
 @pytest.mark.parametrize("granularity, kv, expected", [
     (None, "all", 11),                       # norm, qkv, rotation, store, attention (2), o; the MLP: 4
-    ("attn_sequence", "all", 12),            # also: where
-    ("attn_token", "all", 17),               # and logit, sigmoid, >=; k and v apart: a product, a rotation
-    ("block_token", "all", 17), ("mlp_token", "all", 15), ("attn_token", "open", 22),
+    ("attn_sequence", "all", 11),
+    ("attn_token", "all", 14),               # also: logit, sigmoid, >=
+    ("block_token", "all", 14), ("mlp_token", "all", 14), ("attn_token", "open", 21),
 ])
 def test_a_captured_step_waits_for_nothing_and_launches_few_kernels(granularity, kv, expected, monkeypatch):
     """On tensors without numbers: what asks for one, or mixes them with the host's, raises."""
@@ -283,7 +283,7 @@ class Waits(TorchDispatchMode):
         for name in "tolist", "numpy":                         # these are not dispatched on a CPU
             monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
         monkeypatch.setattr(skipping, "to_host", self.counted(skipping.to_host))
-        monkeypatch.setattr(skipping, "open_columns", self.uncounted(skipping.open_columns))
+        monkeypatch.setattr(skipping, "open_indices", self.uncounted(skipping.open_indices))
 
     def uncounted(self, function):
         """For what reads a copy that the host has."""
@@ -305,12 +305,17 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("granularity, kv", [*product(GRANULARITIES, ["all"]), ("attn_token", "open")])
-def test_a_prompt_waits_once_for_each_layer_that_decides(granularity, kv, tiny, monkeypatch):
-    """On the path that CUDA takes, where keys are computed while the host waits."""
+@pytest.mark.parametrize("granularity, kv, gathered_from", [
+    *product(GRANULARITIES, ["all"], [0, 4096]), ("attn_token", "open", 4096)])
+def test_a_prompt_waits_at_most_once_for_each_layer_that_decides(granularity, kv, gathered_from, tiny,
+                                                                 monkeypatch):
+    """On the path that CUDA takes, where keys are computed while the host waits; a prompt of few tokens does
+    not wait for their gates."""
     model = routed(tiny, granularity, kv=kv)
-    n_routed = len(mindskips(model))
+    waits_for = granularity.endswith("sequence") or kv == "open" or gathered_from == 0
+    n_routed = len(mindskips(model)) if waits_for else 0
     monkeypatch.setattr(skipping, "is_asynchronous", lambda t: True)
+    monkeypatch.setattr(skipping, "GATHERED_FROM", gathered_from)
     idx = tokens()
     with torch.inference_mode():
         with Waits(monkeypatch) as waits:

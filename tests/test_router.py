@@ -475,14 +475,17 @@ def test_add_routers_refuses(tiny):
 @pytest.mark.parametrize("granularity, kv", [
     *((granularity, "all") for granularity in GRANULARITIES),
     ("attn_token", "open"), ("block_token", "open")])
-def test_cuda_gives_the_logits_and_tokens_of_the_cpu(granularity, kv, tmp_path):
+def test_cuda_gives_the_logits_and_tokens_of_the_cpu(granularity, kv, tmp_path, monkeypatch):
     write_tiny(tmp_path, "head_dim")                       # 16, which the Triton kernels of attention take
     on_cpu, idx = routed(tmp_path, granularity, kv=kv), tokens()
     on_gpu = routed(tmp_path, granularity, kv=kv).cuda()
-    with torch.no_grad():
-        expected = real(on_cpu(idx, LENGTHS, PROMPTS))
-        assert (real(on_gpu(idx.cuda(), LENGTHS.cuda(), PROMPTS.cuda()).cpu()) - expected).abs().max() < 1e-3
-    assert capacity(on_cpu) == pytest.approx(capacity(on_gpu))
+    for gathered_from in 4096, 0:
+        monkeypatch.setattr(skipping, "GATHERED_FROM", gathered_from)
+        with torch.no_grad():
+            expected = real(on_cpu(idx, LENGTHS, PROMPTS))
+            found = real(on_gpu(idx.cuda(), LENGTHS.cuda(), PROMPTS.cuda()).cpu())
+        assert (found - expected).abs().max() < 1e-3
+        assert capacity(on_cpu) == pytest.approx(capacity(on_gpu))
     for threshold, rows in (0.5, 8), (0.5, 8), (0.4, 8), (0.5, 1), (0.5, 8):         # captured, then replayed
         for model in on_cpu, on_gpu:
             for skip in mindskips(model).values():

@@ -49,8 +49,11 @@ def test_linear_reads_no_weight_where_the_gate_is_closed(n_in, n_out, bias, dtyp
     check(triton_kernels.linear(x, weight, bias, is_open), expected, dtype)
     plus = random(1, 1, n_out, dtype=dtype)
     check(triton_kernels.linear(x, weight, bias, is_open, plus), expected + plus.double(), dtype)
-    nothing = torch.zeros_like(weight[:, 0]) if bias is None else bias
-    weight.fill_(torch.nan)                                    # would be seen, were it read
+    nothing, n_gated = torch.zeros_like(weight[:, 0]) if bias is None else bias, n_out - 6
+    weight[:n_gated].fill_(torch.nan)                          # would be seen, were it read
+    kept = triton_kernels.linear(x, weight, bias, ~is_open, None, n_gated)[..., n_gated:]
+    check(kept, expected[..., n_gated:], dtype)
+    weight.fill_(torch.nan)
     assert torch.equal(triton_kernels.linear(x, weight, bias, ~is_open)[0, 0], nothing)
     check(triton_kernels.linear(x, weight, bias, ~is_open, plus), (nothing + plus).double(), dtype)
 
@@ -149,6 +152,7 @@ def test_a_model_that_runs_on_them(family, everywhere, tmp_path):
 def test_captured_steps_that_run_on_them(granularity, kv, rows, everywhere, tmp_path, monkeypatch):
     """All but the capture itself: gates decide on the device, and what they close is not read."""
     monkeypatch.setitem(FAMILIES, "grouped queries", dict(head_dim=16, num_hidden_layers=3))
+    monkeypatch.setattr(skipping, "GATHERED_FROM", 0)
     write_tiny(tmp_path)
     model, idx = routed(tmp_path, granularity, kv=kv).to(DEVICE), IDX[:rows]
     n, prompts = LENGTHS[:rows], PROMPTS[:rows]
@@ -173,11 +177,13 @@ def test_heads_that_the_kernels_do_not_take(H, D, everywhere):
         check(attention(q, k, v), expected)
 
 
-@pytest.mark.parametrize("bias", [0.0, 100.0])
-def test_keys_that_are_computed_while_the_host_waits(bias, tiny, monkeypatch):
-    """The order of a GPU's prefill, also with every gate open."""
+@pytest.mark.parametrize("bias, gathered_from", [(0.0, 0), (100.0, 0), (0.0, 4096)])
+def test_the_order_of_a_prefill_on_a_gpu(bias, gathered_from, tiny, monkeypatch):
+    """Keys are computed while the host waits, also with every gate open; with few tokens all is computed."""
     model = routed(tiny, "block_token", bias=bias)
+    monkeypatch.setattr(skipping, "GATHERED_FROM", gathered_from)
     with torch.no_grad():
-        expected = real(model(IDX.cpu(), LENGTHS.cpu()), LENGTHS.cpu())
+        expected, share = real(model(IDX.cpu(), LENGTHS.cpu()), LENGTHS.cpu()), capacity(model)
         monkeypatch.setattr(skipping, "is_asynchronous", lambda x: True)
         assert (real(model(IDX.cpu(), LENGTHS.cpu()), LENGTHS.cpu()) - expected).abs().max() < 1e-4
+        assert capacity(model) == pytest.approx(share)
