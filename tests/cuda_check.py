@@ -1,6 +1,6 @@
 """What a machine with a GPU has to show, in one run of a few minutes: a block for docs/RESULTS.md.
 
-    python tests/cuda_check.py [--json FOLDER]
+    python tests/cuda_check.py [--json FOLDER] [--only tests,tables,tuning]
 
 1. the tests that need a GPU, and the kernels' on it
 2. bench.py on the shape of Llama-3.1-8B with random weights: prefill and decode after 512, 2,048 and 8,192
@@ -114,18 +114,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("out/cuda"), help="a folder for bench.py's tables")
+    parser.add_argument("--only", default="tests,tables,tuning", help="some of these (default: all)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("cuda_check.py: this PyTorch sees no CUDA device; run it on a machine with a GPU")
     args.json.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     print(torch.cuda.get_device_name(), torch.__version__)
-    tests = "tests/test_triton_kernels.py", "tests/test_router.py", "tests/test_graph.py"
-    print(run("-m", "pytest", "-q", *tests, "-k", "triton or cuda", seconds=300).strip().splitlines()[-1])
-    for i, flags in enumerate(TABLES):
-        bench(flags, args.json, str(i))
-    for granularity in "attn_token", "attn_sequence":
-        tune(granularity)
+    if "tests" in args.only:
+        tests = "tests/test_triton_kernels.py", "tests/test_router.py", "tests/test_graph.py"
+        print(run("-m", "pytest", "-q", *tests, "-k", "triton or cuda", seconds=300).strip().splitlines()[-1])
+    if "tables" in args.only:
+        for i, flags in enumerate(TABLES):
+            bench(flags, args.json, str(i))
+    if "tuning" in args.only:
+        for granularity in "attn_token", "attn_sequence":
+            tune(granularity)
     print(f"\nall of this: {time.perf_counter() - begin:.0f} s")
 
 
