@@ -37,6 +37,7 @@ from model import Cache, Config, Llama, run_layers, sample
 from recipe import overall_penalty
 from router import (
     GRANULARITIES,
+    KV_OPEN,
     add_routers,
     capacity,
     close_all,
@@ -146,7 +147,7 @@ class Variant:
         if self.granularity and self.args.routers:
             load_routers(model, self.args.routers, self.asked)
         elif self.granularity:
-            kv = self.args.kv if self.granularity in ("attn_token", "block_token") else "all"
+            kv = self.args.kv if self.granularity in KV_OPEN else "all"
             add_routers(model, self.granularity, self.args.layers, kv=kv)
             open_share(model, self.asked, self.args.seed)
         if self.name == "none":
@@ -474,8 +475,8 @@ def parse_arguments():
         raise InputError("--routers: they were tuned for a model's own weights; leave out --random-weights")
     if args.loss and "train" not in args.phase:
         raise InputError("--loss: only of --phase train")
-    if args.kv == "open" and args.granularity and not {"attn_token", "block_token"} & {*args.granularity}:
-        raise InputError("--kv open: only for attn_token and block_token; add one to --granularity")
+    if args.kv == "open" and args.granularity and not {*KV_OPEN} & {*args.granularity}:
+        raise InputError(f"--kv open: only for {' and '.join(KV_OPEN)}; add one to --granularity")
     if args.static and args.phase == ["train"]:
         raise InputError("--static: not of --phase train, which has nothing to tune without routers")
     if args.granularity is None:

@@ -37,6 +37,7 @@ from support.kernels import first_mean, logit, recomputed
 from weights import InputError, write_file
 
 GRANULARITIES = [f"{part}_{scope}" for part in ("attn", "mlp", "block") for scope in ("sequence", "token")]
+KV_OPEN = "attn_token", "block_token"                 # granularities that may have kv="open"
 
 
 # -------------------------------------------------------------------------------------------------- the gate
@@ -243,8 +244,8 @@ def add_routers(model, granularity="attn_token", layers="all", threshold=0.5, po
                                ("gate", gate, GATES), ("kv", kv, ("all", "open"))):
         if value not in known:
             raise InputError(f"{name} {value!r} is not known here; choose one of {', '.join(known)}")
-    if kv == "open" and granularity not in ("attn_token", "block_token"):
-        raise InputError(f"kv 'open': only for attn_token and block_token, not for {granularity}")
+    if kv == "open" and granularity not in KV_OPEN:
+        raise InputError(f"kv 'open': only for {' and '.join(KV_OPEN)}, not for {granularity}")
     chosen = parse_layers(layers, model.config.n_layer)
     remove_routers(model)
     model.requires_grad_(False)
