@@ -227,7 +227,7 @@ def run_task(name, questions, shots, setters, results, model, tok, args):
                             f"{d['changed']:9}{kl}")
         percent, used = 100 * float(scores.right.mean()), usage.summary()
         result.keep[name] = used["keep"]
-        print(f"{name:14}{len(questions):6}{shots:6} {variant:12}{scores.metric:>9}{percent:7.1f}"
+        print(f"{name:14}{len(questions):6}{shots:6} {variant:12}{task.metric:>9}{percent:7.1f}"
               f"{plus_minus(100 * standard_error(scores.right), 4)}{beside_dense}{used['capacity']:9.3f}"
               f"{routed_capacity(used, variant)}{seconds:9.1f}", flush=True)
         notes += [f"{variant}: {note}" if task.stop else note]

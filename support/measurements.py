@@ -53,16 +53,9 @@ def check_table(table, path):
     for name, task in table["tasks"].items():
         if name not in TASKS:
             raise InputError(f"{path}: there is no task {name[:40]!r}")
-        check(task, {task_metric(name): SHARE}, f"{path}: {name}")
+        check(task, {TASKS[name].metric: SHARE}, f"{path}: {name}")
     if table.get("text"):
         check(table["text"], TEXT, f"{path}: its text")
-
-
-def task_metric(name):
-    """The metric of a task in eval.py's file."""
-    if TASKS[name].stop:
-        return "strict"
-    return "acc_norm" if TASKS[name].norm else "acc"
 
 
 def tables_of(scores):

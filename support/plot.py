@@ -22,9 +22,9 @@ from support.measurements import (
     read,
     routers_names,
     short,
-    task_metric,
     tradeoffs,
 )
+from support.tasks import TASKS
 
 
 def curves(figure, runs):
@@ -59,7 +59,7 @@ def kl(figure, evaluations):
 def accuracy(figure, evaluations):
     points = {}
     for name, table in named_tables(evaluations, routers_names(evaluations, [])):
-        metrics = [scores_of[task_metric(task)] for task, scores_of in table["tasks"].items()]
+        metrics = [scores_of[TASKS[task].metric] for task, scores_of in table["tasks"].items()]
         if metrics:
             points.setdefault(name, []).append((table["capacity"], 100 * sum(metrics) / len(metrics)))
     if not points:

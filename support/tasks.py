@@ -37,6 +37,13 @@ class Task:
     target: callable = None
     stop: tuple = ()                   # not empty: the model writes its answer, until one of these strings
 
+    @property
+    def metric(self):
+        """Its name in eval.py's table and file."""
+        if self.stop:
+            return "strict"
+        return "acc_norm" if self.norm else "acc"
+
 
 def hellaswag_text(text):
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
@@ -248,7 +255,6 @@ class Scores:
         """lls: [[log-likelihood of each choice] for each question]; norm: whether the task's metric is
         acc_norm."""
         self.questions, self.lls, self.numbers = questions, lls, sum(lls, [])
-        self.metric = "acc_norm" if norm else "acc"
         gold = torch.tensor([q.gold for q in questions])
         likeliest = torch.tensor([first_largest(ll) for ll in lls])
         per_character = torch.tensor([first_largest([value / n for value, n in zip(ll, q.lengths)])

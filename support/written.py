@@ -83,7 +83,7 @@ class Scores:
         self.n_tokens, self.n_endless = sum(n_tokens), len(ended) - sum(ended)
         self.gold = [plain(question.continuations[0][1:]) for question in questions]
         self.answers = {name: self.extracted(name) for name in EXTRACTIONS}
-        self.metric, self.right = "strict", self.right_by("strict")
+        self.right = self.right_by("strict")
 
     def extracted(self, extraction):
         return [extract(text, *EXTRACTIONS[extraction]) for text in self.texts]
