@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from router import GATES, threshold_for  # noqa: E402
 from support.checked import open_router_file, tensor_of  # noqa: E402
 from support.cli import parse_layers  # noqa: E402
+from support.script import run_script  # noqa: E402
 from weights import InputError  # noqa: E402
 
 SIZES = {"n_layer": "num_hidden_layers", "n_embd": "hidden_size", "n_head": "num_attention_heads",
@@ -118,20 +119,17 @@ class Gate:
 def main():
     from transformers import AutoModelForCausalLM, AutoTokenizer
     if len(sys.argv) != 4:
-        sys.exit("in_transformers.py: give a model, a router file and a text")
+        raise InputError("give a model, a router file and a text")
     name, path, text = sys.argv[1:]
     try:
         tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as e:
         reason = str(e).strip().split("\n")[0]
-        sys.exit(f"in_transformers.py: {name}: transformers cannot load it ({reason})")
+        raise InputError(f"{name}: transformers cannot load it ({reason})") from None
     ids = tokenizer(text, return_tensors="pt")
     if ids["input_ids"].numel() == 0:
-        sys.exit("in_transformers.py: the text is empty; give some words")
-    try:
-        handles = attach_routers(model, path)
-    except InputError as e:
-        sys.exit(f"in_transformers.py: {e}")
+        raise InputError("the text is empty; give some words")
+    handles = attach_routers(model, path)
     routed = model.generate(**ids, max_new_tokens=40, do_sample=False)
     for handle in handles:
         handle.remove()
@@ -140,4 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script("in_transformers.py", main)

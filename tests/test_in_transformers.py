@@ -66,6 +66,6 @@ def test_the_script(tiny, router_file, tmp_path, monkeypatch, capsys):
                                         (tiny, router_file("attn_token"), "", "empty"),
                                         (tmp_path / "none", router_file("attn_token"), "fox", "none")):
         monkeypatch.setattr(sys, "argv", ["in_transformers.py", str(model), str(routers), text])
-        with pytest.raises(SystemExit) as e:
+        with pytest.raises(InputError) as e:
             in_transformers.main()
         assert is_one_sentence(str(e.value)) and named in str(e.value)
