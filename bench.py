@@ -137,6 +137,7 @@ class Variant:
     def __init__(self, model, args, phase, name, batch, context, granularity=None, asked=None):
         self.model, self.args, self.phase, self.name = model, args, phase, name
         self.batch, self.context, self.granularity, self.asked = batch, context, granularity, asked
+        self.idx = args.text[:batch, :context]                           # (B, T)
         self.times, self.cache_bytes, self.peak, self.work = [], None, None, None
         self.capacity = self.share = None       # overall and routed, as found in the run
 
@@ -192,25 +193,24 @@ class Variant:
         work()
         return time.perf_counter() - start
 
-    def first_token(self, idx, cache):
+    def first_token(self, cache):
         """Read the prompt and compute the logits of the first new token, (B, V)."""
         model = self.model.train(self.name == "masked")   # masked: compute all, then multiply
-        ctx = model.context(idx, None, [self.context] * self.batch, cache)
-        x = run_layers(model.layers, model.embed(idx), ctx)
+        ctx = model.context(self.idx, None, [self.context] * self.batch, cache)
+        x = run_layers(model.layers, model.embed(self.idx), ctx)
         return model.head(model.norm(x[:, -1]))
 
     @torch.no_grad()
     def prefill(self):
-        idx, cache = self.args.text[:self.batch, :self.context], Cache(self.model.config, self.context)
-        seconds = self.time(lambda: self.first_token(idx, cache))
+        cache = Cache(self.model.config, self.context)
+        seconds = self.time(lambda: self.first_token(cache))
         self.cache_bytes = cache.bytes()
         return seconds
 
     @torch.no_grad()
     def decode(self):
-        model, idx = self.model, self.args.text[:self.batch, :self.context]
-        cache = Cache(model.config, self.context + UNTIMED + STEPS)
-        token = sample(self.first_token(idx, cache))
+        model, cache = self.model, Cache(self.model.config, self.context + UNTIMED + STEPS)
+        token = sample(self.first_token(cache))
 
         def steps(step, token, start, n):
             for i in range(n):
@@ -226,7 +226,7 @@ class Variant:
     def train(self):
         """One step on every token: of the routers (--loss), or of the whole model with its routers
         (cross-entropy)."""
-        model, idx = self.model.train(), self.args.text[:self.batch, :self.context]
+        model, idx = self.model.train(), self.idx
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0, fused=idx.device.type == "cuda")    # without copies
         samples = [Sample(row, [True] * self.context, min(64, self.context)) for row in idx.tolist()]
@@ -271,13 +271,11 @@ class Transformers(Variant):
 
     @torch.no_grad()
     def prefill(self):
-        idx = self.args.text[:self.batch, :self.context]
-        return self.time(lambda: self.args.theirs(idx, use_cache=True, logits_to_keep=1))
+        return self.time(lambda: self.args.theirs(self.idx, use_cache=True, logits_to_keep=1))
 
     @torch.no_grad()
     def decode(self):
-        idx = self.args.text[:self.batch, :self.context]
-        out = self.args.theirs(idx, use_cache=True, logits_to_keep=1)
+        out = self.args.theirs(self.idx, use_cache=True, logits_to_keep=1)
 
         def steps(out, n):
             for _ in range(n):
