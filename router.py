@@ -315,9 +315,12 @@ def save_routers(model, path, calibration=None, **notes):
     write_file(path, safetensors_bytes(tensors, metadata=meta))
 
 
-def threshold_for(capacity, table, path):
-    """The threshold that gives an overall capacity, between the two of the calibration that lie around it."""
-    table = sorted((measured, threshold) for threshold, measured in table)
+def threshold_for(capacity, meta, path):
+    """The threshold of a router file, given its metadata, or that which gives another overall capacity,
+    between the two of the calibration that lie around it."""
+    if capacity is None:
+        return float(meta["threshold"])
+    table = sorted((measured, threshold) for threshold, measured in json.loads(meta["calibration"]))
     if not table:
         raise InputError(f"{path}: was not calibrated, as its recipe does not, or its run did not finish;"
                          " leave out --capacity")
@@ -339,9 +342,7 @@ def load_routers(model, path, capacity=None):
     if json.loads(meta["model"]) != shape_of(model):
         raise InputError(f"{path}: these routers are for a model of another shape, {meta['model']}; this one"
                          f" has {json.dumps(shape_of(model))}")
-    threshold = float(meta["threshold"])
-    if capacity is not None:
-        threshold = threshold_for(capacity, json.loads(meta["calibration"]), path)
+    threshold = threshold_for(capacity, meta, path)
     try:
         add_routers(model, meta["granularity"], meta["layers"], threshold, meta["pool"], meta["gate"],
                     meta["kv"])

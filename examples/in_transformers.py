@@ -45,9 +45,7 @@ def attach_routers(model, path, capacity=None, prompt=None):
         if wanted != size:
             raise InputError(f"{path}: these routers are for a model whose {theirs} is {wanted}, not {size}")
     part, scope = meta["granularity"].split("_")
-    threshold = float(meta["threshold"])
-    if capacity is not None:
-        threshold = threshold_for(capacity, json.loads(meta["calibration"]), path)
+    threshold = threshold_for(capacity, meta, path)
     generation, hooks = Generation(scope), []
     for i in parse_layers(meta["layers"], model.config.num_hidden_layers):
         layer = model.model.layers[i]
