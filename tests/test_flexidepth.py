@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import bound, is_one_sentence, write_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_graph import replay_eagerly
 from test_router import LENGTHS, PROMPTS, real, tokens
 from transformers import AutoModelForCausalLM
 
@@ -286,15 +287,9 @@ def test_only_gates_that_do_not_merge_are_captured(tiny, monkeypatch):
 
 def test_a_captured_step_of_the_bottleneck(tiny, monkeypatch):
     """All but the capture itself, on a CPU."""
-    class Eager(graph.Replay):
-        def capture(self):
-            x = self.step()
-            return x, lambda: x.copy_(self.step())
-
     model, idx = routed(tiny, "bottleneck"), tokens()
     expected = model.generate(idx, 9, lengths=LENGTHS)
-    monkeypatch.setattr(graph, "Replay", Eager)
-    monkeypatch.setattr(graph, "can_replay", lambda model: True)
+    replay_eagerly(monkeypatch)
     assert torch.equal(model.generate(idx, 9, lengths=LENGTHS), expected)
 
 

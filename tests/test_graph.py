@@ -24,12 +24,20 @@ from support.cuda import plain_kernels
 from support.kernels import logit
 
 
-class Eager(graph.Replay):
-    """A replay that is not captured: the step runs again, at the same addresses."""
+def replay_eagerly(monkeypatch, noted=id):
+    """Let steps be replayed without capture: the step runs again, at the same addresses. Returns a list that
+    gets noted(replay) of each new replay."""
+    notes = []
 
-    def capture(self):
-        x = self.step()
-        return x, lambda: x.copy_(self.step())
+    class Eager(graph.Replay):
+        def capture(self):
+            notes.append(noted(self))
+            x = self.step()
+            return x, lambda: x.copy_(self.step())
+
+    monkeypatch.setattr(graph, "Replay", Eager)
+    monkeypatch.setattr(graph, "can_replay", lambda model: True)
+    return notes
 
 
 @pytest.mark.parametrize("family, kind", [
@@ -37,14 +45,6 @@ class Eager(graph.Replay):
     ("grouped queries", "attn_token open"), ("Qwen3", "block_token open")])
 def test_replayed_steps_give_the_same_tokens(family, kind, tmp_path, monkeypatch):
     """All but the capture itself, on a CPU: a step at fixed addresses, with decisions as data."""
-    made = []
-
-    class Eager(graph.Replay):
-        def capture(self):
-            made.append(self)
-            x = self.step()
-            return x, lambda: x.copy_(self.step())
-
     monkeypatch.setattr(graph, "COLUMNS", 16)
     write_tiny(tmp_path, family)
     granularity, _, kv = kind.partition(" ") if kind else (None, "", "")
@@ -57,8 +57,7 @@ def test_replayed_steps_give_the_same_tokens(family, kind, tmp_path, monkeypatch
     for idx, n in zip(prompts, lengths):
         expected.append(model.generate(idx, 9, lengths=n))
         shares.append(capacity(model) if granularity else None)
-    monkeypatch.setattr(graph, "Replay", Eager)
-    monkeypatch.setattr(graph, "can_replay", lambda model: True)
+    made = replay_eagerly(monkeypatch)
     for idx, n, out, share in zip(prompts * 2, lengths * 2, expected * 2, shares * 2):
         assert torch.equal(model.generate(idx, 9, lengths=n), out)
         assert granularity is None or capacity(model) == pytest.approx(share)
@@ -69,18 +68,9 @@ def test_replayed_steps_give_the_same_tokens(family, kind, tmp_path, monkeypatch
 def test_a_graph_is_not_used_after_the_angles_that_it_reads_were_replaced(tmp_path, monkeypatch):
     """40 + 8 tokens, 600 + 8, then 40 + 8 again: in between the model made longer tables of angles, and let
     the first ones go. A graph keeps what it reads; it is captured anew where the model reads other tables."""
-    tables = []
-
-    class Eager(graph.Replay):
-        def capture(self):
-            tables.append(weakref.ref(self.model.angles[0]))
-            x = self.step()
-            return x, lambda: x.copy_(self.step())
-
     monkeypatch.setitem(TINY, "max_position_embeddings", 2048)
     write_tiny(tmp_path)
-    monkeypatch.setattr(graph, "Replay", Eager)
-    monkeypatch.setattr(graph, "can_replay", lambda model: True)
+    tables = replay_eagerly(monkeypatch, lambda replay: weakref.ref(replay.model.angles[0]))
     model, replays = Llama.from_pretrained(tmp_path), []
     for length in 40, 600, 40, 40:
         model.generate(torch.randint(0, 320, (1, length)), 8)
@@ -92,13 +82,7 @@ def test_a_graph_is_not_used_after_the_angles_that_it_reads_were_replaced(tmp_pa
 
 def test_one_graph_serves_prompts_of_many_lengths_and_is_released(tiny, monkeypatch):
     """Ten prompts of ten lengths, one capture; positions are copied once for each generation."""
-    captures, copies, real = [], [], graph.torch.tensor
-
-    class Eager(graph.Replay):
-        def capture(self):
-            captures.append(weakref.ref(self.positions))
-            x = self.step()
-            return x, lambda: x.copy_(self.step())
+    copies, real = [], graph.torch.tensor
 
     def tensor(values, **options):
         copies.append(values)
@@ -107,8 +91,7 @@ def test_one_graph_serves_prompts_of_many_lengths_and_is_released(tiny, monkeypa
     model = Llama.from_pretrained(tiny)
     prompts = [torch.randint(0, 320, (2, n)) for n in range(20, 30)]
     expected = [model.generate(prompt, 7) for prompt in prompts]
-    monkeypatch.setattr(graph, "Replay", Eager)
-    monkeypatch.setattr(graph, "can_replay", lambda model: True)
+    captures = replay_eagerly(monkeypatch, lambda replay: weakref.ref(replay.positions))
     monkeypatch.setattr(graph.torch, "tensor", tensor)
     for prompt, out in zip(prompts, expected):
         copies.clear()
@@ -123,8 +106,7 @@ def test_one_graph_serves_prompts_of_many_lengths_and_is_released(tiny, monkeypa
 def test_the_caches_of_kept_graphs_are_bounded(tiny, monkeypatch):
     """Batches of ever other numbers of rows make ever new graphs, each with a cache."""
     model = Llama.from_pretrained(tiny)
-    monkeypatch.setattr(graph, "Replay", Eager)
-    monkeypatch.setattr(graph, "can_replay", lambda model: True)
+    replay_eagerly(monkeypatch)
     for kept_bytes, kept in (2**32, 3), (0, 1):
         monkeypatch.setattr(graph, "KEPT_BYTES", kept_bytes)
         for rows in 1, 2, 3:
@@ -176,8 +158,7 @@ def test_a_graph_is_not_used_after_the_model_changed(tiny, monkeypatch):
         change(model), change(again)
         with torch.no_grad(), monkeypatch.context() as patch:
             expected = again.generate(idx, 12)
-            patch.setattr(graph, "Replay", Eager)
-            patch.setattr(graph, "can_replay", lambda model: True)
+            replay_eagerly(patch)
             assert torch.equal(model.generate(idx, 12), expected)
     assert len(graph.graphs_of[model]) == 4
 
@@ -186,8 +167,7 @@ def test_graphs_made_in_inference_mode_serve_outside_of_it(tiny, monkeypatch):
     model, idx = routed(tiny, "attn_token"), tokens(2, 20)
     expected = model.generate(idx, 5)
     model.angles = None
-    monkeypatch.setattr(graph, "Replay", Eager)
-    monkeypatch.setattr(graph, "can_replay", lambda model: True)
+    replay_eagerly(monkeypatch)
     with torch.inference_mode():
         assert torch.equal(model.generate(idx, 5), expected)
     assert torch.equal(model.generate(idx, 5), expected)

@@ -3,14 +3,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, write_tiny
-from test_graph import Eager
+from test_graph import replay_eagerly
 from test_router import routed, tokens
 
 import skipping
 from model import Llama, rotate, swiglu
 from router import capacity
 from skipping import rotate_some
-from support import cuda, graph
+from support import cuda
 from support.attention import additive_mask, attention, store
 
 triton_kernels = pytest.importorskip("support.triton_kernels", reason="Triton is not installed")
@@ -159,8 +159,7 @@ def test_captured_steps_that_run_on_them(granularity, kv, rows, everywhere, tmp_
     with torch.no_grad(), cuda.plain_kernels():
         expected = real(model(idx, n, prompts), n)
         out, share = model.generate(idx, 4, lengths=n), capacity(model)
-    monkeypatch.setattr(graph, "Replay", Eager)
-    monkeypatch.setattr(graph, "can_replay", lambda model: True)
+    replay_eagerly(monkeypatch)
     with torch.no_grad():
         assert (real(model(idx, n, prompts), n) - expected).abs().max() < 1e-4
     for _ in range(2):
