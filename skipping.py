@@ -86,14 +86,13 @@ def run_tokens(skip, x, ctx, h, is_open):
     attn, kv, decided = skip.attn, None, to_host(is_open)
     if attn and is_asynchronous(x):
         kv = keys_values(attn, h, ctx)                                 # while the host waits for decisions
-    columns = open_columns(decided(), ctx.host_lengths)
-    n_open = sum(map(len, columns))
-    skip.count(n_open, ctx)
-    if n_open == sum(ctx.host_lengths):
+    at, counts = open_tokens(decided(), ctx.host_lengths)
+    skip.count(len(at), ctx)
+    if len(at) == sum(ctx.host_lengths):
         return run_with_keys(skip, x, ctx, query_heads(attn, h), *kv) if kv else skip.sublayer(x, ctx, h)
     if attn and not kv:
         kv = keys_values(attn, h, ctx)
-    return run_gathered(skip, x, ctx, h, columns, kv) if n_open else x
+    return run_gathered(skip, x, ctx, h, at, counts, kv) if len(at) else x
 
 
 def real_tokens(x, ctx):
@@ -101,9 +100,12 @@ def real_tokens(x, ctx):
     return torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
 
 
-def open_columns(decided, lengths):
-    """[each row's open columns], from decisions (B, T) on the host, padding excluded."""
-    return [open_indices(row[:n]) for row, n in zip(decided, lengths)]
+def open_tokens(decided, lengths):
+    """Indices (N,) among B * T of the open tokens, and how many each row has (a list), from decisions (B, T)
+    on the host; lengths (a list): padding is excluded."""
+    if min(lengths) < decided.shape[1]:
+        decided = decided & (torch.arange(decided.shape[1]) < torch.tensor(lengths)[:, None])
+    return open_indices(decided.flatten()), decided.sum(1).tolist()
 
 
 def run_step(skip, x, ctx, h, is_open):
@@ -124,21 +126,19 @@ def run_step(skip, x, ctx, h, is_open):
         return y if n_open == n_rows else torch.where(is_open[..., None], y, x)
     if waiting:
         store_waiting(attn, waiting)
-    columns = open_columns(decided[:, None], ctx.host_lengths)
-    return run_gathered(skip, x, ctx, h, columns, keys_values(attn, h, ctx))
+    at, counts = open_tokens(decided[:, None], ctx.host_lengths)
+    return run_gathered(skip, x, ctx, h, at, counts, keys_values(attn, h, ctx))
 
 
-def run_gathered(skip, x, ctx, h, columns, kv):
-    """The sublayer on gathered tokens: columns, a list with each row's, on the host; kv: see keys_values,
-    None for an MLP."""
-    T, attn = x.shape[1], skip.attn
-    at = torch.cat([row * T + row_columns for row, row_columns in enumerate(columns)])
-    at = to_device(at, x.device)
+def run_gathered(skip, x, ctx, h, on_host, counts, kv):
+    """The sublayer on gathered tokens: on_host (N,), counts: see open_tokens; kv: see keys_values, None for
+    an MLP."""
+    at, attn = to_device(on_host, x.device), skip.attn
     open_x = x.flatten(0, 1).index_select(0, at)                         # (N, C), row after row
     open_h = h.flatten(0, 1).index_select(0, at)
     if attn:
         q = queries(attn, open_h, ctx, at)                               # (H, N, D)
-        y = attention_of_some(q[None], *kv, columns, at, T, ctx.mask)[0]
+        y = attention_of_some(q[None], *kv, counts, on_host, at, x.shape[1], ctx.mask)[0]
         open_x = attn.o(merge_heads(y), plus=open_x)
     else:
         open_x = skip.sublayer(open_x, ctx, open_h)

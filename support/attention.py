@@ -111,34 +111,32 @@ def keys_seen(on_host, positions, S, dtype):
     return end, additive_mask(key <= positions[:, None], dtype)
 
 
-def attention_of_some(q, k, v, columns, at, T, mask=None):
+def attention_of_some(q, k, v, counts, on_host, at, T, mask=None):
     """Causal attention for some queries only, row by row.
 
-    q (1, H, N, D): the chosen queries of row 0, then those of row 1, and so on; k and v (B, K, S, D), whose
-    last T keys are this pass's own. columns: a list with each row's chosen columns, on the host; at (N,): row
-    * T + column of each query, on the device. The query at column t sees the keys up to S - T + t or, given a
-    mask (B or 1, 1, T, S) that hides at least all later ones, those that the mask shows. Returns (1, H, N,
-    D).
+    q (1, H, N, D): the chosen queries of row 0, counts[0] of them, then those of row 1, and so on; k and v
+    (B, K, S, D), whose last T keys are this pass's own. at (N,): row * T + column of each query, on the
+    device, and on the host. The query at column t sees the keys up to S - T + t or, given a mask (B or 1, 1,
+    T, S) that hides at least all later ones, those that the mask shows. Returns (1, H, N, D).
     """
     outputs, done, S = [], 0, k.shape[2]
     kernels = cuda.triton_kernels(q)
     if kernels and mask is None and kernels_fit(q, k):
-        counts, firsts = [len(row) for row in columns], None
+        firsts = None
         if len(counts) > 1:
             firsts = to_device(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), q.device)
         return kernels.attention_of_some(q, k, v, at, firsts, T, max(counts))
-    for row, row_columns in enumerate(columns):
-        n = len(row_columns)
+    for row, n in enumerate(counts):
         if n == 0:
             continue
         keys, values, queries = k[row:row + 1], v[row:row + 1], q[:, :, done:done + n]
-        on_host = (row_columns + (S - T)).int()
-        positions = on_host if q.device.type == "cpu" else (at[done:done + n] % T + (S - T)).int()
+        row_on_host = (on_host[done:done + n] % T + (S - T)).int()
+        positions = row_on_host if q.device.type == "cpu" else (at[done:done + n] % T + (S - T)).int()
         if n > 1 and mask is None and products_are_faster(q):
             y = attention_by_products(queries, keys, values, positions=positions)
         else:
             row_mask = None if mask is None else mask[row if len(mask) > 1 else 0, 0]           # (T, S)
-            y = attention_in_chunks(queries, keys, values, on_host, positions, row_mask)
+            y = attention_in_chunks(queries, keys, values, row_on_host, positions, row_mask)
         outputs.append(y)
         done += n
     return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]

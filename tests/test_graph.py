@@ -263,15 +263,16 @@ class Waits(TorchDispatchMode):
         for name in "tolist", "numpy":                         # these are not dispatched on a CPU
             monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
         monkeypatch.setattr(skipping, "to_host", self.counted(skipping.to_host))
-        monkeypatch.setattr(skipping, "open_indices", self.uncounted(skipping.open_indices))
+        for name in "open_indices", "open_tokens":
+            monkeypatch.setattr(skipping, name, self.uncounted(getattr(skipping, name)))
 
     def uncounted(self, function):
         """For what reads a copy that the host has."""
         def run(*args):
             before = self.n
-            columns = function(*args)
+            indices = function(*args)
             self.n = before
-            return columns
+            return indices
         return run
 
     def counted(self, function):

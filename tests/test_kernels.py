@@ -108,7 +108,7 @@ def test_attention_of_some_queries_against_all_of_them(masks, T, S):
     at = torch.cat([b * T + c for b, c in enumerate(columns)])
     chosen = torch.cat([q[b, :, c] for b, c in enumerate(columns)], 1)[None]               # (1, H, N, D)
     expected = torch.cat([whole[b, :, c] for b, c in enumerate(columns)], 1)[None]
-    found = attention_of_some(chosen, k, v, columns, at, T, mask)
+    found = attention_of_some(chosen, k, v, [len(c) for c in columns], at, at, T, mask)
     assert (found - expected).abs().max() < 1e-12
 
 
