@@ -24,6 +24,7 @@ from support.kernels import kernels_of_token
 
 WAITING = 32        # steps of generation whose keys and values may wait
 MOSTLY_OPEN = 0.5   # open share of a step's rows from which all are computed: weights are read once for all
+NEARLY_OPEN = 0.9   # open share of a prompt's tokens from which all are computed: gathering costs a tenth
 GATHERED_FROM = 4096    # tokens of a prompt on CUDA: fewer take less time than to wait and gather
 GROWTH = 64         # columns by which a cache of open tokens grows
 
@@ -88,8 +89,9 @@ def run_tokens(skip, x, ctx, h, is_open):
         kv = keys_values(attn, h, ctx)                                 # while the host waits for decisions
     at, counts = open_tokens(decided(), ctx.host_lengths)
     skip.count(len(at), ctx)
-    if len(at) == sum(ctx.host_lengths):
-        return run_with_keys(skip, x, ctx, query_heads(attn, h), *kv) if kv else skip.sublayer(x, ctx, h)
+    if len(at) >= NEARLY_OPEN * sum(ctx.host_lengths):
+        y = run_with_keys(skip, x, ctx, query_heads(attn, h), *kv) if kv else skip.sublayer(x, ctx, h)
+        return y if len(at) == sum(ctx.host_lengths) else torch.where(is_open[..., None], y, x)
     if attn and not kv:
         kv = keys_values(attn, h, ctx)
     return run_gathered(skip, x, ctx, h, at, counts, kv) if len(at) else x

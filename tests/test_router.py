@@ -287,6 +287,24 @@ def test_keys_and_values_of_closed_steps_wait(granularity, tiny, monkeypatch):
     assert products == [idx.shape[1], 3, 2, 5, 2]
 
 
+@pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", "block_token"])
+def test_a_prompt_whose_tokens_are_nearly_all_open_is_computed_whole(granularity, tiny, monkeypatch):
+    """Nothing is gathered, and the closed ones stay as they were."""
+    def close_the_fourth(score, ctx):
+        return torch.where(torch.arange(score.shape[1]) == 3, 0.0, torch.ones_like(score))
+    model, idx = routed(tiny, granularity), tokens(3, 40)
+    lengths = torch.tensor([40, 40, 21])
+    for skip in mindskips(model).values():
+        skip.override = close_the_fourth
+    with torch.no_grad():
+        expected = model.train()(idx, lengths)
+        monkeypatch.delattr(skipping, "run_gathered")
+        found = model.eval()(idx, lengths)
+    assert (found - expected)[:2].abs().max() < 1e-4
+    assert (found - expected)[2, :21].abs().max() < 1e-4
+    assert capacity(model, routed=True) == pytest.approx(98 / 101)
+
+
 def test_only_open_tokens_reach_attention(tiny, monkeypatch):
     model, idx, seen = routed(tiny, "attn_token", layers="1"), tokens(), []
 
