@@ -26,6 +26,7 @@ from harm import measure
 from model import Llama
 from router import add_routers, close_all, load_routers, mindskips, remove_routers, routed_share
 from scoring import TOKENS, Usage, answer, evaluate
+from skipping import real_tokens
 from support import parallel
 from support.cli import check_destinations, common_arguments, device_and_dtype, number, numbers, perplexity
 from support.data import (
@@ -61,9 +62,7 @@ def override_real(model, change):
     """Let every gate's scores, of a batch's real tokens or its sequences, be change(layer, those scores)."""
     def override_of(layer):
         def override(score, ctx):
-            real = torch.ones_like(score, dtype=torch.bool)
-            if score.dim() == 2:
-                real = torch.arange(score.shape[1], device=score.device) < ctx.lengths[:, None]
+            real = real_tokens(score, ctx) if score.dim() == 2 else torch.ones_like(score, dtype=torch.bool)
             score[real] = change(layer, score[real])
             return score
         return override

@@ -98,7 +98,7 @@ def run_tokens(skip, x, ctx, h, is_open):
 
 
 def real_tokens(x, ctx):
-    """Which tokens of a pass are no padding, (B, T) bool; x (B, T, C)."""
+    """Which tokens of a pass are no padding, (B, T) bool; x (B, T, ...)."""
     return torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
 
 
