@@ -246,7 +246,7 @@ def run_captured(skip, x, ctx):
         if skip.kv == "open":
             ctx = next_slot(skip, ctx, is_open)
         elif attn:
-            kept = {attn.qkv: attn.n_head * attn.head_dim}                          # on: keys and values
+            kept = {attn.qkv: attn.n_head * attn.head_dim}              # from there on, keys and values
     with only_for(is_open, kept):
         y = skip.sublayer(x, ctx, h)
     return y if kernels_of_token(x) else torch.where(is_open[:, None, None], y, x)
