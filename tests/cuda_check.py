@@ -23,9 +23,11 @@ import losses  # noqa: E402
 from bench import SHAPES, random_model  # noqa: E402
 from recipe import DEFAULT  # noqa: E402
 from router import add_routers, capacity  # noqa: E402
+from support.cli import words  # noqa: E402
 from support.data import Batch, Sample, pack  # noqa: E402
 from support.memory import step_bytes, tokens_that_fit  # noqa: E402
 
+PARTS = ["tests", "tables", "tuning"]
 MODEL = "llama3.1-8b"
 COLUMNS = ("phase", "batch", "context", "variant", "granularity", "capacity", "ms", "tokens_per_s", "speedup",
            "limit", "efficiency", "of_peak", "peak_bytes", "cache_bytes")
@@ -114,7 +116,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("out/cuda"), help="a folder for bench.py's tables")
-    parser.add_argument("--only", default="tests,tables,tuning", help="some of these (default: all)")
+    parser.add_argument("--only", type=words(PARTS), default=PARTS, help=f"some of {','.join(PARTS)}")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("cuda_check.py: this PyTorch sees no CUDA device; run it on a machine with a GPU")
