@@ -25,7 +25,7 @@ from support.kernels import kernels_of_token
 WAITING = 32        # steps of generation whose keys and values may wait
 MOSTLY_OPEN = 0.5   # open share of a step's rows from which all are computed: weights are read once for all
 NEARLY_OPEN = 0.9   # open share of a prompt's tokens from which all are computed: gathering costs a tenth
-GATHERED_FROM = 4096    # tokens of a prompt on CUDA: fewer take less time than to wait and gather
+GATHERED_FROM = 2**36   # tokens * width^2 of a prompt on CUDA: less takes less time than to wait and gather
 GROWTH = 64         # columns by which a cache of open tokens grows
 
 
@@ -81,7 +81,7 @@ def run_tokens(skip, x, ctx, h, is_open):
     """The sublayer on the open tokens only, is_open (B, T); keys and values are computed of all."""
     if ctx.decoding:
         return run_step(skip, x, ctx, h, is_open)
-    if is_asynchronous(x) and x.shape[:2].numel() < GATHERED_FROM:
+    if is_asynchronous(x) and x.numel() * x.shape[2] < GATHERED_FROM:
         skip.count((is_open & real_tokens(x, ctx)).sum(), ctx)
         return torch.where(is_open[..., None], skip.sublayer(x, ctx, h), x)
     attn, kv, decided = skip.attn, None, to_host(is_open)

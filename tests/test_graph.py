@@ -287,7 +287,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("granularity, kv, gathered_from", [
-    *product(GRANULARITIES, ["all"], [0, 4096]), ("attn_token", "open", 4096)])
+    *product(GRANULARITIES, ["all"], [0, 2**36]), ("attn_token", "open", 2**36)])
 def test_a_prompt_waits_at_most_once_for_each_layer_that_decides(granularity, kv, gathered_from, tiny,
                                                                  monkeypatch):
     """On the path that CUDA takes, where keys are computed while the host waits; a prompt of few tokens does

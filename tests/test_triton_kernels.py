@@ -176,7 +176,7 @@ def test_heads_that_the_kernels_do_not_take(H, D, everywhere):
         check(attention(q, k, v), expected)
 
 
-@pytest.mark.parametrize("bias, gathered_from", [(0.0, 0), (100.0, 0), (0.0, 4096)])
+@pytest.mark.parametrize("bias, gathered_from", [(0.0, 0), (100.0, 0), (0.0, 2**36)])
 def test_the_order_of_a_prefill_on_a_gpu(bias, gathered_from, tiny, monkeypatch):
     """Keys are computed while the host waits, also with every gate open; with few tokens all is computed."""
     model = routed(tiny, "block_token", bias=bias)
