@@ -145,7 +145,8 @@ def make_variants(model, tok, args, device):
         setters["random"] = random
     if args.static:
         if max(args.static) > model.config.n_layer:
-            raise InputError(f"--static {max(args.static)}: this model has {model.config.n_layer} layers")
+            n_layer = model.config.n_layer
+            raise InputError(f"--static {max(args.static)}: this model has {n_layer} layers; give fewer")
         samples, _ = read_samples(args.static_data, tok, min(STATIC_TOKENS, model.config.max_context))
         ranked = by_harm(model, samples[:-HELD_OUT] or samples, args, device)
         parallel.check_same({"attentions of least harm": ranked})
@@ -306,7 +307,7 @@ def parse_arguments():
         args.data_dir, args.text, args.last = str(QUESTIONS), str(DEFAULT_DATA), HELD_OUT
         print("No --tasks: a few questions written for this project, to see that all works. They are no"
               " benchmark.\n")
-    args.tasks = args.tasks.split(",") if args.tasks else tasks_in(args.data_dir)
+    args.tasks = list(dict.fromkeys(args.tasks.split(","))) if args.tasks else tasks_in(args.data_dir)
     for name in args.tasks:
         if name not in TASKS:
             raise InputError(f"--tasks: there is no {name!r}; choose from {', '.join(TASKS)}")

@@ -12,6 +12,7 @@ Notable:
 Shapes: B rows, T columns (tokens), S keys, C n_embd, H n_head, K n_kv_head, D head_dim, V vocabulary.
 """
 import math
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -115,7 +116,7 @@ class Cache:
         self.max_tokens = max_tokens                 # per row
         self.k = [None] * config.n_layer             # (B, K, max_tokens, D) each
         self.v = [None] * config.n_layer
-        self.routing = {}                            # what skipping.py has to know of earlier tokens
+        self.routing = defaultdict(dict)             # what skipping.py has to know of earlier tokens
 
     def store(self, layer, k, v, ctx):
         """Store this pass's keys and values (B, K, T, D); returns all to attend to, (B, K, S, D)."""
@@ -195,7 +196,7 @@ class Attention(nn.Module):
         self.o = Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x, ctx, h=None):
-        """(B, T, C) to (B, T, C); h: norm(x), where it is there already."""
+        """(B, T, C) to (B, T, C); h: norm(x), where it is there already, also of tokens before those of x."""
         h = self.norm(x) if h is None else h
         y = split_heads(self.qkv(h), self.head_dim)                           # (B, H + 2K, T, D)
         qk, v = y[:, :-self.n_kv_head], y[:, -self.n_kv_head:]
@@ -204,7 +205,7 @@ class Attention(nn.Module):
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
         if self.rotates:
             qk = rotate(qk, ctx.cos, ctx.sin)                                 # both at once: fewer kernels
-        q, k = qk[:, :self.n_head], qk[:, self.n_head:]                       # (B, H, T, D), (B, K, T, D)
+        q, k = qk[:, :self.n_head, -x.shape[1]:], qk[:, self.n_head:]         # (B, H, T, D), (B, K, T, D)
         if ctx.cache is not None:
             k, v = ctx.cache.store(self.layer, k, v, ctx)                     # (B, K, S, D)
         y = attention(q, k, v, ctx.mask, causal=ctx.mask is None and not ctx.decoding)

@@ -6,7 +6,7 @@
 
 `add_routers(model, ...)` puts a router, one linear layer, before a sublayer of each chosen layer and freezes
 the rest of the model. `model.train()` computes every sublayer and multiplies it by its gate, so that
-gradients reach w and b. `model.eval()` does not compute what is closed.
+gradients reach w and b. `model.eval()` skips what is closed, wherever that saves time (skipping.py).
 
     granularity       what one gate decides over          keys and values where it is closed
     attn_sequence     attention, for a whole sequence     not computed, not stored
@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
+import open_keys
 import skipping
 from support.checked import open_router_file, tensor_of
 from support.cli import parse_layers
@@ -129,16 +130,16 @@ class MindSkip(nn.Module):
         if ctx.captured:
             return skipping.run_captured(self, x, ctx)
         if ctx.decoding and self.scope == "sequence":
-            return skipping.run_decided(self, x, ctx)
+            return skipping.run_rows(self, x, ctx, ctx.cache.routing["open rows"][self])
         h = self.norm(x) if h is None else h
         score = recomputed(self.score, h, ctx)                           # (B,), or (B, T) at token level
         is_open = score >= self.threshold
         if self.trace is not None:
-            self.trace.append(is_open.cpu())
+            self.trace.append(is_open)
         if self.training:
             return self.run_gated(x, ctx, h, score, is_open)
         if self.scope == "token":
-            run = skipping.run_open_only if self.kv == "open" else skipping.run_tokens
+            run = open_keys.run_open_only if self.kv == "open" else skipping.run_tokens
             y = run(self, x, ctx, h, is_open)
             return self.router.merge(self, x, y, score, is_open) if self.merges else y
         return skipping.run_sequences(self, x, ctx, h, is_open)
@@ -167,7 +168,7 @@ class MindSkip(nn.Module):
             real_gates = gate * skipping.real_tokens(x, ctx)
             self.count(real_gates.sum(), ctx, real_gates)
             if self.kv == "open":
-                ctx = skipping.mask_closed_keys(ctx, gate, x.dtype)
+                ctx = open_keys.mask_closed_keys(ctx, gate, x.dtype)
             gate = gate[..., None]                                       # (B, T, 1)
         else:
             self.count(gate.sum(), ctx, gate)
@@ -204,7 +205,8 @@ def dense(model):
 
 @contextmanager
 def trace(model):
-    """Within it decisions are kept: {layer: [a bool tensor of each pass that decides, (B,) or (B, T)]}."""
+    """Within it decisions are kept: {layer: [a bool tensor of each pass that decides, (B,) or (B, T)]}, on
+    their device."""
     skips = mindskips(model)
     outer = {i: skip.trace for i, skip in skips.items()}
     for skip in skips.values():
@@ -220,8 +222,8 @@ def trace(model):
 
 def decisions_on(decisions, tokens):
     """All decisions (n,) that `trace` kept of one pass: at token level those on `tokens`, a mask (B, T)."""
-    layers = [layer for (layer,) in decisions.values()]                       # (B,) or (B, T) each
-    return torch.cat([layer[tokens] if layer.dim() == 2 else layer for layer in layers])
+    decided = torch.stack([layer for (layer,) in decisions.values()]).cpu()          # (layers, B) or (..., T)
+    return (decided[:, tokens] if decided.dim() == 3 else decided).flatten()
 
 
 def place(model, layer, part, module):

@@ -3,51 +3,35 @@
     run_sequences one gate per sequence: closed rows compute nothing and store nothing
     run_tokens    one gate per token, kv="all": closed tokens have a key and a value, and nothing else
     run_step      the same, generating: with half of the rows open or more, attention is computed for all
-    run_open_only one gate per token, kv="open": closed tokens take no part, as in Mixture of Depths. The open
-                  ones of a row are a shorter sequence, whose tokens keep their positions in the text
     run_captured  a step of generation in a CUDA graph, which asks the host nothing
+
+One gate per token with kv="open" is in open_keys.py.
 
 `skip` is the MindSkip (router.py), x (B, T, C) the residual stream before its sublayer and h = norm(x). What
 a running generation has to know of earlier decisions is kept in its cache, not in the modules.
 """
-import math
-from collections import defaultdict
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from model import merge_heads, rotate, split_heads
-from support.attention import additive_mask, attention, attention_of_some
+from support.attention import additive_mask, attention_of_some
 from support.cuda import fused, is_asynchronous, only_for, to_device, to_host
-from support.kernels import kernels_of_token
 
 WAITING = 32        # steps of generation whose keys and values may wait
 MOSTLY_OPEN = 0.5   # open share of a step's rows from which all are computed: weights are read once for all
 NEARLY_OPEN = 0.9   # open share of a prompt's tokens from which all are computed: gathering costs a tenth
-GATHERED_FROM = 2**36   # tokens * width^2 of a prompt on CUDA: less takes less time than to wait and gather
-GROWTH = 64         # columns by which a cache of open tokens grows
+GATHERED_FROM = 2**37   # B * T * C * (T + C) of a prompt on CUDA: less is done before it is gathered
 
 
 # ----------------------------------------------------------------------------------------- gates of sequences
-def open_rows(cache):
-    """{MindSkip: indices, on the host, of the rows whose prompt opened its gate}, carried by a generation's
-    cache."""
-    return cache.routing.setdefault("open_rows", {})
-
-
 def run_sequences(skip, x, ctx, h, is_open):
     """The sublayer on the open rows only, is_open (B,), from their prompt on."""
     rows = open_indices(to_host(is_open)())                              # the one wait for the device
     skip.count(len(rows), ctx)
     if ctx.cache is not None:
-        open_rows(ctx.cache)[skip] = rows
+        ctx.cache.routing["open rows"][skip] = rows
     return run_rows(skip, x, ctx, rows, h)
-
-
-def run_decided(skip, x, ctx):
-    """The sublayer in a step of generation, on the rows whose prompt opened the gate."""
-    return run_rows(skip, x, ctx, open_rows(ctx.cache)[skip])
 
 
 def open_indices(decided):
@@ -81,17 +65,18 @@ def run_tokens(skip, x, ctx, h, is_open):
     """The sublayer on the open tokens only, is_open (B, T); keys and values are computed of all."""
     if ctx.decoding:
         return run_step(skip, x, ctx, h, is_open)
-    if is_asynchronous(x) and x.numel() * x.shape[2] < GATHERED_FROM:
-        skip.count((is_open & real_tokens(x, ctx)).sum(), ctx)
+    attn, n_real, is_small = skip.attn, sum(ctx.host_lengths), x.numel() * sum(x.shape[1:]) < GATHERED_FROM
+    if is_asynchronous(x) and is_small:
+        is_padded = n_real < x.shape[:2].numel()
+        skip.count((is_open & real_tokens(x, ctx) if is_padded else is_open).sum(), ctx)
         return torch.where(is_open[..., None], skip.sublayer(x, ctx, h), x)
-    attn, kv, decided = skip.attn, None, to_host(is_open)
-    if attn and is_asynchronous(x):
-        kv = keys_values(attn, h, ctx)                                 # while the host waits for decisions
+    decided = to_host(is_open)
+    kv = keys_values(attn, h, ctx) if attn and is_asynchronous(x) else None     # while the host waits
     at, counts = open_tokens(decided(), ctx.host_lengths)
     skip.count(len(at), ctx)
-    if len(at) >= NEARLY_OPEN * sum(ctx.host_lengths):
-        y = run_with_keys(skip, x, ctx, query_heads(attn, h), *kv) if kv else skip.sublayer(x, ctx, h)
-        return y if len(at) == sum(ctx.host_lengths) else torch.where(is_open[..., None], y, x)
+    if len(at) >= NEARLY_OPEN * n_real:
+        y = skip.sublayer(x, ctx, h)
+        return y if len(at) == n_real else torch.where(is_open[..., None], y, x)
     if attn and not kv:
         kv = keys_values(attn, h, ctx)
     return run_gathered(skip, x, ctx, h, at, counts, kv) if len(at) else x
@@ -124,7 +109,8 @@ def run_step(skip, x, ctx, h, is_open):
             store_waiting(attn, waiting)
         return x
     if n_open >= MOSTLY_OPEN * n_rows:
-        y = run_with_waiting(skip, x, ctx, h, waiting) if waiting else skip.sublayer(x, ctx, h)
+        h, ctx = with_waiting(waiting, h, ctx)
+        y = skip.sublayer(x, ctx, h)
         return y if n_open == n_rows else torch.where(is_open[..., None], y, x)
     if waiting:
         store_waiting(attn, waiting)
@@ -152,11 +138,6 @@ def run_gathered(skip, x, ctx, h, on_host, counts, kv):
 def keys_values(attn, h, ctx):
     """Keys and values of all tokens, (B, K, S, D) each, stored in the cache if there is one; h (B, T, C)."""
     kv = split_heads(attn.qkv(h, start=attn.n_head * attn.head_dim), attn.head_dim)     # (B, 2K, T, D)
-    return store_heads(attn, kv, ctx)
-
-
-def store_heads(attn, kv, ctx):
-    """The same, from their heads before the rotation, (B, 2K, T, D)."""
     k, v = kv[:, :attn.n_kv_head], kv[:, attn.n_kv_head:]
     if attn.k_norm:
         k = attn.k_norm(k)
@@ -165,14 +146,9 @@ def store_heads(attn, kv, ctx):
     return (k, v) if ctx.cache is None else ctx.cache.store(attn.layer, k, v, ctx)
 
 
-def query_heads(attn, h):
-    """Heads of the queries of h (..., T, C), before norm and rotation: (..., H, T, D)."""
-    return split_heads(attn.qkv(h, end=attn.n_head * attn.head_dim), attn.head_dim)
-
-
 def queries(attn, h, ctx, at):
     """Queries (H, N, D) of gathered tokens h (N, C); at (N,): their indices among the pass's B * T tokens."""
-    q = query_heads(attn, h)
+    q = split_heads(attn.qkv(h, end=attn.n_head * attn.head_dim), attn.head_dim)
     if attn.q_norm:
         q = attn.q_norm(q)
     return rotate_some(q, ctx.cos, ctx.sin, at) if attn.rotates else q
@@ -191,13 +167,17 @@ def rotate_some(q, cos, sin, at):
 # computed in one product, with those of the next step that has open tokens, or when there are WAITING.
 def waiting_steps(skip, ctx):
     """[(h, ctx) of each step that waits], carried by a generation's cache."""
-    return ctx.cache.routing.setdefault("waiting", defaultdict(list))[skip]
+    return ctx.cache.routing["waiting"].setdefault(skip, [])
 
 
-def joined(steps):
-    """h (B, n, C) of n steps that follow one another, and a Context that has all their angles."""
+def with_waiting(waiting, *step):
+    """(h, ctx) of a step, to be run with those that wait: h (B, n, C) of all, the step's own last, and a
+    Context with all their angles. Then nothing waits."""
+    if not waiting:
+        return step
+    steps, angles = [*waiting, step], {}
+    waiting.clear()
     h = torch.cat([h for h, _ in steps], 1)
-    angles = {}
     for name in "cos", "sin":
         angle_of_steps = [getattr(ctx, name).expand(len(h), 1, 1, -1) for _, ctx in steps]
         angles[name] = torch.cat(angle_of_steps, 2)                                     # (B, 1, n, D)
@@ -206,40 +186,17 @@ def joined(steps):
 
 def store_waiting(attn, waiting):
     """Compute and store the keys and values that wait."""
-    keys_values(attn, *joined(waiting))
-    waiting.clear()
-
-
-def run_with_waiting(skip, x, ctx, h, waiting):
-    """A step that computes every row, and the keys and values that wait, in one product."""
-    attn = skip.attn
-    all_h, all_ctx = joined([*waiting, (h, ctx)])
-    waiting.clear()
-    y = split_heads(attn.qkv(all_h), attn.head_dim)                                     # (B, H + 2K, n, D)
-    q, kv = y[:, :attn.n_head, -1:], y[:, attn.n_head:]
-    return run_with_keys(skip, x, ctx, q, *store_heads(attn, kv, all_ctx))
-
-
-def run_with_keys(skip, x, ctx, q, k, v):
-    """The sublayer of a pass whose keys and values (B, K, S, D) are there; q (B, H, T, D), unrotated."""
-    attn = skip.attn
-    if attn.q_norm:
-        q = attn.q_norm(q)
-    if attn.rotates:
-        q = rotate(q, ctx.cos, ctx.sin)
-    y = attention(q, k, v, ctx.mask, causal=ctx.mask is None and not ctx.decoding)      # (B, H, T, D)
-    x = attn.o(merge_heads(y), plus=x)
-    return skip.sublayer.mlp(x) if skip.part == "block" else x
+    keys_values(attn, *with_waiting(waiting, *waiting.pop()))
 
 
 # ------------------------------------------------------------------------------------------ a captured step
 def run_captured(skip, x, ctx):
     """The sublayer in a step that support/graph.py captures: the same kernels whatever is open. They read the
     decision, is_open (B,), on the device: attention reads no key of a closed row, and with one row products
-    read no weight either, and add nothing to x. With several rows products are computed for all."""
+    read no weight either. With several rows products are computed for all."""
     attn, h, kept = skip.attn, skip.norm(x), {}
     if skip.scope == "sequence":
-        is_open = ctx.cache.routing["is_open"][skip]                                # as the prompt decided
+        is_open = ctx.cache.routing["is open"][skip]                                # as the prompt decided
     else:
         is_open = skip.score(h, ctx).squeeze(1) >= skip.threshold
         ctx.cache.routing["decisions"][skip] = is_open
@@ -249,110 +206,14 @@ def run_captured(skip, x, ctx):
             kept = {attn.qkv: attn.n_head * attn.head_dim}              # from there on, keys and values
     with only_for(is_open, kept):
         y = skip.sublayer(x, ctx, h)
-    return y if kernels_of_token(x) else torch.where(is_open[:, None, None], y, x)
+    return torch.where(is_open[:, None, None], y, x)
 
 
 def next_slot(skip, ctx, is_open):
     """The Context of a captured step with kv="open": a row writes its key and value where its next open token
     belongs, at n_open[b], and sees those before. If it is closed, the next open one overwrites them."""
-    n_open = ctx.cache.routing["n_open"][skip]                                      # (B,), before this step
+    n_open = ctx.cache.routing["n open"][skip]                                      # (B,), before this step
     slots = n_open.clone()
     n_open += is_open
     visible = torch.arange(ctx.end, device=slots.device) <= slots[:, None, None, None]
     return replace(ctx, positions=slots, mask=additive_mask(visible, skip.attn.qkv.weight.dtype))
-
-
-# ----------------------------------------------------------------------- gates of tokens, keys of open tokens
-def run_open_only(skip, x, ctx, h, is_open):
-    """The sublayer on the open tokens only, is_open (B, T), which attend to open tokens only."""
-    if ctx.decoding:
-        rows = is_open.squeeze(1).nonzero().squeeze(1)                   # the one wait for the device
-        skip.count(len(rows), ctx)
-        if len(rows) == 0:
-            return x
-        step = open_keys(ctx.cache)[skip].step(rows, select_rows(ctx, rows))
-        return x.index_copy(0, rows, skip.sublayer(x[rows], step, h[rows]))
-
-    is_open = is_open & real_tokens(x, ctx)
-    n = is_open.sum(1)                                                   # (B,)
-    host_n = n.tolist()                                                  # the one wait for the device
-    skip.count(sum(host_n), ctx)
-    columns = (~is_open).int().argsort(dim=1, stable=True)               # the open ones first, in order
-    columns = columns[:, :max(host_n)]                            # (B, N), rows filled up with closed ones
-    is_real = torch.arange(columns.shape[1], device=x.device) < n[:, None]
-    mask = ctx.mask
-    if mask is not None:                                                 # (1, 1, T, T): a window
-        mask = mask[0, 0][columns[:, :, None], columns[:, None]].masked_fill(~is_real[:, None], -math.inf)
-        mask = mask[:, None]                                             # (B, 1, N, N)
-    shorter = replace(ctx, cos=ctx.cos[columns][:, None], sin=ctx.sin[columns][:, None], mask=mask)
-    if ctx.cache is not None:
-        shorter.cache = open_keys(ctx.cache)[skip] = OpenKeys(ctx.cache, skip.attn, columns, host_n)
-    if not any(host_n):
-        return x
-    at = columns[..., None].expand(-1, -1, x.shape[2])                   # (B, N, C)
-    open_x = x.gather(1, at)
-    y = skip.sublayer(open_x, shorter, h.gather(1, at))
-    return x.scatter(1, at, torch.where(is_real[..., None], y, open_x))
-
-
-def mask_closed_keys(ctx, gate, dtype):
-    """The Context of a training pass in which closed tokens take no part: log g, gate (B, T), is added to the
-    scores of a token's key."""
-    T, mask = gate.shape[1], ctx.mask
-    if mask is None:
-        mask = additive_mask(torch.ones(T, T, dtype=torch.bool, device=gate.device).tril(), dtype)
-    return replace(ctx, mask=mask + gate.clamp(min=1e-30).log().to(dtype)[:, None, None])   # (B, 1, T, T)
-
-
-def open_keys(cache):
-    """{MindSkip: its OpenKeys}, carried by a generation's cache."""
-    return cache.routing.setdefault("open_keys", {})
-
-
-class OpenKeys:
-    """The cache of one layer for its open tokens alone: those of row b are in slots 0 to n[b] - 1, and
-    positions[b, slot] is where the token stands in the text. Its tensors (B, K, slots, D) are in the lists of
-    the generation's cache. A step of generation calls `step`, then the attention calls `store`."""
-
-    def __init__(self, cache, attn, columns, n):
-        """Of a prompt whose open tokens are at `columns` (B, N), n (a list) of each row."""
-        self.cache, self.layer, self.positions, self.n = cache, attn.layer, columns, n
-        for memory in cache.k, cache.v:                                  # a prompt may open no token
-            memory[self.layer] = attn.qkv.weight.new_zeros(len(n), attn.n_kv_head, 0, attn.head_dim)
-
-    def step(self, rows, ctx):
-        """The Context of a step in which some rows, given by their indices (R,), are open."""
-        self.rows, host_rows = rows, rows.tolist()
-        slots = [self.n[row] for row in host_rows]                       # where they write
-        self.slots, end = torch.tensor(slots, device=rows.device), max(slots) + 1
-        for row in host_rows:
-            self.n[row] += 1
-        keys, values = self.cache.k, self.cache.v
-        if end > keys[self.layer].shape[2]:
-            for memory in keys, values:
-                memory[self.layer] = F.pad(memory[self.layer], (0, 0, 0, GROWTH))
-        if end > self.positions.shape[1]:
-            self.positions = F.pad(self.positions, (0, GROWTH))
-        self.positions[rows, self.slots] = ctx.end - 1 if ctx.positions is None else ctx.positions
-        mask, dtype = ctx.mask, keys[self.layer].dtype
-        if mask is not None:                                             # of all positions, (R or 1, 1, 1, S)
-            of_row = mask.expand(len(rows), 1, 1, -1)
-            mask = of_row.gather(3, self.positions[rows, None, None, :end])
-        if min(slots) < max(slots):
-            is_key = torch.arange(end, device=rows.device) <= self.slots[:, None, None, None]
-            own = additive_mask(is_key, dtype)
-            mask = own if mask is None else mask + own
-        return replace(ctx, cache=self, mask=mask, end=end)
-
-    def store(self, layer, k, v, ctx):
-        """As Cache.store, for the open tokens."""
-        stored = []
-        for memory, new in (self.cache.k, k), (self.cache.v, v):
-            if not ctx.decoding:
-                memory[layer] = F.pad(new, (0, 0, 0, GROWTH))
-                stored.append(new)
-                continue
-            memory[layer][self.rows, :, self.slots] = new[:, :, 0]
-            keys = memory[layer][:, :, :ctx.end]
-            stored.append(keys if len(self.rows) == len(keys) else keys[self.rows])
-        return stored

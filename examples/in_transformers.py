@@ -2,6 +2,9 @@
 
     python examples/in_transformers.py MODEL out/routers.safetensors "Why is the sky blue?"
 
+MODEL is a Hugging Face folder or hub id; of smollm2-135m, Llama.from_pretrained("smollm2-135m")
+.save_pretrained(folder, "smollm2-135m") writes one.
+
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     handles = attach_routers(model, "out/routers.safetensors", capacity=0.8)      # handle.remove() undoes one
 
@@ -117,7 +120,7 @@ class Gate:
 def main():
     from transformers import AutoModelForCausalLM, AutoTokenizer
     if len(sys.argv) != 4:
-        raise InputError("give a model, a router file and a text")
+        raise InputError("give a model (a Hugging Face folder or hub id), a router file and a text")
     name, path, text = sys.argv[1:]
     try:
         tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)

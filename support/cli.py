@@ -81,7 +81,7 @@ def numbers(kind, low, high=10**9):
 def words(known):
     """An argparse type: words separated by commas, each of a known list."""
     def parse(text):
-        chosen = text.split(",") if text else []
+        chosen = text.split(",")
         for word in chosen:
             if word not in known:
                 raise argparse.ArgumentTypeError(f"{word!r}: choose from {', '.join(known)}")

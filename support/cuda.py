@@ -78,7 +78,7 @@ def plain_kernels():
 
 
 def only_for(is_open, kept):
-    """Within it products of one token and attention of one token per row read nothing for rows whose gate is
-    closed, and give 0: is_open (B,) bool, on the device. kept {Linear: n}: its outputs from n on are computed
-    all the same."""
+    """Within it products of one token, and attention of one token per row, may leave out rows whose gate is
+    closed: is_open (B,) bool, on the device. What they return of those rows must not be used, but for kept,
+    {Linear: n}: its outputs from n on are computed all the same."""
     return choose("gate", (is_open, kept))

@@ -61,15 +61,16 @@ def stepper(model, cache, rows):
     addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.angles))
     key = (addresses, rows, columns, settings)                  # all that a captured step depends on
     graphs = graphs_of.setdefault(model, {})
-    replay = graphs.pop(key, None)
+    replay = graphs.pop(key, None)                              # while it is used, no other generation's
     while len(graphs) >= KEPT_GRAPHS or sum(kept.cache.bytes() for kept in graphs.values()) > KEPT_BYTES:
         del graphs[next(iter(graphs))]
-    replay = graphs[key] = replay or Replay(model, type(cache), rows, columns)
+    replay = replay or Replay(model, type(cache), rows, columns)
     replay.begin(cache)
     try:
         yield replay
     finally:
         replay.count()
+        graphs[key] = replay
 
 
 class Replay:
@@ -93,7 +94,7 @@ class Replay:
         self.is_open = {skip: self.token.bool() for skip in self.skips if skip.scope == "sequence"}
         self.n_open = {skip: self.token.clone() for skip in self.skips if skip.kv == "open"}
         self.decisions = {}                                     # token level: {MindSkip: (rows,)} of the step
-        self.cache.routing = {"is_open": self.is_open, "n_open": self.n_open, "decisions": self.decisions}
+        self.cache.routing = {"is open": self.is_open, "n open": self.n_open, "decisions": self.decisions}
         self.opened = torch.zeros(len(self.skips), dtype=torch.int64, device=weight.device)
         self.x, self.launch = self.capture()
 
@@ -119,8 +120,8 @@ class Replay:
 
     def begin(self, cache):
         """Take over a prompt's keys, values and decisions; its cache holds this one's memory from then on."""
-        open_rows = cache.routing.get("open_rows", {})          # sequence level: {MindSkip: indices}
-        open_rows = {skip: to_device(rows, self.token.device) for skip, rows in open_rows.items()}
+        open_rows = {skip: to_device(rows, self.token.device)               # sequence level
+                     for skip, rows in cache.routing["open rows"].items()}
         stored = {skip.attn.layer: rows for skip, rows in open_rows.items() if skip.attn}
         for mine, theirs in (self.cache.k, cache.k), (self.cache.v, cache.v):
             for layer, memory in enumerate(theirs):
@@ -133,7 +134,7 @@ class Replay:
         for skip, is_open in self.is_open.items():
             is_open.zero_().index_fill_(0, open_rows[skip], True)
         for skip, n_open in self.n_open.items():
-            n_open.copy_(torch.tensor(cache.routing["open_keys"][skip].n))
+            n_open.copy_(torch.tensor(cache.routing["open keys"][skip].n))
         self.opened.zero_()
         self.n_steps, self.next_positions = 0, None
 

@@ -59,11 +59,6 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
-def kernels_of_token(x):
-    """The module of Triton kernels where they multiply x, one token, and a closed gate reads no weight."""
-    return cuda.triton_kernels(x) if x.numel() == x.shape[-1] else None
-
-
 class Linear(nn.Linear):
     packed = None      # within packed_weights(): {outputs: that part of the weight as oneDNN lays it out}
     rows = 1           # of the inputs that it is laid out for
@@ -74,8 +69,8 @@ class Linear(nn.Linear):
         if (start, end) != (0, None):            # a slice of all would be a copy more in the backward pass
             weight = weight[start:end]
             bias = None if bias is None else bias[start:end]
-        kernels = kernels_of_token(x)
-        if kernels:
+        kernels = cuda.triton_kernels(x)
+        if kernels and x.numel() == x.shape[-1]:                             # one token
             is_open, kept = cuda.choices["gate"]
             return kernels.linear(x, weight, bias, is_open, plus, kept.get(self))
         if self.packed is None:

@@ -146,7 +146,8 @@ def tradeoffs(evaluations, benches):
                 capacities, values = zip(*sorted([*kls[name], (1.0, 0.0)]))
                 dots = [(speedup, float(np.interp(c, capacities, values)))
                         for c, speedup in sorted(timed[name], reverse=True) if c >= capacities[0]]
-                points.setdefault(text, {}).setdefault(setting, {})[name] = dots
+                if dots:
+                    points.setdefault(text, {}).setdefault(setting, {})[name] = dots
     return points
 
 

@@ -146,15 +146,15 @@ def main():
     runs = {path: steps for path, steps in contents.items() if isinstance(steps, list)}
     benches = [table for table in contents.values() if "rows" in table]
     evaluations = [table for table in contents.values() if "tasks" in table]
+    points = tradeoffs(evaluations, benches)
+    if benches and not points:
+        raise InputError("no picture of times: give what eval.py --text ... --json wrote of the same routers,"
+                         " or --static, too, at capacities down to those that bench.py timed")
     for name, draw in drawings.items():
         figure, data = new_figure(8), runs if draw is curves else evaluations
         if data and draw(figure, data) is not False:
             save_figure(figure, Path(args.out) / name, dpi=120)
             print(Path(args.out) / name)
-    points = tradeoffs(evaluations, benches)
-    if benches and not points:
-        raise InputError("no picture of times: give what eval.py --text ... --json wrote of the same routers,"
-                         " or --static, too")
     if points:
         figure = new_figure(1 + 3.5 * len(all_settings(points)), 0.5 + 3.5 * len(points))
         tradeoff(figure, points)

@@ -183,7 +183,8 @@ def read_task(name, data_dir=None, num_fewshot=None, limit=None):
     lines = read_split(name, task.split, data_dir)
     if not lines:
         where = f" in {data_dir}/{name}" if data_dir else ""
-        raise InputError(f"{name}: there is no {task.split}.jsonl{where}, or it is empty")
+        raise InputError(f"{name}: there is no {task.split}.jsonl{where}, or it is empty; put the task's file"
+                         " there, or leave the task out")
     shots = task.shots if num_fewshot is None else num_fewshot
     examples = {}                                                            # {group: texts}
     for where, record in (read_split(name, task.examples, data_dir) or []) if shots else []:

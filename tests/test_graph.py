@@ -14,6 +14,7 @@ from test_router import LENGTHS, routed, tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import open_keys
 import skipping
 from bench import Removed
 from model import Cache, Config, Llama, rotate, swiglu
@@ -114,6 +115,17 @@ def test_the_caches_of_kept_graphs_are_bounded(tiny, monkeypatch):
         assert len(graph.graphs_of[model]) == kept
 
 
+def test_a_generation_within_another(tiny, monkeypatch):
+    """Of as many rows: it has a graph of its own."""
+    model, idx = routed(tiny, "attn_sequence"), tokens(2, 20)
+    expected = model.generate(idx, 8)
+    replay_eagerly(monkeypatch)
+
+    def another(token):
+        model.generate(idx + 1, 3)
+    assert torch.equal(model.generate(idx, 8, on_token=another), expected)
+
+
 def test_which_steps_are_replayed(tiny, monkeypatch):
     """On CUDA all but those whose decisions are traced, and those of kv="open" with a window."""
     monkeypatch.setattr(graph, "triton_module", lambda: cuda)
@@ -155,7 +167,8 @@ def test_a_graph_is_not_used_after_the_model_changed(tiny, monkeypatch):
                lambda model: [setattr(gate, "threshold", 0.6) for gate in graph.active_skips(model)]]
     model, again, idx = routed(tiny, "attn_token"), routed(tiny, "attn_token"), tokens(2, 20)
     for change in [lambda model: None, *changes]:
-        change(model), change(again)
+        change(model)
+        change(again)
         with torch.no_grad(), monkeypatch.context() as patch:
             expected = again.generate(idx, 12)
             replay_eagerly(patch)
@@ -225,9 +238,9 @@ class Kernels(TorchDispatchMode):
 
 @pytest.mark.parametrize("granularity, kv, expected", [
     (None, "all", 11),                       # norm, qkv, rotation, store, attention (2), o; the MLP: 4
-    ("attn_sequence", "all", 11),
-    ("attn_token", "all", 14),               # also: logit, sigmoid, >=
-    ("block_token", "all", 14), ("mlp_token", "all", 14), ("attn_token", "open", 21),
+    ("attn_sequence", "all", 12),            # also: where
+    ("attn_token", "all", 15),               # and logit, sigmoid, >=
+    ("block_token", "all", 15), ("mlp_token", "all", 15), ("attn_token", "open", 22),
 ])
 def test_a_captured_step_waits_for_nothing_and_launches_few_kernels(granularity, kv, expected, monkeypatch):
     """On tensors without numbers: what asks for one, or mixes them with the host's, raises."""
@@ -262,9 +275,10 @@ class Waits(TorchDispatchMode):
         self.n = 0
         for name in "tolist", "numpy":                         # these are not dispatched on a CPU
             monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
-        monkeypatch.setattr(skipping, "to_host", self.counted(skipping.to_host))
-        for name in "open_indices", "open_tokens":
-            monkeypatch.setattr(skipping, name, self.uncounted(getattr(skipping, name)))
+        for module in skipping, open_keys:
+            monkeypatch.setattr(module, "to_host", self.counted(module.to_host))
+            for name in {"open_indices", "open_tokens"} & {*vars(module)}:
+                monkeypatch.setattr(module, name, self.uncounted(getattr(module, name)))
 
     def uncounted(self, function):
         """For what reads a copy that the host has."""
@@ -286,18 +300,17 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("granularity, kv, gathered_from", [
-    *product(GRANULARITIES, ["all"], [0, 2**36]), ("attn_token", "open", 2**36)])
-def test_a_prompt_waits_at_most_once_for_each_layer_that_decides(granularity, kv, gathered_from, tiny,
-                                                                 monkeypatch):
-    """On the path that CUDA takes, where keys are computed while the host waits; a prompt of few tokens does
-    not wait for their gates."""
-    model = routed(tiny, granularity, kv=kv)
-    waits_for = granularity.endswith("sequence") or kv == "open" or gathered_from == 0
+@pytest.mark.parametrize("granularity, kv, is_small", [
+    *product(GRANULARITIES, ["all"], [False, True]), ("attn_token", "open", True)])
+def test_a_prompt_waits_once_for_each_layer_that_decides(granularity, kv, is_small, tiny, monkeypatch):
+    """On the path that CUDA takes, where keys are computed while the host waits; a small prompt does not wait
+    for the gates of its tokens."""
+    model, idx = routed(tiny, granularity, kv=kv), tokens()
+    waits_for = granularity.endswith("sequence") or kv == "open" or not is_small
     n_routed = len(mindskips(model)) if waits_for else 0
     monkeypatch.setattr(skipping, "is_asynchronous", lambda t: True)
-    monkeypatch.setattr(skipping, "GATHERED_FROM", gathered_from)
-    idx = tokens()
+    work = idx.numel() * model.config.n_embd * (idx.shape[1] + model.config.n_embd)
+    monkeypatch.setattr(skipping, "GATHERED_FROM", work + is_small)
     with torch.inference_mode():
         with Waits(monkeypatch) as waits:
             with dense(model):

@@ -4,7 +4,7 @@ import torch
 from conftest import bound, in_float64, write_tiny
 from test_router import LENGTHS, PROMPTS, compare_modes, real, routed, tokens
 
-import skipping
+import open_keys
 from model import Llama
 from router import add_routers, capacity, load_routers, mindskips, save_routers, trace
 from weights import InputError
@@ -68,7 +68,7 @@ def test_generate_equals_recomputing(granularity, family, tmp_path, monkeypatch)
     model = routed(tmp_path, granularity, kv="open")
     idx, outputs = tokens(), []
     for growth in 1, 64:
-        monkeypatch.setattr(skipping, "GROWTH", growth)
+        monkeypatch.setattr(open_keys, "GROWTH", growth)
         outputs.append(model.generate(idx, 16, lengths=LENGTHS))
     assert torch.equal(*outputs)
     used, opened = capacity(model), 0.0
@@ -96,7 +96,7 @@ def test_a_prompt_without_open_tokens(dtype, tiny):
 
 
 def test_the_cache_holds_open_tokens_only(tiny, monkeypatch):
-    monkeypatch.setattr(skipping, "GROWTH", 1)
+    monkeypatch.setattr(open_keys, "GROWTH", 1)
     model, idx = routed(tiny, "attn_token", layers="1-3", kv="open"), tokens(B=1)
     with trace(model) as decisions:
         model.generate(idx, 20)
@@ -155,3 +155,15 @@ def test_files_keep_it_and_other_granularities_refuse_it(tiny, tmp_path):
             add_routers(model, granularity, kv="open")
     with pytest.raises(InputError, match="'some'"):
         add_routers(model, "attn_token", kv="some")
+
+
+@pytest.mark.parametrize("granularity", TOKEN)
+def test_lengths_that_recur_as_on_a_gpu(granularity, tiny, monkeypatch):
+    """Gathered columns are rounded up; what is too many is hidden."""
+    model, idx = routed(tiny, granularity, kv="open"), tokens()
+    with torch.no_grad():
+        expected, out = real(model(idx, LENGTHS)), model.generate(idx, 6, lengths=LENGTHS)
+        monkeypatch.setattr(open_keys, "is_asynchronous", lambda x: True)
+        monkeypatch.setattr(open_keys, "SHAPES", 16)
+        assert (real(model(idx, LENGTHS)) - expected).abs().max() < 1e-4
+        assert torch.equal(model.generate(idx, 6, lengths=LENGTHS), out)

@@ -73,8 +73,12 @@ def test_speedup_at_equal_harm(call, tmp_path):
 
 def test_times_alone_are_no_picture(call, tmp_path):
     (tmp_path / "b.json").write_text(json.dumps(BENCH))
-    status, said = call(plot.main, tmp_path / "b.json", "--out", tmp_path)
-    assert status == 1 and is_one_sentence(said) and "eval.py --text" in said
+    above = evaluated(0.99, 0.01) | {"dense": evaluated(1.0, 0.0), "routers": ROUTERS}
+    (tmp_path / "s.json").write_text(json.dumps(above))      # at no capacity as low as those that were timed
+    for files in ["b.json"], ["b.json", "s.json"]:
+        status, said = call(plot.main, *(tmp_path / name for name in files), "--out", tmp_path / "p")
+        assert status == 1 and is_one_sentence(said) and "eval.py --text" in said
+        assert not (tmp_path / "p").exists()
 
 
 def test_router_files_are_told_apart():

@@ -287,6 +287,27 @@ def test_keys_and_values_of_closed_steps_wait(granularity, tiny, monkeypatch):
     assert products == [idx.shape[1], 3, 2, 5, 2]
 
 
+@pytest.mark.parametrize("bias, gathered_from", [(0.0, 0), (100.0, 0), (0.0, 2**37)])
+def test_the_order_of_a_prefill_on_a_gpu(bias, gathered_from, tiny, monkeypatch):
+    """Keys are computed while the host waits for the decisions; with few tokens it does not wait."""
+    model, idx, order = routed(tiny, "block_token", layers="1", bias=bias), tokens(), []
+
+    def noted(name, function):
+        def call(*args):
+            order.append(name)
+            return function(*args)
+        return call
+    with torch.no_grad():
+        expected, share = real(model(idx, LENGTHS)), capacity(model)
+        monkeypatch.setattr(skipping, "GATHERED_FROM", gathered_from)
+        monkeypatch.setattr(skipping, "is_asynchronous", lambda x: True)
+        monkeypatch.setattr(skipping, "keys_values", noted("keys", skipping.keys_values))
+        monkeypatch.setattr(skipping, "to_host", lambda t: noted("wait", lambda: t))
+        assert (real(model(idx, LENGTHS)) - expected).abs().max() < 1e-4
+    assert capacity(model) == pytest.approx(share)
+    assert order == (["keys", "wait"] if gathered_from == 0 else [])
+
+
 @pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", "block_token"])
 def test_a_prompt_whose_tokens_are_nearly_all_open_is_computed_whole(granularity, tiny, monkeypatch):
     """Nothing is gathered, and the closed ones stay as they were."""
@@ -497,7 +518,7 @@ def test_cuda_gives_the_logits_and_tokens_of_the_cpu(granularity, kv, tmp_path, 
     write_tiny(tmp_path, "head_dim")                       # 16, which the Triton kernels of attention take
     on_cpu, idx = routed(tmp_path, granularity, kv=kv), tokens()
     on_gpu = routed(tmp_path, granularity, kv=kv).cuda()
-    for gathered_from in 2**36, 0:
+    for gathered_from in 2**37, 0:
         monkeypatch.setattr(skipping, "GATHERED_FROM", gathered_from)
         with torch.no_grad():
             expected = real(on_cpu(idx, LENGTHS, PROMPTS))

@@ -148,7 +148,8 @@ def test_a_model_that_runs_on_them(family, everywhere, tmp_path):
 
 @pytest.mark.parametrize("granularity, kv, rows", [
     ("attn_token", "all", 1), ("attn_token", "all", 3), ("attn_token", "open", 1), ("mlp_token", "all", 1),
-    ("attn_sequence", "all", 1), ("attn_sequence", "all", 3), ("block_token", "all", 1)])
+    ("attn_sequence", "all", 1), ("attn_sequence", "all", 3), ("block_token", "all", 1),
+    ("block_token", "open", 3), ("mlp_token", "all", 3)])
 def test_captured_steps_that_run_on_them(granularity, kv, rows, everywhere, tmp_path, monkeypatch):
     """All but the capture itself: gates decide on the device, and what they close is not read."""
     monkeypatch.setitem(FAMILIES, "grouped queries", dict(head_dim=16, num_hidden_layers=3))
@@ -174,15 +175,3 @@ def test_heads_that_the_kernels_do_not_take(H, D, everywhere):
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
     with torch.no_grad():
         check(attention(q, k, v), expected)
-
-
-@pytest.mark.parametrize("bias, gathered_from", [(0.0, 0), (100.0, 0), (0.0, 2**36)])
-def test_the_order_of_a_prefill_on_a_gpu(bias, gathered_from, tiny, monkeypatch):
-    """Keys are computed while the host waits, also with every gate open; with few tokens all is computed."""
-    model = routed(tiny, "block_token", bias=bias)
-    monkeypatch.setattr(skipping, "GATHERED_FROM", gathered_from)
-    with torch.no_grad():
-        expected, share = real(model(IDX.cpu(), LENGTHS.cpu()), LENGTHS.cpu()), capacity(model)
-        monkeypatch.setattr(skipping, "is_asynchronous", lambda x: True)
-        assert (real(model(IDX.cpu(), LENGTHS.cpu()), LENGTHS.cpu()) - expected).abs().max() < 1e-4
-        assert capacity(model) == pytest.approx(share)
