@@ -289,12 +289,14 @@ def parse_arguments():
     p.add_argument("--num-fewshot", type=number(int, 0),
                    help="examples before each question (default: the paper's)")
     p.add_argument("--static", type=numbers(int, 1), default=[], metavar="N",
-                   help="also without the N attentions whose removal does least harm; one N or several")
+                   help="also without the N attentions whose removal does least harm; one N or several."
+                        " To choose them takes minutes on a CPU")
     p.add_argument("--static-data", default=str(DEFAULT_DATA), help="the text they are chosen on")
     p.add_argument("--shuffled", action="store_true",
                    help="also with each layer's decisions shuffled, but where answers are written")
     p.add_argument("--random", action="store_true",
-                   help="also with gates that open at random, as many, and as often in every layer")
+                   help="also with gates that open at random, about as many, and as often in every layer;"
+                        " for a calibrated file, or with --capacity")
     p.add_argument("--tokens", type=count, help="tokens per batch (default: 512 on a CPU, 16384 on CUDA)")
     p.add_argument("--json", help="write every log-likelihood and answer, and how often each layer ran")
     args = p.parse_args()
