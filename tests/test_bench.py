@@ -119,6 +119,19 @@ def test_forced_gates_are_the_same_in_a_captured_step():
     assert not opened[0].equal(opened[1]) or not opened[1].equal(opened[2])
 
 
+@pytest.mark.parametrize("granularity, batch, share", [
+    (None, 1, 0.25), (None, 8, 0.25), ("attn_sequence", 1, 0.25), ("attn_sequence", 8, None),
+    ("attn_token", 1, None)])
+def test_the_share_of_peak_is_of_bytes_that_were_counted(granularity, batch, share):
+    """A captured step with gates reads more than the eager one, but for one sequence with its own gates."""
+    args = SimpleNamespace(device=torch.device("cuda"), bandwidth=40.0)
+    variant = SimpleNamespace(args=args, phase="decode", batch=batch, granularity=granularity,
+                              work=SimpleNamespace(bytes=bench.STEPS * 20))
+    assert bench.Variant.share_of_peak(variant, 2.0) == share
+    args.device = torch.device("cpu")
+    assert bench.Variant.share_of_peak(variant, 2.0) == 0.25
+
+
 def test_random_model_runs(tmp_path):
     write_tiny(tmp_path, "tied head")
     config = Llama.from_pretrained(tmp_path).config
