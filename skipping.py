@@ -2,13 +2,19 @@
 
     run_sequences one gate per sequence: closed rows compute nothing and store nothing
     run_tokens    one gate per token, kv="all": closed tokens have a key and a value, and nothing else
+    run_all       the same of a short prompt on CUDA, where computing all takes less time than waiting
     run_step      the same, generating: with half of the rows open or more, attention is computed for all
     run_captured  a step of generation in a CUDA graph, which asks the host nothing
 
 One gate per token with kv="open" is in open_keys.py.
 
 `skip` is the MindSkip (router.py), x (B, T, C) the residual stream before its sublayer and h = norm(x). What
-a running generation has to know of earlier decisions is kept in its cache, not in the modules.
+a running generation has to know of earlier tokens is kept in its cache, in cache.routing[name][skip]:
+
+    open rows     indices, on the host, of the rows whose prompt opened the gate
+    waiting       [(h, ctx)] of the steps whose keys and values wait
+    open keys     an OpenKeys (open_keys.py)
+    is open, decisions, n open      of a captured step, on the device: see run_captured, next_slot
 """
 from dataclasses import replace
 
@@ -65,13 +71,11 @@ def run_tokens(skip, x, ctx, h, is_open):
     """The sublayer on the open tokens only, is_open (B, T); keys and values are computed of all."""
     if ctx.decoding:
         return run_step(skip, x, ctx, h, is_open)
-    attn, n_real, is_small = skip.attn, sum(ctx.host_lengths), x.numel() * sum(x.shape[1:]) < GATHERED_FROM
-    if is_asynchronous(x) and is_small:
-        is_padded = n_real < x.shape[:2].numel()
-        skip.count((is_open & real_tokens(x, ctx) if is_padded else is_open).sum(), ctx)
-        return torch.where(is_open[..., None], skip.sublayer(x, ctx, h), x)
-    decided = to_host(is_open)
-    kv = keys_values(attn, h, ctx) if attn and is_asynchronous(x) else None     # while the host waits
+    if is_asynchronous(x) and x.numel() * sum(x.shape[1:]) < GATHERED_FROM:
+        return run_all(skip, x, ctx, h, is_open)
+    attn, n_real, kv, decided = skip.attn, sum(ctx.host_lengths), None, to_host(is_open)
+    if attn and is_asynchronous(x):
+        kv = keys_values(attn, h, ctx)                                 # while the host waits for decisions
     at, counts = open_tokens(decided(), ctx.host_lengths)
     skip.count(len(at), ctx)
     if len(at) >= NEARLY_OPEN * n_real:
@@ -80,6 +84,15 @@ def run_tokens(skip, x, ctx, h, is_open):
     if attn and not kv:
         kv = keys_values(attn, h, ctx)
     return run_gathered(skip, x, ctx, h, at, counts, kv) if len(at) else x
+
+
+def run_all(skip, x, ctx, h, is_open):
+    """The same without a wait for the device: everything is computed, and closed tokens stay as they were."""
+    counted = is_open
+    if min(ctx.host_lengths) < x.shape[1]:
+        counted = is_open & real_tokens(x, ctx)
+    skip.count(counted.sum(), ctx)
+    return torch.where(is_open[..., None], skip.sublayer(x, ctx, h), x)
 
 
 def real_tokens(x, ctx):
@@ -102,7 +115,7 @@ def run_step(skip, x, ctx, h, is_open):
     skip.count(n_open, ctx)
     if not attn:
         return run_rows(skip, x, ctx, open_indices(decided), h)
-    waiting = waiting_steps(skip, ctx)
+    waiting = ctx.cache.routing["waiting"].setdefault(skip, [])
     if n_open == 0:
         waiting.append((h, ctx))
         if len(waiting) == WAITING:
@@ -165,17 +178,12 @@ def rotate_some(q, cos, sin, at):
 
 # A step of generation in which no token is open lets its keys and values wait in the cache: what waits is
 # computed in one product, with those of the next step that has open tokens, or when there are WAITING.
-def waiting_steps(skip, ctx):
-    """[(h, ctx) of each step that waits], carried by a generation's cache."""
-    return ctx.cache.routing["waiting"].setdefault(skip, [])
-
-
-def with_waiting(waiting, *step):
-    """(h, ctx) of a step, to be run with those that wait: h (B, n, C) of all, the step's own last, and a
-    Context with all their angles. Then nothing waits."""
+def with_waiting(waiting, h, ctx):
+    """A step's (h, ctx), joined with those that wait: h (B, n, C) of all, the step's own last, and a Context
+    with all their angles. Then nothing waits."""
     if not waiting:
-        return step
-    steps, angles = [*waiting, step], {}
+        return h, ctx
+    steps, angles = [*waiting, (h, ctx)], {}
     waiting.clear()
     h = torch.cat([h for h, _ in steps], 1)
     for name in "cos", "sin":
