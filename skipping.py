@@ -202,7 +202,7 @@ def run_captured(skip, x, ctx):
     """The sublayer in a step that support/graph.py captures: the same kernels whatever is open. They read the
     decision, is_open (B,), on the device: attention reads no key of a closed row, and with one row products
     read no weight either. With several rows products are computed for all."""
-    attn, h, kept = skip.attn, skip.norm(x), {}
+    attn, h, n_gated = skip.attn, skip.norm(x), {}
     if skip.scope == "sequence":
         is_open = ctx.cache.routing["is open"][skip]                                # as the prompt decided
     else:
@@ -211,8 +211,8 @@ def run_captured(skip, x, ctx):
         if skip.kv == "open":
             ctx = next_slot(skip, ctx, is_open)
         elif attn:
-            kept = {attn.qkv: attn.n_head * attn.head_dim}              # from there on, keys and values
-    with only_for(is_open, kept):
+            n_gated = {attn.qkv: attn.n_head * attn.head_dim}           # queries; then keys and values
+    with only_for(is_open, n_gated):
         y = skip.sublayer(x, ctx, h)
     return torch.where(is_open[:, None, None], y, x)
 

@@ -102,6 +102,7 @@ def test_ctrl_c_in_a_real_process():
     (sample.main, ["--temperature", "nan"], "--temperature"), (sample.main, ["--top-k", -1], "--top-k"),
     (sample.main, ["caf\udce9"], "UTF-8"), (bench.main, ["--rounds", "1"], "--rounds"),
     (bench.main, ["--batch", "1,0"], "--batch"), (bench.main, ["--context", 10**30], "--context"),
+    (bench.main, ["--granularity", "", "--phase", "train"], "--granularity"),
 ])
 def test_what_the_parser_refuses(main, flags, named, call):
     status, said = call(main, *flags)
