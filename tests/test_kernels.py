@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import Llama
 from support.attention import additive_mask, attention, attention_of_some
-from support.kernels import Linear, packed_weights
+from support.kernels import ONEDNN, Linear, packed_weights
 
 PACKS = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -59,6 +59,23 @@ def test_single_tokens_in_float32_have_the_product_and_its_operations():
         exact = x.double() @ layer.weight.double().T + layer.bias.double()
         assert (y - exact).abs().max() < bound(y, 96)
         assert counter.get_total_flops() == 2 * x.numel() * 50
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("n_out, T, suits_onednn", [(50, 1, True), (50, 7, False), (500, 7, True)])
+def test_products_in_float32_have_their_gradients(n_out, T, suits_onednn, trains):
+    """Against float64; oneDNN's products, which know no autograd, are those of weights that do not train."""
+    layer = Linear(96, n_out).requires_grad_(trains)
+    x, up = torch.randn(4, T, 96, requires_grad=True), torch.randn(4, T, n_out)
+    y = layer(x)
+    assert ("FrozenLinear" in y.grad_fn.name()) == (suits_onednn and ONEDNN and not trains)
+    y.backward(up)
+    weight = layer.weight.double()
+    assert (y - x.double() @ weight.T - layer.bias.double()).abs().max() < bound(y, 96)
+    assert (x.grad - up.double() @ weight).abs().max() < bound(x.grad, n_out)
+    if trains:
+        exact = up.double().flatten(0, 1).T @ x.double().flatten(0, 1)
+        assert (layer.weight.grad - exact).abs().max() < bound(layer.weight.grad, 4 * T)
 
 
 @pytest.mark.skipif(not PACKS, reason="oneDNN computes no bfloat16 here")
