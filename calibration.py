@@ -11,7 +11,9 @@ from support import parallel
 from support.data import PLAIN_PROMPT, Batch, Sample, common_beginning, pack, pieces
 
 TRAINING_SAMPLES = 24                                # read by the calibration, beside text of the model's own
+PROMPTS = 8 * TRAINING_SAMPLES                       # instead, where gates read prompts: one decision each
 LOGITS = 0.5, 0.25, 0.12, 0, -0.12, -0.25, -0.5      # of the thresholds that are measured first
+EVERY = 4                                            # these on one text of so many, in a quarter of the time
 ERROR = 0.003                                        # of the capacity, that is small enough
 
 
@@ -37,59 +39,64 @@ def measured_capacity(model, batches, start=0):
 
 def calibration_batches(gates_read_prompts, samples, own_ids, tokens, device):
     """[(batches of training samples, first column that counts), (batches of the model's own text (n, T), 0)]:
-    whole ones for gates that read tokens. For gates that read prompts, the prompts of 8 times as many
-    samples: there is one decision per sequence."""
+    whole ones for gates that read tokens, else prompts. What all samples begin with, the template of a chat,
+    does not count."""
+    n_tokens = own_ids.shape[1]
     if gates_read_prompts:
-        samples = [Sample(s.ids[:s.prompt], s.answer[:s.prompt], s.prompt)
-                   for s in samples[:8 * TRAINING_SAMPLES]]
-        own_samples = pieces(own_ids, PLAIN_PROMPT)
-    else:
-        samples = samples[:TRAINING_SAMPLES]
-        own_samples = pieces(own_ids, own_ids.shape[1])
+        samples = [Sample(s.ids[:s.prompt], s.answer[:s.prompt], s.prompt) for s in samples]
+        n_tokens = PLAIN_PROMPT
     texts = [s.ids for s in samples]
     template = common_beginning(texts) if min(texts) < max(texts) else 0
     return [([Batch.of(group, device) for group in pack(source, tokens)], start)
-            for source, start in ((samples, template), (own_samples, 0))]
+            for source, start in ((samples, template), (pieces(own_ids, n_tokens), 0))]
 
 
 def calibrate(model, samples, own_ids, capacity, tokens):
-    """Set the threshold that gives an overall capacity; returns all measured [(threshold, capacity)].
+    """Set the threshold that gives an overall capacity; returns what was measured, [(threshold, capacity)].
 
     samples: of the training data; own_ids: token ids (n, T) that the model wrote, with equal weight, since
-    other text opens other gates. What all samples begin with, the template of a chat, does not count. First a
-    grid of thresholds, from which `load_routers` reads other capacities; then the one that lies on the line
-    between its neighbours, up to eight times, until it gives the capacity.
+    other text opens other gates. First a curve of thresholds, from which `load_routers` reads other
+    capacities, on every fourth text, moved by what all texts have more at one of them; then, on all texts,
+    the threshold that lies on the line between its neighbours, up to eight times, until it gives the
+    capacity.
     """
     model.eval()
     skips = list(mindskips(model).values())
     gates_read_prompts = skips[0].scope == "sequence" and skips[0].router.pool == "prompt"
-    sources = calibration_batches(gates_read_prompts, samples, own_ids, tokens, model.embed.weight.device)
-    measured = {}                                                        # {threshold's logit: capacity}
-    least = overall_capacity([0.0] * len(skips), model.config.n_layer)
+    samples = samples[:PROMPTS if gates_read_prompts else TRAINING_SAMPLES]
+    some, every = (calibration_batches(gates_read_prompts, samples[::step], own_ids[::step], tokens,
+                                       own_ids.device) for step in (EVERY, 1))
 
     def set_threshold(logit):
         for skip in skips:
             skip.threshold = 1 / (1 + math.exp(-logit))
 
-    def measure(logit):
+    def measure(logit, sources):
         set_threshold(logit)
-        capacities = [measured_capacity(model, batches, start) for batches, start in sources]
-        measured[logit] = sum(capacities) / len(capacities)
-        bar.update()
+        bar.update(size(sources))
+        return sum(measured_capacity(model, batches, start) for batches, start in sources) / len(sources)
+
+    def size(sources):
+        return sum(len(batches) for batches, start in sources)
 
     def nearest():
-        return min(measured, key=lambda logit: abs(measured[logit] - capacity))
+        return min(exact, key=lambda logit: abs(exact[logit] - capacity))
 
-    with tqdm(total=len(LOGITS) + 2, desc="calibration", unit="threshold", leave=False) as bar:
-        for logit in LOGITS:
-            measure(logit)
+    least = overall_capacity([0.0] * len(skips), model.config.n_layer)
+    n_batches = len(LOGITS) * size(some) + 2 * size(every)
+    with tqdm(total=n_batches, desc="calibration", unit="batch", leave=False) as bar:
+        curve = {logit: measure(logit, some) for logit in LOGITS}        # {threshold's logit: capacity}
+        exact = {0: measure(0, every)}
+        shift = exact[0] - curve[0]
+        curve = {logit: min(1.0, max(least, c + shift)) for logit, c in curve.items()}
         for attempt in range(8):
-            if abs(measured[nearest()] - capacity) < ERROR:
+            if abs(exact[nearest()] - capacity) < ERROR:
                 break
             end = 4.0 if attempt < 4 else 16.0                           # where all are open, or closed
-            known = {-end: 1.0, end: least} | measured
+            known = {-end: 1.0, end: least} | curve | exact
             of_less = min(logit for logit, c in known.items() if c <= capacity)
             of_more = max(logit for logit, c in known.items() if c >= capacity)
-            measure(float(np.interp(capacity, [known[of_less], known[of_more]], [of_less, of_more])))
+            logit = float(np.interp(capacity, [known[of_less], known[of_more]], [of_less, of_more]))
+            exact[logit] = measure(logit, every)
     set_threshold(nearest())
-    return [(1 / (1 + math.exp(-logit)), c) for logit, c in measured.items()]
+    return [(1 / (1 + math.exp(-logit)), c) for logit, c in (curve | exact).items()]

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import losses
 import train_router
-from calibration import calibrate
+from calibration import calibrate, calibration_batches, measured_capacity
 from model import Llama
 from recipe import DEFAULT, PAPER, Penalty, choose, own_text, ramp
 from router import add_routers, capacity, mindskips, straight_through, trace
@@ -285,3 +285,10 @@ def test_calibration_tells_which_threshold_gives_a_capacity(granularity, tiny, s
                 decisions += [is_open[0, start:] for (is_open,) in gates.values()]
             shares.append(float(torch.cat(decisions).float().mean()))
         assert best[1] == pytest.approx(sum(shares) / 2, abs=1e-3)
+
+        sources = calibration_batches(False, samples[:24], text, 800, "cpu")
+        for threshold, capacity in table:                # of a quarter, moved, and what all texts have
+            for gate in mindskips(model).values():
+                gate.threshold = threshold
+            of_all = sum(measured_capacity(model, batches, start) for batches, start in sources) / 2
+            assert capacity == pytest.approx(of_all, abs=0.02)
