@@ -20,7 +20,7 @@ from support.data import Batch, alternating, epochs, pieces
 from support.own_text import write_text
 
 OWN_TEXTS, OWN_TOKENS = 288, 256      # texts that the model writes, and tokens of each
-NOT_LEARNED = 24                      # the first of these texts are not learned from
+NOT_LEARNED = 24                      # the first ones only calibrate; the next 40 are learned from too
 CALIBRATION_TEXTS, CALIBRATION_TOKENS = 64, 128       # the first ones, and tokens of each, set the threshold
 
 
@@ -48,7 +48,7 @@ class Recipe:
     loss: str                           # of losses.LOSSES
     train: str                          # what trains: "routers", "bias" or "all"
     method: str                         # "ramp" or "straight-through": gradient of the gates; "harm": harm.py
-    # below: method "harm" reads only falls_until, learns_own_text, calibrates, steps and tokens_*
+    # below: method "harm" reads falls_until, learns_own_text, calibrates, and steps to tokens_cuda
     regularizer: callable               # (model, lambda, target capacity) -> what is added to the loss
     penalty: float                      # lambda, the penalty on capacity, at first
     moves_penalty: bool                 # whether lambda follows the capacity, by dual ascent
@@ -56,8 +56,6 @@ class Recipe:
     learns_own_text: bool               # whether text that the model writes is learned from too
     calibrates: bool                    # whether the threshold is moved afterwards
     lr: float                           # peak learning rate of the routers
-    bias_lr: float | None               # of their biases, if another
-    model_lr: float                     # of the model's weights, if they train
     betas: tuple                        # of AdamW, without weight decay
     warmup: float                       # share of the steps over which the learning rate rises
     final_lr: float                     # share of the peak where the cosine ends
@@ -68,6 +66,8 @@ class Recipe:
     tokens_cpu: int = 512               # tokens per batch, where --tokens does not say
     tokens_cuda: int = 16384
     ramp_widths: tuple = (0.5, 0.1)     # in logits, first and last
+    bias_lr: float | None = None        # peak learning rate of the routers' biases, if another
+    model_lr: float = 1e-5              # of the model's weights, if they train
 
     def learning_rate(self, step, steps, peak):
         """A linear warm-up, then a cosine down to final_lr."""
@@ -95,33 +95,33 @@ class Recipe:
 PAPER = Recipe(
     name="paper", gate="unbiased", pool="all", kv="all", loss="ce", train="routers",
     method="straight-through", regularizer=excess_penalty, penalty=0.0, moves_penalty=False,
-    falls_until=0.0, learns_own_text=False, calibrates=False, lr=1e-5, bias_lr=None, model_lr=1e-5,
-    betas=(0.9, 0.999), warmup=0.03, final_lr=0.0, clip=1.0, epochs=1, step_samples=64)
+    falls_until=0.0, learns_own_text=False, calibrates=False, lr=1e-5,
+    betas=(0.9, 0.999), warmup=0.03, final_lr=0.0, clip=1.0, step_samples=64)
 
 DEFAULT = Recipe(
     name="default", gate="linear", pool="prompt", kv="all", loss="kl", train="routers", method="ramp",
     regularizer=overall_penalty, penalty=2.0, moves_penalty=True, falls_until=0.5,
-    learns_own_text=True, calibrates=True, lr=0.002, bias_lr=None, model_lr=1e-5, betas=(0.9, 0.95),
-    warmup=0.05, final_lr=0.02, clip=None, steps=160)
+    learns_own_text=True, calibrates=True, lr=0.002, betas=(0.9, 0.95), warmup=0.05,
+    final_lr=0.02, clip=None, steps=160)
 
 # DEFAULT is for gates at token level. In its place:
 # at sequence level, for the KL and a frozen model: harm is measured, see harm.py
 BY_HARM = replace(DEFAULT, method="harm", steps=48, tokens_cpu=768, tokens_cuda=2048)
 # at sequence level otherwise: fast biases first find the layers to close for every text
 SEQUENCE = replace(DEFAULT, lr=0.0003, bias_lr=0.02)
-# at token level with --train bias
-ONLY_BIASES = replace(DEFAULT, bias_lr=0.02)
+# with --train bias, by gradient
+ONLY_BIASES = replace(DEFAULT, lr=0.02)
 
 RECIPES = {"paper": PAPER, "default": DEFAULT}
 
 
 def default_for(granularity, loss="kl", train="routers", method=None):
     """DEFAULT, or the form of it for this granularity and these values, where they are given."""
-    if granularity.endswith("token"):
-        return ONLY_BIASES if train == "bias" else DEFAULT
     if method in (None, "harm") and can_measure_harm(granularity, loss, train):
         return BY_HARM
-    return SEQUENCE
+    if train == "bias":
+        return ONLY_BIASES
+    return DEFAULT if granularity.endswith("token") else SEQUENCE
 
 
 def can_measure_harm(granularity, loss, train):
@@ -170,7 +170,8 @@ def own_text(model, recipe, samples, seed, path=None):
     """What the dense model writes after random first tokens, as in LLM-QAT (arXiv 2305.17888): text of
     another kind than the training samples, whose labels, the dense model's probabilities, are known.
 
-    Returns (token ids (n, T) to calibrate on, Samples to learn from), each None where it is not used.
+    Returns (token ids (n, T) to calibrate on, Samples to learn from or None); (None, None) where neither is
+    used.
     path: see write_text.
     """
     learns = recipe.learns_own_text and reads_dense(recipe.loss)

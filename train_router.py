@@ -71,13 +71,13 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
         for skip in mindskips(model).values():
             skip.estimator = recipe.gate_estimator(step, run.n_steps)
 
-        loss, mean_gates = 0.0, []                   # of each batch: (kind of text, capacity)
+        loss, measured = 0.0, []                     # of each batch: (kind of text, capacity)
         for (kind, batch), counts in parallel.share(batches):        # counts: 1, or 0 of a batch run again
             price = counts * penalties[kind].value / len(batches)
             regularizer = partial(recipe.regularizer, model, price, target)
             loss += losses.backward(model, batch, recipe.loss, counts * weight, regularizer, teacher)
             if counts:
-                mean_gates.append((kind, capacity(model)))
+                measured.append((kind, capacity(model)))
         loss, = parallel.summed(float(loss))
         parallel.sum_gradients(trained(model).values())
 
@@ -90,11 +90,11 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
         optimizer.zero_grad(set_to_none=True)
         paid = [penalties[kind].value for kind, _ in batches]
         capacities = [[] for _ in penalties]         # of each kind of text
-        for kind, mean_gate in parallel.gathered(mean_gates):
-            capacities[kind].append(mean_gate)
-        for penalty, measured in zip(penalties, capacities):
-            if measured:                             # a step need not hold every kind
-                penalty.update(mean(measured) - target)
+        for kind, value in parallel.gathered(measured):
+            capacities[kind].append(value)
+        for penalty, values in zip(penalties, capacities):
+            if values:                               # a step need not hold every kind
+                penalty.update(mean(values) - target)
 
         run.log(step, loss=loss, target=target, capacity=mean(sum(capacities, [])),
                 **{"lambda": mean(paid), "lr": recipe.learning_rate(step, run.n_steps, recipe.lr)})
@@ -112,7 +112,7 @@ def trained(model):
 
 
 def make_optimizer(model, recipe):
-    """AdamW on what the recipe trains, each group with its peak learning rate."""
+    """Let what the recipe names train: AdamW on it, each group with its peak learning rate."""
     if recipe.train == "all":
         model.requires_grad_(True)
     if recipe.train == "bias":
@@ -181,8 +181,8 @@ def parse_arguments():
     p.add_argument("--steps", type=count)
     p.add_argument("--epochs", type=count, help="instead, with --recipe paper: how often each sample is seen")
     p.add_argument("--max-samples", type=count, help="the first ones of --data, to tune on (default: all)")
-    p.add_argument("--clip", type=rate, help="norm that gradients are clipped to")
-    p.add_argument("--lr", type=rate, help="learning rate of the routers")
+    p.add_argument("--clip", type=rate, help="norm that gradients are clipped to; 0: not at all")
+    p.add_argument("--lr", type=rate, help="learning rate of the routers, at sequence level of their weights")
     p.add_argument("--penalty", type=rate, help="lambda, the penalty on capacity, to begin with")
     p.add_argument("--pool", choices=("prompt", "all"), help="what the gate of a sequence reads")
     p.add_argument("--kv", choices=("all", "open"), help="which tokens have keys and values, at token level")
@@ -206,7 +206,7 @@ def make_recipe(args, n_samples, model):
     does not go together."""
     keys = "gate", "loss", "train", "method", "lr", "penalty", "pool", "kv", "steps", "epochs", "clip"
     recipe = choose(args.recipe, args.granularity, **{key: getattr(args, key) for key in keys})
-    router = GATES[recipe.gate](1, args.granularity.split("_")[1], recipe.pool)
+    router = GATES[recipe.gate](1, args.granularity.split("_")[1], recipe.pool)      # to ask what kind it is
     has_bias = getattr(router, "bias", None) is not None
     is_linear = isinstance(router, LinearRouter) and type(router).forward is LinearRouter.forward
     can_measure = can_measure_harm(args.granularity, recipe.loss, recipe.train)
