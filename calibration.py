@@ -13,7 +13,7 @@ from support.data import PLAIN_PROMPT, Batch, Sample, common_beginning, pack, pi
 TRAINING_SAMPLES = 24                                # read by the calibration, beside text of the model's own
 PROMPTS = 8 * TRAINING_SAMPLES                       # instead, where gates read prompts: one decision each
 LOGITS = 0.5, 0.25, 0.12, 0, -0.12, -0.25, -0.5      # of the thresholds that are measured first
-EVERY = 4                                            # these on one text of so many, in a quarter of the time
+STRIDE = 4                                           # these on one text of so many, in a quarter of the time
 ERROR = 0.003                                        # of the capacity, that is small enough
 
 
@@ -37,35 +37,36 @@ def measured_capacity(model, batches, start=0):
     return overall_capacity([n_open / n_seen] * len(mindskips(model)), model.config.n_layer)
 
 
-def calibration_batches(gates_read_prompts, samples, own_ids, tokens, device):
-    """[(batches of training samples, first column that counts), (batches of the model's own text (n, T), 0)]:
-    whole ones for gates that read tokens, else prompts. What all samples begin with, the template of a chat,
-    does not count."""
+def calibration_batches(gates_read_prompts, samples, own_ids, tokens, stride=1):
+    """[(batches of training samples, first column that counts), (batches of the model's own text (n, T), 0)]
+    of every stride-th text: prompts for gates that read prompts, else whole ones. What all samples begin
+    with, the template of a chat, does not count."""
     n_tokens = own_ids.shape[1]
     if gates_read_prompts:
         samples = [Sample(s.ids[:s.prompt], s.answer[:s.prompt], s.prompt) for s in samples]
         n_tokens = PLAIN_PROMPT
     texts = [s.ids for s in samples]
     template = common_beginning(texts) if min(texts) < max(texts) else 0
-    return [([Batch.of(group, device) for group in pack(source, tokens)], start)
-            for source, start in ((samples, template), (pieces(own_ids, n_tokens), 0))]
+    sources = (samples[::stride], template), (pieces(own_ids[::stride], n_tokens), 0)
+    return [([Batch.of(group, own_ids.device) for group in pack(source, tokens)], start)
+            for source, start in sources]
 
 
 def calibrate(model, samples, own_ids, capacity, tokens):
-    """Set the threshold that gives an overall capacity; returns what was measured, [(threshold, capacity)].
+    """Set the threshold that gives an overall capacity; returns the curve, [(threshold, capacity)].
 
     samples: of the training data; own_ids: token ids (n, T) that the model wrote, with equal weight, since
     other text opens other gates. First a curve of thresholds, from which `load_routers` reads other
     capacities, on every fourth text, moved by what all texts have more at one of them; then, on all texts,
     the threshold that lies on the line between its neighbours, up to eight times, until it gives the
-    capacity.
+    capacity. A point of the curve is relied on once: what all texts give may lie elsewhere.
     """
     model.eval()
     skips = list(mindskips(model).values())
     gates_read_prompts = skips[0].scope == "sequence" and skips[0].router.pool == "prompt"
     samples = samples[:PROMPTS if gates_read_prompts else TRAINING_SAMPLES]
-    some, every = (calibration_batches(gates_read_prompts, samples[::step], own_ids[::step], tokens,
-                                       own_ids.device) for step in (EVERY, 1))
+    some, whole = (calibration_batches(gates_read_prompts, samples, own_ids, tokens, stride)
+                   for stride in (STRIDE, 1))
 
     def set_threshold(logit):
         for skip in skips:
@@ -83,20 +84,23 @@ def calibrate(model, samples, own_ids, capacity, tokens):
         return min(exact, key=lambda logit: abs(exact[logit] - capacity))
 
     least = overall_capacity([0.0] * len(skips), model.config.n_layer)
-    n_batches = len(LOGITS) * size(some) + 2 * size(every)
+    n_batches = len(LOGITS) * size(some) + 2 * size(whole)
     with tqdm(total=n_batches, desc="calibration", unit="batch", leave=False) as bar:
         curve = {logit: measure(logit, some) for logit in LOGITS}        # {threshold's logit: capacity}
-        exact = {0: measure(0, every)}
+        exact = {0: measure(0, whole)}
         shift = exact[0] - curve[0]
         curve = {logit: min(1.0, max(least, c + shift)) for logit, c in curve.items()}
+        guides = dict(curve)
         for attempt in range(8):
             if abs(exact[nearest()] - capacity) < ERROR:
                 break
             end = 4.0 if attempt < 4 else 16.0                           # where all are open, or closed
-            known = {-end: 1.0, end: least} | curve | exact
+            known = {-end: 1.0, end: least} | guides | exact
             of_less = min(logit for logit, c in known.items() if c <= capacity)
             of_more = max(logit for logit, c in known.items() if c >= capacity)
             logit = float(np.interp(capacity, [known[of_less], known[of_more]], [of_less, of_more]))
-            exact[logit] = measure(logit, every)
+            exact[logit] = measure(logit, whole)
+            for guide in of_less, of_more:
+                guides.pop(guide, None)
     set_threshold(nearest())
     return [(1 / (1 + math.exp(-logit)), c) for logit, c in (curve | exact).items()]

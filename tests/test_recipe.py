@@ -9,6 +9,7 @@ import torch
 from conftest import open_gates_at_random, write_data
 from safetensors import safe_open
 
+import calibration
 import losses
 import train_router
 from calibration import calibrate, calibration_batches, measured_capacity
@@ -207,7 +208,7 @@ def test_which_form_of_the_default_is_chosen():
     for values in dict(loss="ce"), dict(train="all"), dict(method="ramp"):
         recipe = choose("default", "mlp_sequence", **values)
         assert recipe.method == "ramp" and recipe.bias_lr == 0.02 and recipe.lr == 0.0003
-    assert choose("default", "attn_token", train="bias").bias_lr == 0.02
+    assert choose("default", "attn_token", train="bias").lr == 0.02
     assert choose("default", "attn_token", steps=7, lr=None).steps == 7
     assert choose("paper", "attn_sequence", penalty=0.1) == dataclasses.replace(PAPER, penalty=0.1)
 
@@ -262,6 +263,22 @@ def test_the_price_settles_where_demand_meets_the_target():
     assert sum(used[-50:]) / 50 == pytest.approx(0.7, abs=0.005) and price.level == pytest.approx(3, abs=0.1)
 
 
+def test_calibration_relies_on_no_point_of_its_curve_twice(tiny, samples, monkeypatch):
+    """Where every fourth text says 0.703 and all say 0.693, beside the threshold that is looked for."""
+    skips = mindskips(model := add_routers(Llama.from_pretrained(tiny), "attn_token")).values()
+
+    def capacity_of(model, strides, start):
+        threshold = next(iter(skips)).threshold
+        logit = math.log(threshold / (1 - threshold))
+        return 0.8 - 0.892 * logit + 0.01 * (strides == [4] and logit > 0.1)
+
+    monkeypatch.setattr(calibration, "calibration_batches", lambda *given: [([given[-1]], 0)])
+    monkeypatch.setattr(calibration, "measured_capacity", capacity_of)
+    table = calibrate(model, samples, torch.zeros(64, 128, dtype=torch.int64), 0.7, 800)
+    assert len(table) == 9 and {skip.threshold for skip in skips} < {*dict(table)}
+    assert dict(table)[next(iter(skips)).threshold] == pytest.approx(0.7, abs=0.003)
+
+
 @pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence", "block_token"])
 def test_calibration_tells_which_threshold_gives_a_capacity(granularity, tiny, samples):
     model = Llama.from_pretrained(tiny)
@@ -286,7 +303,7 @@ def test_calibration_tells_which_threshold_gives_a_capacity(granularity, tiny, s
             shares.append(float(torch.cat(decisions).float().mean()))
         assert best[1] == pytest.approx(sum(shares) / 2, abs=1e-3)
 
-        sources = calibration_batches(False, samples[:24], text, 800, "cpu")
+        sources = calibration_batches(False, samples[:24], text, 800)
         for threshold, capacity in table:                # of a quarter, moved, and what all texts have
             for gate in mindskips(model).values():
                 gate.threshold = threshold
