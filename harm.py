@@ -2,10 +2,10 @@
 
 The harm of a gate to a sequence is KL(dense || gate closed) - KL(dense || gate open) in nats, summed over the
 sequence's answer, the other gates as they stand. At a price of lambda per gate it is best to close those
-whose harm is below lambda: so a router has to predict the harm, and its threshold is the price. Where a gate
-decides once for a whole sequence, a batch holds only a handful of decisions, and a gradient through so few is
-mostly noise. There the harm is measured, with one run of its layer and those above for each gate, and its
-square root is predicted by ridge regression.
+whose harm is below lambda: so a router has to predict the harm, and its threshold is the price (both as
+square roots, see `fit`). Where a gate decides once for a whole sequence, a batch holds only a handful of
+decisions, and a gradient through so few is mostly noise. There the harm is measured, with one run of its
+layer and those above for each gate, and its square root is predicted by ridge regression.
 """
 import torch
 
@@ -17,17 +17,13 @@ from support import parallel
 RIDGE = 20.0        # of the regression, in units of the inputs' mean squared distance from their mean
 
 
-def forced(scores):
-    """An override of a gate: these scores."""
-    return lambda score, ctx: scores
-
-
 @torch.no_grad()
 def measure(model, batch):
     """What closing each of the model's G gates costs each of a batch's B sequences.
 
-    Returns the harm (B, G) in nats, what each router read (B, G, C), whether its gate is open (B, G), and the
-    KL of each sequence's answer (B,), all float32. Gates at token level should be all open.
+    Returns the harm (B, G) in nats, what each router read (B, G, C), whether its gate is open (B, G), bool,
+    and the KL of each sequence's answer (B,). Gates at token level should be all open; what they read is
+    (B, G, T, C).
     """
     skips = mindskips(model)
     ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
@@ -58,7 +54,7 @@ def measure(model, batch):
     as_it_is, harm = answers_kl(streams[-1]), []
     for i, skip in skips.items():
         opposite = (~is_open[i]).float().squeeze(-1)                          # (B,), or (B, T) at token level
-        skip.override = forced(opposite)
+        skip.override = lambda score, ctx, scores=opposite: scores
         flipped = answers_kl(run_layers(model.layers[i:], streams[i], ctx))
         skip.override = None
         was_open = is_open[i].flatten(1).any(1)                               # (B,)
@@ -97,17 +93,16 @@ def fit(model, harm, inputs, capacity, biases_only=False):
         predicted.append(x @ w + intercept)
     predicted = torch.stack(predicted).flatten().sort().values
 
-    # the price lies between the gates of least predicted harm, which close, and the others
+    # the cut lies between the gates of least predicted harm, which close, and the others
     n_closed = round((1 - capacity) * model.config.n_layer / len(skips) * len(predicted))
-    if n_closed:
-        price = predicted[n_closed - 1:n_closed + 1].mean()
-    else:
-        price = predicted[0] - (predicted.std() if len(predicted) > 1 else 1)
-    # the score is sigmoid((predicted - price) / unit), whose logits have mean absolute value 1
-    unit = (predicted - price).abs().mean().clamp(min=1e-9)
+    margin = predicted.std(correction=0).clamp(min=1e-9)
+    edges = torch.cat((predicted[:1] - margin, predicted, predicted[-1:] + margin))
+    cut = edges[n_closed:n_closed + 2].mean()
+    # the score is sigmoid((predicted - cut) / unit), whose logits have mean absolute value 1
+    unit = (predicted - cut).abs().mean().clamp(min=1e-9)
     for skip, (w, intercept) in zip(skips, lines):
         skip.router.weight.data.copy_(w[None] / unit)
-        skip.router.bias.data.fill_((intercept - price) / unit)
+        skip.router.bias.data.fill_((intercept - cut) / unit)
 
 
 def tune(model, source, recipe, capacity, run):
@@ -123,23 +118,19 @@ def tune(model, source, recipe, capacity, run):
         fit(model, harm, state["inputs"], float(run.tensor("target", ())), biases_only)
     for step in run.steps():
         target = recipe.target(step, run.n_steps, capacity)
-        rows, total, n_tokens, open_shares = [], 0.0, 0, []
+        rows = []
         for (_, batch), counts in parallel.share(next(source)):
-            harm, inputs, is_open, answers_kl = measure(model, batch)
+            harm, inputs, is_open, sequence_kl = measure(model, batch)
             if counts:
-                open_share = float(is_open.float().mean())
-                batch_kl, n = float(answers_kl.sum()), len(batch.targets)
-                rows.append((harm.cpu(), inputs.cpu(), batch_kl, n, open_share))
-        for harm, inputs, batch_kl, n, open_share in parallel.gathered(rows):
-            state["harm"] = torch.cat((state["harm"], torch.as_tensor(harm)))
-            state["inputs"] = torch.cat((state["inputs"], torch.as_tensor(inputs)))
-            total += batch_kl
-            n_tokens += n
-            open_shares.append(open_share)
-        run.check_finite(step, total)
+                open_share, batch_kl = float(is_open.float().mean()), float(sequence_kl.sum())
+                rows.append((harm.cpu(), inputs.cpu(), batch_kl, len(batch.targets), open_share))
+        harms, read, kls, n_tokens, open_shares = zip(*parallel.gathered(rows))
+        state["harm"] = torch.cat([state["harm"], *map(torch.as_tensor, harms)])
+        state["inputs"] = torch.cat([state["inputs"], *map(torch.as_tensor, read)])
+        run.check_finite(step, sum(kls))
         fit(model, state["harm"], state["inputs"], target, biases_only)
         share = sum(open_shares) / len(open_shares)
         capacity_before = overall_capacity([share] * n_gates, model.config.n_layer)
-        run.log(step, loss=total / n_tokens, capacity=capacity_before, target=target)
+        run.log(step, loss=sum(kls) / sum(n_tokens), capacity=capacity_before, target=target)
         if run.is_due(step):
             run.save(step, state | {"target": torch.tensor(target, dtype=torch.float64)})
