@@ -48,7 +48,7 @@ class Config:
     qkv_bias: bool = False              # Qwen2
     qk_norm: bool = False               # Qwen3: every head's query and key is normalized
     no_rope: tuple[int, ...] = ()       # SmolLM3: layers whose queries and keys have no rotary positions
-    fused: bool = False                 # Phi-3: its files hold q, k and v in one tensor, and gate and up
+    joined: bool = False                # Phi-3: its files hold q, k and v in one tensor, and gate and up
 
     @classmethod
     def from_hf(cls, hf, where="config.json"):
@@ -80,7 +80,7 @@ class Config:
             sliding_window=(size("sliding_window", default=None, high=2**31)
                             if family in ("mistral", "phi3") else None),
             tie_embeddings=read("tie_word_embeddings", bool, False),
-            qkv_bias=family == "qwen2", qk_norm=family == "qwen3", fused=family == "phi3",
+            qkv_bias=family == "qwen2", qk_norm=family == "qwen3", joined=family == "phi3",
             no_rope=tuple(layer for layer, has in enumerate(has_rope) if not has))
 
 
@@ -162,7 +162,7 @@ class Context:
     host_lengths: list[int]                      # the same numbers, where the host can read them
     prompt_lengths: torch.Tensor | None = None   # (B,) how many of them are the prompt; None in a step
     longest_prompt: int = 0                      # the largest of those
-    mask: torch.Tensor | None = None             # (B or 1, 1, T, S) added to attention's scores; None: causal
+    mask: torch.Tensor | None = None             # (B or 1, 1, T, S) added to scores; None: causal
     cache: Cache | None = None
     decoding: bool = False                       # a step that continues the cache, one token per row
     end: int = 0                                 # decoding: keys to attend to, this step's included
@@ -271,7 +271,7 @@ class Llama(nn.Module):
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        self.angles = None              # cos and sin of every position that was needed so far
+        self.angles = None              # cos and sin of the first positions, see make_angles
 
     def forward(self, idx, lengths=None, prompt_lengths=None):
         """Logits (B, T, V) of token ids (B, T) int64.
@@ -428,7 +428,8 @@ class Llama(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder, source):
-        """Write a Hugging Face folder; its config and tokenizer are those of `source`, a name or a path."""
+        """Write a Hugging Face folder of a model without routers (router.remove_routers); its config and
+        tokenizer are those of `source`, a name or a path."""
         tensors = {}
         for name, parameter in self.named_parameters():
             for theirs, part in checkpoint_parts(name, parameter.detach().cpu(), self.config):

@@ -208,16 +208,13 @@ def trace(model):
     """Within it decisions are kept: {layer: [a bool tensor of each pass that decides, (B,) or (B, T)]}, on
     their device."""
     skips = mindskips(model)
-    outer = {i: skip.trace for i, skip in skips.items()}
     for skip in skips.values():
         skip.trace = []
     try:
         yield {i: skip.trace for i, skip in skips.items()}
     finally:
-        for i, skip in skips.items():
-            if outer[i] is not None:
-                outer[i] += skip.trace
-            skip.trace = outer[i]
+        for skip in skips.values():
+            skip.trace = None
 
 
 def decisions_on(decisions, tokens):
@@ -300,8 +297,8 @@ def shape_of(model):
 
 def save_routers(model, path, calibration=None, **notes):
     """Write the routers to a safetensors file: tensors layers.N.weight (1, n_embd), layers.N.bias (1,), or
-    what the kind of gate has, and as metadata what they are for. calibration: [(threshold, the overall
-    capacity measured with it)], from which `load_routers` reads other capacities; notes: strings to keep."""
+    what the kind of gate has, and as metadata what they are for. calibration: [(threshold, overall
+    capacity)], as `calibrate` found them, from which `load_routers` reads others; notes: strings to keep."""
     skips = mindskips(model)
     if not skips:
         raise InputError("save_routers: the model has no routers; add_routers first")

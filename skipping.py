@@ -3,7 +3,7 @@
     run_sequences one gate per sequence: closed rows compute nothing and store nothing
     run_tokens    one gate per token, kv="all": closed tokens have a key and a value, and nothing else
     run_all       the same of a short prompt on CUDA, where computing all takes less time than waiting
-    run_step      the same, generating: with half of the rows open or more, attention is computed for all
+    run_step      the same, generating: with half of the rows open or more, it is computed for all
     run_captured  a step of generation in a CUDA graph, which asks the host nothing
 
 One gate per token with kv="open" is in open_keys.py.
@@ -73,10 +73,10 @@ def run_tokens(skip, x, ctx, h, is_open):
         return run_step(skip, x, ctx, h, is_open)
     if is_asynchronous(x) and x.numel() * sum(x.shape[1:]) < GATHERED_FROM:
         return run_all(skip, x, ctx, h, is_open)
-    attn, n_real, kv, decided = skip.attn, sum(ctx.host_lengths), None, to_host(is_open)
+    attn, n_real, kv, decisions = skip.attn, sum(ctx.host_lengths), None, to_host(is_open)
     if attn and is_asynchronous(x):
         kv = keys_values(attn, h, ctx)                                 # while the host waits for decisions
-    at, counts = open_tokens(decided(), ctx.host_lengths)
+    at, counts = open_tokens(decisions(), ctx.host_lengths)
     skip.count(len(at), ctx)
     if len(at) >= NEARLY_OPEN * n_real:
         y = skip.sublayer(x, ctx, h)
@@ -185,16 +185,17 @@ def with_waiting(waiting, h, ctx):
         return h, ctx
     steps, angles = [*waiting, (h, ctx)], {}
     waiting.clear()
-    h = torch.cat([h for h, _ in steps], 1)
+    h = torch.cat([step_h for step_h, _ in steps], 1)
     for name in "cos", "sin":
-        angle_of_steps = [getattr(ctx, name).expand(len(h), 1, 1, -1) for _, ctx in steps]
+        angle_of_steps = [getattr(step_ctx, name).expand(len(h), 1, 1, -1) for _, step_ctx in steps]
         angles[name] = torch.cat(angle_of_steps, 2)                                     # (B, 1, n, D)
-    return h, replace(steps[-1][1], **angles)
+    return h, replace(ctx, **angles)
 
 
 def store_waiting(attn, waiting):
     """Compute and store the keys and values that wait."""
-    keys_values(attn, *with_waiting(waiting, *waiting.pop()))
+    last = waiting.pop()
+    keys_values(attn, *with_waiting(waiting, *last))
 
 
 # ------------------------------------------------------------------------------------------ a captured step

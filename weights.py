@@ -234,7 +234,7 @@ HF_NAMES = {"attn.norm": ["input_layernorm"], "attn.q_norm": ["self_attn.q_norm"
             "attn.k_norm": ["self_attn.k_norm"], "attn.o": ["self_attn.o_proj"],
             "mlp.norm": ["post_attention_layernorm"], "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"],
             "mlp.down": ["mlp.down_proj"]}
-FUSED = {"attn.qkv": ["self_attn.qkv_proj"], "mlp.gate_up": ["mlp.gate_up_proj"]}
+JOINED = {"attn.qkv": ["self_attn.qkv_proj"], "mlp.gate_up": ["mlp.gate_up_proj"]}
 
 
 def checkpoint_parts(name, weight, config):
@@ -246,8 +246,8 @@ def checkpoint_parts(name, weight, config):
     _, layer, ours = module.split(".", 2)
     q, kv, up = config.n_head * config.head_dim, config.n_kv_head * config.head_dim, config.intermediate
     names, rows = HF_NAMES[ours], {"attn.qkv": [q, kv, kv], "mlp.gate_up": [up, up]}.get(ours, [len(weight)])
-    if config.fused and ours in FUSED:
-        names, rows = FUSED[ours], [len(weight)]
+    if config.joined and ours in JOINED:
+        names, rows = JOINED[ours], [len(weight)]
     return [(f"model.layers.{layer}.{theirs}.{leaf}", part)
             for theirs, part in zip(names, weight.split(rows))]
 
