@@ -208,13 +208,16 @@ def trace(model):
     """Within it decisions are kept: {layer: [a bool tensor of each pass that decides, (B,) or (B, T)]}, on
     their device."""
     skips = mindskips(model)
+    outer = {i: skip.trace for i, skip in skips.items()}
     for skip in skips.values():
         skip.trace = []
     try:
         yield {i: skip.trace for i, skip in skips.items()}
     finally:
-        for skip in skips.values():
-            skip.trace = None
+        for i, skip in skips.items():
+            if outer[i] is not None:
+                outer[i] += skip.trace
+            skip.trace = outer[i]
 
 
 def decisions_on(decisions, tokens):
@@ -319,14 +322,14 @@ def threshold_for(capacity, meta, path):
     between the two of the calibration that lie around it."""
     if capacity is None:
         return float(meta["threshold"])
-    table = sorted((measured, threshold) for threshold, measured in json.loads(meta["calibration"]))
+    table = sorted(json.loads(meta["calibration"]), key=lambda pair: (pair[1], -pair[0]))
     if not table:
         raise InputError(f"{path}: was not calibrated, as its recipe does not, or its run did not finish;"
                          " leave out --capacity")
-    if not table[0][0] <= capacity <= table[-1][0]:
-        raise InputError(f"{path}: its calibration has capacities from {table[0][0]:.3f} to"
-                         f" {table[-1][0]:.3f}, not {capacity}; ask for one of these, or tune for it")
-    capacities, thresholds = zip(*table)
+    thresholds, capacities = zip(*table)             # of equal capacities each end beside its neighbour
+    if not capacities[0] <= capacity <= capacities[-1]:
+        raise InputError(f"{path}: its calibration has capacities from {capacities[0]:.3f} to"
+                         f" {capacities[-1]:.3f}, not {capacity}; ask for one of these, or tune for it")
     return float(np.interp(capacity, capacities, thresholds))
 
 

@@ -465,6 +465,10 @@ def test_the_threshold_is_a_dial(tiny, tmp_path):
         assert [gate.threshold for gate in mindskips(model).values()] == pytest.approx([threshold] * 4)
     with pytest.raises(InputError, match="0.300 to 0.900, not 0.95"):
         load_routers(model, path, 0.95)
+    save_routers(model, path, [(0.2, 1.0), (0.6, 1.0), (0.7, 0.8), (0.8, 0.0), (0.9, 0.0)])
+    for asked, threshold in (0.9, 0.65), (0.4, 0.75), (0.99, 0.605), (0.01, 0.79875), (1.0, 0.2), (0.0, 0.8):
+        load_routers(model, path, asked)          # between the near ends of what is equal
+        assert [gate.threshold for gate in mindskips(model).values()] == pytest.approx([threshold] * 4)
     save_routers(model, path)
     with pytest.raises(InputError, match="was not calibrated"):
         load_routers(model, path, 0.5)
