@@ -40,7 +40,7 @@ def onednn_linear(x, weight, bias):
 
 
 class FrozenLinear(torch.autograd.Function):
-    """onednn_linear of a weight that does not train, with the gradient of x."""
+    """onednn_linear of weight and bias that do not train, with the gradient of x."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -71,7 +71,7 @@ def linear(x, weight, bias=None):
     if suits_onednn and (x.shape[-2] == 1 or n_out > 4 * n_in):
         if not torch.is_grad_enabled():
             return onednn_linear(x, weight, bias)
-        if not weight.requires_grad:
+        if not weight.requires_grad and (bias is None or not bias.requires_grad):
             return FrozenLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
