@@ -1,5 +1,6 @@
 """Capacity as it is asked for: after tuning, the threshold moves until as many gates are open."""
 import math
+import sys
 
 import numpy as np
 import torch
@@ -13,8 +14,10 @@ from support.data import PLAIN_PROMPT, Batch, Sample, common_beginning, pack, pi
 TRAINING_SAMPLES = 24                                # read by the calibration, beside text of the model's own
 PROMPTS = 8 * TRAINING_SAMPLES                       # instead, where gates read prompts: one decision each
 LOGITS = 0.5, 0.25, 0.12, 0, -0.12, -0.25, -0.5      # of the thresholds that are measured first
-STRIDE = 4                                           # these on one text of so many, in a quarter of the time
+STRIDE = 4                                           # these, at token level, on one text of so many
 ERROR = 0.003                                        # of the capacity, that is small enough
+ATTEMPTS = 12                                        # to come so near
+NEIGHBOURS = 0.3                                     # difference of capacities from which a line is no guide
 
 
 @torch.no_grad()
@@ -52,13 +55,28 @@ def calibration_batches(gates_read_prompts, samples, own_ids, tokens, stride=1):
             for source, start in sources]
 
 
+def moved(curve, exact, least):
+    """A curve {threshold's logit: capacity} with the value `exact` at 0: the odds of a routed gate to be open
+    change by the same factor everywhere, so that where all are open, or closed, they stay so."""
+    def odds(c):
+        return (c - least) / (1 - c)
+
+    factor, result = 1.0, {}
+    if least < curve[0] < 1 and least < exact < 1:
+        factor = odds(exact) / odds(curve[0])
+    for logit, c in curve.items():
+        share = (c - least) / (1 - least)
+        result[logit] = least + (1 - least) * factor * share / (1 + (factor - 1) * share)
+    return result
+
+
 def calibrate(model, samples, own_ids, capacity, tokens):
     """Set the threshold that gives an overall capacity; returns the curve, [(threshold, capacity)].
 
     samples: of the training data; own_ids: token ids (n, T) that the model wrote, with equal weight, since
     other text opens other gates. First a curve of thresholds, from which `load_routers` reads other
-    capacities, on every fourth text, moved by what all texts have more at one of them; then, on all texts,
-    the threshold that lies on the line between its neighbours, up to eight times, until it gives the
+    capacities: at token level on every fourth text, see `moved`. Then, on all texts, the threshold that lies
+    on the line between its neighbours, or where these are far apart in the middle, until it gives the
     capacity. A point of the curve is relied on once: what all texts give may lie elsewhere.
     """
     model.eval()
@@ -66,7 +84,7 @@ def calibrate(model, samples, own_ids, capacity, tokens):
     gates_read_prompts = skips[0].scope == "sequence" and skips[0].router.pool == "prompt"
     samples = samples[:PROMPTS if gates_read_prompts else TRAINING_SAMPLES]
     some, whole = (calibration_batches(gates_read_prompts, samples, own_ids, tokens, stride)
-                   for stride in (STRIDE, 1))
+                   for stride in (STRIDE if skips[0].scope == "token" else 1, 1))
 
     def set_threshold(logit):
         for skip in skips:
@@ -88,19 +106,24 @@ def calibrate(model, samples, own_ids, capacity, tokens):
     with tqdm(total=n_batches, desc="calibration", unit="batch", leave=False) as bar:
         curve = {logit: measure(logit, some) for logit in LOGITS}        # {threshold's logit: capacity}
         exact = {0: measure(0, whole)}
-        shift = exact[0] - curve[0]
-        curve = {logit: min(1.0, max(least, c + shift)) for logit, c in curve.items()}
+        curve = moved(curve, exact[0], least)
         guides = dict(curve)
-        for attempt in range(8):
+        for attempt in range(ATTEMPTS):
             if abs(exact[nearest()] - capacity) < ERROR:
                 break
+            bar.total += size(whole) if attempt else 0
             end = 4.0 if attempt < 4 else 16.0                           # where all are open, or closed
             known = {-end: 1.0, end: least} | guides | exact
             of_less = min(logit for logit, c in known.items() if c <= capacity)
             of_more = max(logit for logit, c in known.items() if c >= capacity)
-            logit = float(np.interp(capacity, [known[of_less], known[of_more]], [of_less, of_more]))
+            logit = (of_less + of_more) / 2
+            if known[of_more] - known[of_less] < NEIGHBOURS:
+                logit = float(np.interp(capacity, [known[of_less], known[of_more]], [of_less, of_more]))
             exact[logit] = measure(logit, whole)
             for guide in of_less, of_more:
                 guides.pop(guide, None)
     set_threshold(nearest())
+    if abs(exact[nearest()] - capacity) > 0.02:
+        print(f"calibration: capacity is {exact[nearest()]:.3f}, not {capacity}: no threshold was found that"
+              " comes nearer", file=sys.stderr)
     return [(1 / (1 + math.exp(-logit)), c) for logit, c in (curve | exact).items()]

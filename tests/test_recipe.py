@@ -12,7 +12,7 @@ from safetensors import safe_open
 import calibration
 import losses
 import train_router
-from calibration import calibrate, calibration_batches, measured_capacity
+from calibration import calibrate, calibration_batches, measured_capacity, moved
 from model import Llama
 from recipe import DEFAULT, PAPER, Penalty, choose, own_text, ramp
 from router import add_routers, capacity, mindskips, straight_through, trace
@@ -277,6 +277,36 @@ def test_calibration_relies_on_no_point_of_its_curve_twice(tiny, samples, monkey
     table = calibrate(model, samples, torch.zeros(64, 128, dtype=torch.int64), 0.7, 800)
     assert len(table) == 9 and {skip.threshold for skip in skips} < {*dict(table)}
     assert dict(table)[next(iter(skips)).threshold] == pytest.approx(0.7, abs=0.003)
+
+
+def test_calibration_finds_a_cliff_far_from_its_curve(tiny, samples, monkeypatch, capsys):
+    """Gates that all close between two thresholds; and ones between which there is no capacity."""
+    skips = mindskips(model := add_routers(Llama.from_pretrained(tiny), "attn_token")).values()
+    steepness = 20.0
+
+    def capacity_of(model, batches, start):
+        threshold = next(iter(skips)).threshold
+        logit = math.log(threshold / (1 - threshold))
+        return float(torch.sigmoid(torch.tensor(steepness * (1.0 - logit))))
+
+    monkeypatch.setattr(calibration, "calibration_batches", lambda *given: [([given[-1]], 0)])
+    monkeypatch.setattr(calibration, "measured_capacity", capacity_of)
+    text = torch.zeros(64, 128, dtype=torch.int64)
+    table = dict(calibrate(model, samples, text, 0.1, 800))
+    assert table[next(iter(skips)).threshold] == pytest.approx(0.1, abs=0.003)
+    assert "not 0.1" not in capsys.readouterr().err
+    steepness = 1e9
+    calibrate(model, samples, text, 0.1, 800)
+    assert "capacity is 0.000, not 0.1" in capsys.readouterr().err
+
+
+def test_a_curve_is_moved_to_what_all_texts_give():
+    """Its odds by one factor: 0.6 to 0.7; where all gates are open, or closed, they stay so."""
+    curve = moved({1.0: 0.5, 0.25: 0.55, 0: 0.6, -1.0: 1.0}, 0.7, least=0.5)
+    factor = (0.2 / 0.3) / (0.1 / 0.4)
+    assert curve[1.0] == 0.5 and curve[-1.0] == 1.0 and curve[0] == pytest.approx(0.7)
+    assert (curve[0.25] - 0.5) / (1 - curve[0.25]) == pytest.approx(factor * 0.05 / 0.45)
+    assert moved({0: 1.0, 0.5: 0.8}, 0.9, least=0.5) == {0: 1.0, 0.5: 0.8}
 
 
 @pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence", "block_token"])
