@@ -56,17 +56,15 @@ def calibration_batches(gates_read_prompts, samples, own_ids, tokens, stride=1):
 
 
 def moved(curve, exact, least):
-    """A curve {threshold's logit: capacity} with the value `exact` at 0: the odds of a routed gate to be open
-    change by the same factor everywhere, so that where all are open, or closed, they stay so."""
-    def odds(c):
-        return (c - least) / (1 - c)
-
-    factor, result = 1.0, {}
-    if least < curve[0] < 1 and least < exact < 1:
-        factor = odds(exact) / odds(curve[0])
-    for logit, c in curve.items():
-        share = (c - least) / (1 - least)
-        result[logit] = least + (1 - least) * factor * share / (1 + (factor - 1) * share)
+    """A curve {threshold's logit: capacity} with the value `exact` at 0. The share s of open gates changes
+    everywhere by as many sqrt(s (1 - s)), so that where all are open, or closed, they stay so."""
+    shares = {logit: (c - least) / (1 - least) for logit, c in curve.items()}
+    spreads = {logit: math.sqrt(max(0.0, s * (1 - s))) for logit, s in shares.items()}
+    excess, result = (exact - curve[0]) / (1 - least), {}
+    for logit, s in shares.items():
+        if spreads[0]:
+            s += excess * spreads[logit] / spreads[0]
+        result[logit] = least + (1 - least) * min(1.0, max(0.0, s))
     return result
 
 
@@ -83,8 +81,8 @@ def calibrate(model, samples, own_ids, capacity, tokens):
     skips = list(mindskips(model).values())
     gates_read_prompts = skips[0].scope == "sequence" and skips[0].router.pool == "prompt"
     samples = samples[:PROMPTS if gates_read_prompts else TRAINING_SAMPLES]
-    some, whole = (calibration_batches(gates_read_prompts, samples, own_ids, tokens, stride)
-                   for stride in (STRIDE if skips[0].scope == "token" else 1, 1))
+    stride = STRIDE if skips[0].scope == "token" else 1                  # sequences have few decisions
+    some, whole = (calibration_batches(gates_read_prompts, samples, own_ids, tokens, n) for n in (stride, 1))
 
     def set_threshold(logit):
         for skip in skips:
@@ -105,7 +103,7 @@ def calibrate(model, samples, own_ids, capacity, tokens):
     n_batches = len(LOGITS) * size(some) + 2 * size(whole)
     with tqdm(total=n_batches, desc="calibration", unit="batch", leave=False) as bar:
         curve = {logit: measure(logit, some) for logit in LOGITS}        # {threshold's logit: capacity}
-        exact = {0: measure(0, whole)}
+        exact = {0: measure(0, whole)} if stride > 1 else dict(curve)
         curve = moved(curve, exact[0], least)
         guides = dict(curve)
         for attempt in range(ATTEMPTS):

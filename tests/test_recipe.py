@@ -301,12 +301,11 @@ def test_calibration_finds_a_cliff_far_from_its_curve(tiny, samples, monkeypatch
 
 
 def test_a_curve_is_moved_to_what_all_texts_give():
-    """Its odds by one factor: 0.6 to 0.7; where all gates are open, or closed, they stay so."""
-    curve = moved({1.0: 0.5, 0.25: 0.55, 0: 0.6, -1.0: 1.0}, 0.7, least=0.5)
-    factor = (0.2 / 0.3) / (0.1 / 0.4)
-    assert curve[1.0] == 0.5 and curve[-1.0] == 1.0 and curve[0] == pytest.approx(0.7)
-    assert (curve[0.25] - 0.5) / (1 - curve[0.25]) == pytest.approx(factor * 0.05 / 0.45)
-    assert moved({0: 1.0, 0.5: 0.8}, 0.9, least=0.5) == {0: 1.0, 0.5: 0.8}
+    """By as many spreads everywhere; where all gates are open, or closed, they stay so."""
+    curve = moved({1.0: 0.5, 0.25: 0.55, 0: 0.6, -1.0: 1.0}, 0.61, least=0.5)        # shares 0, 0.1, 0.2, 1
+    assert curve[1.0] == 0.5 and curve[-1.0] == 1.0 and curve[0] == pytest.approx(0.61)
+    assert (curve[0.25] - 0.55) / 0.01 == pytest.approx(math.sqrt(0.1 * 0.9) / math.sqrt(0.2 * 0.8))
+    assert moved({0: 1.0, 0.5: 0.8}, 0.9, least=0.5) == pytest.approx({0: 1.0, 0.5: 0.8})
 
 
 @pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence", "block_token"])
