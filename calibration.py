@@ -81,8 +81,9 @@ def calibrate(model, samples, own_ids, capacity, tokens):
     skips = list(mindskips(model).values())
     gates_read_prompts = skips[0].scope == "sequence" and skips[0].router.pool == "prompt"
     samples = samples[:PROMPTS if gates_read_prompts else TRAINING_SAMPLES]
-    stride = STRIDE if skips[0].scope == "token" else 1                  # sequences have few decisions
-    some, whole = (calibration_batches(gates_read_prompts, samples, own_ids, tokens, n) for n in (stride, 1))
+    some = whole = calibration_batches(gates_read_prompts, samples, own_ids, tokens)
+    if skips[0].scope == "token":                                        # sequences have few decisions
+        some = calibration_batches(gates_read_prompts, samples, own_ids, tokens, STRIDE)
 
     def set_threshold(logit):
         for skip in skips:
@@ -100,11 +101,14 @@ def calibrate(model, samples, own_ids, capacity, tokens):
         return min(exact, key=lambda logit: abs(exact[logit] - capacity))
 
     least = overall_capacity([0.0] * len(skips), model.config.n_layer)
-    n_batches = len(LOGITS) * size(some) + 2 * size(whole)
+    n_whole = 1 if some is whole else 2                                  # passes, if one attempt is enough
+    n_batches = len(LOGITS) * size(some) + n_whole * size(whole)
     with tqdm(total=n_batches, desc="calibration", unit="batch", leave=False) as bar:
         curve = {logit: measure(logit, some) for logit in LOGITS}        # {threshold's logit: capacity}
-        exact = {0: measure(0, whole)} if stride > 1 else dict(curve)
-        curve = moved(curve, exact[0], least)
+        exact = dict(curve)
+        if some is not whole:
+            exact = {0: measure(0, whole)}
+            curve = moved(curve, exact[0], least)
         guides = dict(curve)
         for attempt in range(ATTEMPTS):
             if abs(exact[nearest()] - capacity) < ERROR:

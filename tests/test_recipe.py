@@ -263,40 +263,42 @@ def test_the_price_settles_where_demand_meets_the_target():
     assert sum(used[-50:]) / 50 == pytest.approx(0.7, abs=0.005) and price.level == pytest.approx(3, abs=0.1)
 
 
-def test_calibration_relies_on_no_point_of_its_curve_twice(tiny, samples, monkeypatch):
+@pytest.fixture
+def calibrated(tiny, samples, monkeypatch):
+    """A function (capacity_at, capacity asked for) -> (calibrate's table as a dict, the threshold it set), of
+    a model whose capacity is capacity_at(logit of the threshold, whether every fourth text is read)."""
+    model = add_routers(Llama.from_pretrained(tiny), "attn_token")
+    skip = next(iter(mindskips(model).values()))
+
+    def calibrate_by(capacity_at, asked):
+        def capacity_of(model, batches, start):
+            return capacity_at(math.log(skip.threshold / (1 - skip.threshold)), batches == ["some"])
+
+        def batches(*arguments):
+            return [(["some" if arguments[-1] == calibration.STRIDE else "whole"], 0)]
+
+        monkeypatch.setattr(calibration, "calibration_batches", batches)
+        monkeypatch.setattr(calibration, "measured_capacity", capacity_of)
+        table = calibrate(model, samples, torch.zeros(64, 128, dtype=torch.int64), asked, 800)
+        return dict(table), skip.threshold
+    return calibrate_by
+
+
+def test_calibration_relies_on_no_point_of_its_curve_twice(calibrated):
     """Where every fourth text says 0.703 and all say 0.693, beside the threshold that is looked for."""
-    skips = mindskips(model := add_routers(Llama.from_pretrained(tiny), "attn_token")).values()
+    def capacity_at(logit, some):
+        return 0.8 - 0.892 * logit + 0.01 * (some and logit > 0.1)
 
-    def capacity_of(model, strides, start):
-        threshold = next(iter(skips)).threshold
-        logit = math.log(threshold / (1 - threshold))
-        return 0.8 - 0.892 * logit + 0.01 * (strides == [4] and logit > 0.1)
-
-    monkeypatch.setattr(calibration, "calibration_batches", lambda *given: [([given[-1]], 0)])
-    monkeypatch.setattr(calibration, "measured_capacity", capacity_of)
-    table = calibrate(model, samples, torch.zeros(64, 128, dtype=torch.int64), 0.7, 800)
-    assert len(table) == 9 and {skip.threshold for skip in skips} < {*dict(table)}
-    assert dict(table)[next(iter(skips)).threshold] == pytest.approx(0.7, abs=0.003)
+    table, threshold = calibrated(capacity_at, 0.7)
+    assert len(table) == 9 and table[threshold] == pytest.approx(0.7, abs=0.003)
 
 
-def test_calibration_finds_a_cliff_far_from_its_curve(tiny, samples, monkeypatch, capsys):
+def test_calibration_finds_a_cliff_far_from_its_curve(calibrated, capsys):
     """Gates that all close between two thresholds; and ones between which there is no capacity."""
-    skips = mindskips(model := add_routers(Llama.from_pretrained(tiny), "attn_token")).values()
-    steepness = 20.0
-
-    def capacity_of(model, batches, start):
-        threshold = next(iter(skips)).threshold
-        logit = math.log(threshold / (1 - threshold))
-        return float(torch.sigmoid(torch.tensor(steepness * (1.0 - logit))))
-
-    monkeypatch.setattr(calibration, "calibration_batches", lambda *given: [([given[-1]], 0)])
-    monkeypatch.setattr(calibration, "measured_capacity", capacity_of)
-    text = torch.zeros(64, 128, dtype=torch.int64)
-    table = dict(calibrate(model, samples, text, 0.1, 800))
-    assert table[next(iter(skips)).threshold] == pytest.approx(0.1, abs=0.003)
+    table, threshold = calibrated(lambda logit, some: 1 / (1 + math.exp(20 * (logit - 1))), 0.1)
+    assert table[threshold] == pytest.approx(0.1, abs=0.003)
     assert "not 0.1" not in capsys.readouterr().err
-    steepness = 1e9
-    calibrate(model, samples, text, 0.1, 800)
+    calibrated(lambda logit, some: float(logit < 1), 0.1)
     assert "capacity is 0.000, not 0.1" in capsys.readouterr().err
 
 
