@@ -55,7 +55,7 @@ def calibration_batches(gates_read_prompts, samples, own_ids, tokens, stride=1):
             for source, start in sources]
 
 
-def moved(curve, exact, least):
+def shifted(curve, exact, least):
     """A curve {threshold's logit: capacity} with the value `exact` at 0. The share s of open gates changes
     everywhere by as many sqrt(s (1 - s)), so that where all are open, or closed, they stay so."""
     shares = {logit: (c - least) / (1 - least) for logit, c in curve.items()}
@@ -73,17 +73,17 @@ def calibrate(model, samples, own_ids, capacity, tokens):
 
     samples: of the training data; own_ids: token ids (n, T) that the model wrote, with equal weight, since
     other text opens other gates. First a curve of thresholds, from which `load_routers` reads other
-    capacities: at token level on every fourth text, see `moved`. Then, on all texts, the threshold that lies
-    on the line between its neighbours, or where these are far apart in the middle, until it gives the
-    capacity. A point of the curve is relied on once: what all texts give may lie elsewhere.
+    capacities: at token level estimated on every fourth text, see `shifted`. Then, on all texts, false
+    position between the two nearest thresholds, or bisection where these are far apart in capacity. An
+    estimate is relied on once: what all texts give may lie elsewhere.
     """
     model.eval()
     skips = list(mindskips(model).values())
     gates_read_prompts = skips[0].scope == "sequence" and skips[0].router.pool == "prompt"
     samples = samples[:PROMPTS if gates_read_prompts else TRAINING_SAMPLES]
-    some = whole = calibration_batches(gates_read_prompts, samples, own_ids, tokens)
+    subset = full = calibration_batches(gates_read_prompts, samples, own_ids, tokens)
     if skips[0].scope == "token":                                        # sequences have few decisions
-        some = calibration_batches(gates_read_prompts, samples, own_ids, tokens, STRIDE)
+        subset = calibration_batches(gates_read_prompts, samples, own_ids, tokens, STRIDE)
 
     def set_threshold(logit):
         for skip in skips:
@@ -91,8 +91,9 @@ def calibrate(model, samples, own_ids, capacity, tokens):
 
     def measure(logit, sources):
         set_threshold(logit)
+        share = sum(measured_capacity(model, batches, start) for batches, start in sources) / len(sources)
         bar.update(size(sources))
-        return sum(measured_capacity(model, batches, start) for batches, start in sources) / len(sources)
+        return share
 
     def size(sources):
         return sum(len(batches) for batches, start in sources)
@@ -101,29 +102,31 @@ def calibrate(model, samples, own_ids, capacity, tokens):
         return min(exact, key=lambda logit: abs(exact[logit] - capacity))
 
     least = overall_capacity([0.0] * len(skips), model.config.n_layer)
-    n_whole = 1 if some is whole else 2                                  # passes, if one attempt is enough
-    n_batches = len(LOGITS) * size(some) + n_whole * size(whole)
+    n_full = 1 if subset is full else 2                                  # passes, if one attempt is enough
+    n_batches = len(LOGITS) * size(subset) + n_full * size(full)
     with tqdm(total=n_batches, desc="calibration", unit="batch", leave=False) as bar:
-        curve = {logit: measure(logit, some) for logit in LOGITS}        # {threshold's logit: capacity}
-        exact = dict(curve)
-        if some is not whole:
-            exact = {0: measure(0, whole)}
-            curve = moved(curve, exact[0], least)
-        guides = dict(curve)
+        estimates = {logit: measure(logit, subset) for logit in LOGITS}  # {threshold's logit: capacity}
+        exact = dict(estimates)
+        if subset is not full:
+            exact = {0: measure(0, full)}
+            estimates = shifted(estimates, exact[0], least)
+        curve = dict(estimates)
         for attempt in range(ATTEMPTS):
             if abs(exact[nearest()] - capacity) < ERROR:
                 break
-            bar.total += size(whole) if attempt else 0
-            end = 4.0 if attempt < 4 else 16.0                           # where all are open, or closed
-            known = {-end: 1.0, end: least} | guides | exact
-            of_less = min(logit for logit, c in known.items() if c <= capacity)
-            of_more = max(logit for logit, c in known.items() if c >= capacity)
-            logit = (of_less + of_more) / 2
-            if known[of_more] - known[of_less] < NEIGHBOURS:
-                logit = float(np.interp(capacity, [known[of_less], known[of_more]], [of_less, of_more]))
-            exact[logit] = measure(logit, whole)
-            for guide in of_less, of_more:
-                guides.pop(guide, None)
+            end = 4.0 if attempt < 4 and not {-4.0, 4.0} & {*exact} else 16.0
+            known = estimates | exact | {-end: 1.0, end: least}          # there all are open, or closed
+            low = max(logit for logit, c in known.items() if c >= capacity)
+            high = min(logit for logit, c in known.items() if c <= capacity)
+            logit = (low + high) / 2
+            if known[low] - known[high] < NEIGHBOURS:
+                logit = float(np.interp(capacity, [known[high], known[low]], [high, low]))
+            if logit in exact:
+                break
+            bar.total += size(full) if attempt or subset is full else 0
+            exact[logit] = measure(logit, full)
+            for end in low, high:
+                estimates.pop(end, None)
     set_threshold(nearest())
     if abs(exact[nearest()] - capacity) > 0.02:
         print(f"calibration: capacity is {exact[nearest()]:.3f}, not {capacity}: no threshold was found that"

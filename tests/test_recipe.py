@@ -12,7 +12,7 @@ from safetensors import safe_open
 import calibration
 import losses
 import train_router
-from calibration import calibrate, calibration_batches, measured_capacity, moved
+from calibration import calibrate, calibration_batches, measured_capacity, shifted
 from model import Llama
 from recipe import DEFAULT, PAPER, Penalty, choose, own_text, ramp
 from router import add_routers, capacity, mindskips, straight_through, trace
@@ -302,12 +302,21 @@ def test_calibration_finds_a_cliff_far_from_its_curve(calibrated, capsys):
     assert "capacity is 0.000, not 0.1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("asked", [1.0, 0.0])
+def test_calibration_opens_or_closes_even_gates_of_extreme_scores(asked, calibrated):
+    """What was measured where the search begins, at logits of 4, is no end of it."""
+    table, threshold = calibrated(lambda logit, some: 0.5 if abs(logit) < 8 else float(logit < 0), asked)
+    assert table[threshold] == asked and len(table) == 9           # the curve, one of 4, one of 16
+    table, threshold = calibrated(lambda logit, some: 0.5, asked)  # and where there are none
+    assert table[threshold] == 0.5
+
+
 def test_a_curve_is_moved_to_what_all_texts_give():
     """By as many spreads everywhere; where all gates are open, or closed, they stay so."""
-    curve = moved({1.0: 0.5, 0.25: 0.55, 0: 0.6, -1.0: 1.0}, 0.61, least=0.5)        # shares 0, 0.1, 0.2, 1
+    curve = shifted({1.0: 0.5, 0.25: 0.55, 0: 0.6, -1.0: 1.0}, 0.61, least=0.5)        # shares 0, 0.1, 0.2, 1
     assert curve[1.0] == 0.5 and curve[-1.0] == 1.0 and curve[0] == pytest.approx(0.61)
     assert (curve[0.25] - 0.55) / 0.01 == pytest.approx(math.sqrt(0.1 * 0.9) / math.sqrt(0.2 * 0.8))
-    assert moved({0: 1.0, 0.5: 0.8}, 0.9, least=0.5) == pytest.approx({0: 1.0, 0.5: 0.8})
+    assert shifted({0: 1.0, 0.5: 0.8}, 0.9, least=0.5) == pytest.approx({0: 1.0, 0.5: 0.8})
 
 
 @pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence", "block_token"])
