@@ -1,7 +1,7 @@
 """The loss of a batch and its gradient, a chunk of tokens at a time.
 
 A batch's logits are vocab_size numbers per token, more than everything else together. So they exist for CHUNK
-tokens at a time: the gradient of each chunk goes back to the input of the head, and from there through the
+tokens at a time: the gradient of each chunk goes back to the last residual stream, and from there through the
 layers in one go. Layers below the first router need no autograd graph, and where the dense model is the same
 model, their output serves both.
 

@@ -17,6 +17,7 @@ gradients reach w and b. `model.eval()` skips what is closed, wherever that save
     mlp_token         the MLP, for one token              (it has none)
 
 (*) With kv="open" not computed, not stored: a closed token takes no part, as in Mixture of Depths.
+A step in a CUDA graph may compute what is closed all the same: see run_captured in skipping.py.
 
 The gate of a sequence reads the mean over its prompt (pool="all": over the whole text) and holds from then
 on.

@@ -3,7 +3,7 @@
     run_sequences one gate per sequence: closed rows compute nothing and store nothing
     run_tokens    one gate per token, kv="all": closed tokens have a key and a value, and nothing else
     run_all       the same of a short prompt on CUDA, where computing all takes less time than waiting
-    run_step      the same, generating: with half of the rows open or more, it is computed for all
+    run_step      the same, generating: with half of the rows open or more, attention is computed for all
     run_captured  a step of generation in a CUDA graph, which asks the host nothing
 
 One gate per token with kv="open" is in open_keys.py.

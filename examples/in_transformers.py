@@ -91,7 +91,7 @@ class Gate:
     def gate(self, h):
         """0 or 1 for each token, (B, T) or (B, 1), from the sublayer's normalized input h (B, T, C)."""
         B, T, _ = h.shape
-        by_sequence = self.router.scope == "sequence"
+        by_sequence = self.generation.scope == "sequence"
         if by_sequence and self.generation.goes_on:
             return self.decided
         n = min(T, self.prompt or T)
