@@ -60,7 +60,8 @@ def shifted(curve, exact, least):
     everywhere by as many sqrt(s (1 - s)), so that where all are open, or closed, they stay so."""
     shares = {logit: (c - least) / (1 - least) for logit, c in curve.items()}
     spreads = {logit: math.sqrt(max(0.0, s * (1 - s))) for logit, s in shares.items()}
-    excess, result = (exact - curve[0]) / (1 - least), {}
+    excess = (exact - curve[0]) / (1 - least)
+    result = {}
     for logit, s in shares.items():
         if spreads[0]:
             s += excess * spreads[logit] / spreads[0]

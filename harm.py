@@ -83,7 +83,8 @@ def fit(model, harm, inputs, capacity, biases_only=False):
 
     The root makes the few largest harms weigh less; which gates are closed depends on the order alone.
     """
-    skips, root = list(mindskips(model).values()), harm.double().clamp(min=0).sqrt()
+    skips = list(mindskips(model).values())
+    root = harm.double().clamp(min=0).sqrt()
     lines, predicted = [], []
     for x, y in zip(inputs.double().unbind(1), root.unbind(1)):
         w, intercept = ridge_regression(x, y)

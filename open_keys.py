@@ -76,8 +76,9 @@ class OpenKeys:
     def step(self, rows, on_host, ctx):
         """The Context of a step in which some rows, given by their indices (R,), a list on the host, are
         open."""
-        self.rows, slots = rows, [self.n[row] for row in on_host]        # where they write
-        self.slots, end = to_device(torch.tensor(slots), rows.device), max(slots) + 1
+        slots = [self.n[row] for row in on_host]                         # where they write
+        end = max(slots) + 1
+        self.rows, self.slots = rows, to_device(torch.tensor(slots), rows.device)
         for row in on_host:
             self.n[row] += 1
         keys, values = self.cache.k, self.cache.v
@@ -99,12 +100,13 @@ class OpenKeys:
 
     def store(self, layer, k, v, ctx):
         """As Cache.store, for the open tokens."""
-        stored = []
-        for memory, new in (self.cache.k, k), (self.cache.v, v):
-            if not ctx.decoding:
+        memories = (self.cache.k, k), (self.cache.v, v)
+        if not ctx.decoding:
+            for memory, new in memories:
                 memory[layer] = F.pad(new, (0, 0, 0, GROWTH))
-                stored.append(new)
-                continue
+            return k, v
+        stored = []
+        for memory, new in memories:
             memory[layer][self.rows, :, self.slots] = new[:, :, 0]
             keys = memory[layer][:, :, :ctx.end]
             stored.append(keys if len(self.rows) == len(keys) else keys[self.rows])

@@ -15,8 +15,9 @@ from functools import partial
 import torch
 
 from losses import reads_dense
-from router import dense, open_shares, overall_capacity, routed_share, straight_through
+from router import LinearRouter, dense, open_shares, overall_capacity, routed_share, straight_through
 from support.data import Batch, alternating, epochs, pieces
+from support.files import InputError
 from support.own_text import write_text
 
 OWN_TEXTS, OWN_TOKENS = 288, 256      # texts that the model writes, and tokens of each
@@ -115,8 +116,8 @@ ONLY_BIASES = replace(DEFAULT, lr=0.02)
 RECIPES = {"paper": PAPER, "default": DEFAULT}
 
 
-def default_for(granularity, loss="kl", train="routers", method=None):
-    """DEFAULT, or the form of it for this granularity and these values, where they are given."""
+def default_for(granularity, loss, train, method=None):
+    """DEFAULT, or the form of it for this granularity and these values."""
     if method in (None, "harm") and can_measure_harm(granularity, loss, train):
         return BY_HARM
     if train == "bias":
@@ -128,14 +129,28 @@ def can_measure_harm(granularity, loss, train):
     return granularity.endswith("sequence") and loss == "kl" and train != "all"
 
 
+def check_harm(args, recipe, router):
+    """Refuse what method "harm" cannot do, and flags that it would not read. args: those of train_router.py;
+    router: one of the recipe's gate."""
+    is_linear = type(router).forward is LinearRouter.forward and router.bias is not None
+    if not (is_linear and can_measure_harm(args.granularity, recipe.loss, recipe.train)):
+        raise InputError("--method harm: only for linear gates at sequence level, with a bias, --loss kl and"
+                         " a frozen model; else add --method ramp")
+    for flag in "lr", "penalty", "clip":
+        if getattr(args, flag) is not None:
+            raise InputError(f"--{flag}: --method harm takes no gradient, and has none; add --method ramp")
+    if args.init:
+        raise InputError("--init: --method harm fits routers afresh to what it measures; add --method ramp")
+
+
 def choose(name, granularity, **values):
     """The recipe of a run: PAPER or a form of DEFAULT, with those of the values replaced that are not
     None."""
     given = {key: value for key, value in values.items() if value is not None}
     recipe = RECIPES[name]
     if recipe is DEFAULT:
-        recipe = default_for(granularity, given.get("loss", "kl"), given.get("train", "routers"),
-                             given.get("method"))
+        wanted = replace(DEFAULT, **given)
+        recipe = default_for(granularity, wanted.loss, wanted.train, given.get("method"))
     return replace(recipe, **given)
 
 

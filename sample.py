@@ -43,18 +43,19 @@ def generate(model, tok, ids, args):
     return printer.ids
 
 
-def show_skipped(model, gates, prompt, width):
-    """What ran: one mark per layer at sequence level, a map of layers and tokens at token level."""
-    n_layer, scope = model.config.n_layer, next(iter(mindskips(model).values())).scope
-    if scope == "sequence":
-        print("layers 0 to", n_layer - 1, "for this prompt (█ ran, · skipped, = has no router)\n")
-        for i in range(n_layer):
-            mark = "="
-            if i in gates:
-                mark = "█" if bool(gates[i][0]) else "·"
-            print(mark, end="")
-        print()
-        return
+def show_layers(gates, n_layer):
+    """What ran at sequence level, one mark per layer. gates: see router.trace."""
+    print("layers 0 to", n_layer - 1, "for this prompt (█ ran, · skipped, = has no router)\n")
+    for i in range(n_layer):
+        mark = "="
+        if i in gates:
+            mark = "█" if bool(gates[i][0]) else "·"
+        print(mark, end="")
+    print()
+
+
+def show_map(gates, n_layer, prompt, width):
+    """What ran at token level, a map of layers and tokens, of which the first `prompt` are the prompt's."""
     rows = {i: torch.cat([gate[0] for gate in passes]).tolist() for i, passes in gates.items()}
     tokens = len(next(iter(rows.values())))
     print(f"layers (down) and tokens (across), the first {prompt} the prompt's (█ ran, · skipped)")
@@ -114,10 +115,13 @@ def main():
         print("--- routed")
         with trace(model) as gates, plain_kernels():
             new = generate(model, tok, ids, args)
-        decides_per_token = next(iter(mindskips(model).values())).scope == "token"
-        if decides_per_token and sys.stdout.isatty():
-            show_shaded(tok, ids[0].tolist() + new, gates, model.config.n_layer)
-        show_skipped(model, gates, ids.shape[1], max(1, shutil.get_terminal_size().columns - 6))
+        n_layer = model.config.n_layer
+        if next(iter(mindskips(model).values())).scope == "sequence":
+            show_layers(gates, n_layer)
+        else:
+            if sys.stdout.isatty():
+                show_shaded(tok, ids[0].tolist() + new, gates, n_layer)
+            show_map(gates, n_layer, ids.shape[1], max(1, shutil.get_terminal_size().columns - 6))
         share = model.cache.bytes() / full
         print(f"\noverall capacity {capacity(model):.3f}, where there is a router"
               f" {capacity(model, routed=True):.3f}; cache {share:.3f} of the dense model's")

@@ -73,11 +73,13 @@ def run_tokens(skip, x, ctx, h, is_open):
         return run_step(skip, x, ctx, h, is_open)
     if is_asynchronous(x) and x.numel() * sum(x.shape[1:]) < GATHERED_FROM:
         return run_all(skip, x, ctx, h, is_open)
-    attn, n_real, kv, decisions = skip.attn, sum(ctx.host_lengths), None, to_host(is_open)
+    attn, kv = skip.attn, None
+    decisions = to_host(is_open)                                       # begins to copy them
     if attn and is_asynchronous(x):
         kv = keys_values(attn, h, ctx)                                 # while the host waits for decisions
     at, counts = open_tokens(decisions(), ctx.host_lengths)
     skip.count(len(at), ctx)
+    n_real = sum(ctx.host_lengths)
     if len(at) >= NEARLY_OPEN * n_real:
         y = skip.sublayer(x, ctx, h)
         return y if len(at) == n_real else torch.where(is_open[..., None], y, x)
@@ -110,7 +112,8 @@ def open_tokens(decided, lengths):
 
 def run_step(skip, x, ctx, h, is_open):
     """The same in a step of generation, one token per row, is_open (B, 1)."""
-    decided, attn = to_host(is_open)().squeeze(1), skip.attn             # (B,) on the host
+    attn = skip.attn
+    decided = to_host(is_open)().squeeze(1)                              # (B,) on the host
     n_open, n_rows = sum(decided.tolist()), len(ctx.host_lengths)
     skip.count(n_open, ctx)
     if not attn:
@@ -203,7 +206,8 @@ def run_captured(skip, x, ctx):
     """The sublayer in a step that support/graph.py captures: the same kernels whatever is open. They read the
     decision, is_open (B,), on the device: attention reads no key of a closed row, and with one row products
     read no weight either. With several rows products are computed for all."""
-    attn, h, n_gated = skip.attn, skip.norm(x), {}
+    attn, h = skip.attn, skip.norm(x)
+    n_gated = {}                         # {a Linear: of how many of its first outputs the gate decides}
     if skip.scope == "sequence":
         is_open = ctx.cache.routing["is open"][skip]                                # as the prompt decided
     else:

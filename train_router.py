@@ -22,6 +22,7 @@ from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -29,11 +30,10 @@ import harm
 import losses
 from calibration import calibrate
 from model import Llama
-from recipe import RECIPES, Penalty, can_measure_harm, choose, make_source, own_text
+from recipe import RECIPES, Penalty, check_harm, choose, make_source, own_text
 from router import (
     GATES,
     GRANULARITIES,
-    LinearRouter,
     add_routers,
     capacity,
     load_routers,
@@ -71,7 +71,8 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
         for skip in mindskips(model).values():
             skip.estimator = recipe.gate_estimator(step, run.n_steps)
 
-        loss, measured = 0.0, []                     # of each batch: (kind of text, capacity)
+        loss = 0.0
+        measured = []                                # of each batch: (kind of text, capacity)
         for (kind, batch), counts in parallel.share(batches):        # counts: 1, or 0 of a batch run again
             price = counts * penalties[kind].value / len(batches)
             regularizer = partial(recipe.regularizer, model, price, target)
@@ -89,21 +90,16 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         paid = [penalties[kind].value for kind, _ in batches]
-        capacities = [[] for _ in penalties]         # of each kind of text
-        for kind, value in parallel.gathered(measured):
-            capacities[kind].append(value)
-        for penalty, values in zip(penalties, capacities):
-            if values:                               # a step need not hold every kind
-                penalty.update(mean(values) - target)
+        measured = parallel.gathered(measured)
+        for kind, penalty in enumerate(penalties):
+            capacities = [value for its_kind, value in measured if its_kind == kind]
+            if capacities:                           # a step need not hold every kind
+                penalty.update(fmean(capacities) - target)
 
-        run.log(step, loss=loss, target=target, capacity=mean(sum(capacities, [])),
-                **{"lambda": mean(paid), "lr": recipe.learning_rate(step, run.n_steps, recipe.lr)})
+        run.log(step, loss=loss, target=target, capacity=fmean(value for _, value in measured),
+                **{"lambda": fmean(paid), "lr": recipe.learning_rate(step, run.n_steps, recipe.lr)})
         if run.is_due(step):
             run.save(step, tuning_state(model, optimizer, penalties))
-
-
-def mean(values):
-    return sum(values) / len(values)
 
 
 def trained(model):
@@ -153,7 +149,8 @@ def restore(model, optimizer, penalties, run):
 
 # ----------------------------------------------------------------------------------------------------- script
 def parse_arguments():
-    p, count, rate = common_arguments(__doc__), number(int, 1), number(float, 0, 1e6)
+    p = common_arguments(__doc__)
+    count, rate = number(int, 1), number(float, 0, 1e6)
     p.add_argument("--data", nargs="+", default=[str(DEFAULT_DATA)], metavar="FILE",
                    help="Alpaca JSON or JSONL, chat JSONL or plain text; several are mixed")
     p.add_argument("--data-weights", type=numbers(float, 1e-6), metavar="W,W",
@@ -207,21 +204,12 @@ def make_recipe(args, n_samples, model):
     keys = "gate", "loss", "train", "method", "lr", "penalty", "pool", "kv", "steps", "epochs", "clip"
     recipe = choose(args.recipe, args.granularity, **{key: getattr(args, key) for key in keys})
     router = GATES[recipe.gate](1, args.granularity.split("_")[1], recipe.pool)      # to ask what kind it is
-    has_bias = getattr(router, "bias", None) is not None
-    is_linear = isinstance(router, LinearRouter) and type(router).forward is LinearRouter.forward
-    can_measure = can_measure_harm(args.granularity, recipe.loss, recipe.train)
-    if recipe.method == "harm" and not (can_measure and has_bias and is_linear):
-        raise InputError("--method harm: only for linear gates at sequence level, with a bias, --loss kl and"
-                         " a frozen model; else add --method ramp")
-    for flag in "lr", "penalty", "clip":
-        if recipe.method == "harm" and getattr(args, flag) is not None:
-            raise InputError(f"--{flag}: --method harm takes no gradient, and has none; add --method ramp")
-    if recipe.train == "bias" and not has_bias:
+    if recipe.method == "harm":
+        check_harm(args, recipe, router)
+    if recipe.train == "bias" and getattr(router, "bias", None) is None:
         raise InputError(f"--train bias: gates of the kind {recipe.gate!r} have none; add --gate linear")
     if args.init:
         recipe = replace(recipe, falls_until=0.0)                # its routers have closed gates already
-    if args.init and recipe.method == "harm":
-        raise InputError("--init: --method harm fits routers afresh to what it measures; add --method ramp")
     if args.epochs and recipe.steps:
         raise InputError("--epochs: only with --recipe paper, whose steps have so many samples each, and not"
                          " beside --steps; give --steps alone")
@@ -274,7 +262,8 @@ def place_routers(model, recipe, args):
         torch.manual_seed(args.seed)                 # for gates whose weights are random at first
         add_routers(model, args.granularity, args.layers, pool=recipe.pool, gate=recipe.gate, kv=recipe.kv)
         return
-    meta, layers = load_routers(model, args.init), parse_layers(args.layers, model.config.n_layer)
+    meta = load_routers(model, args.init)
+    layers = parse_layers(args.layers, model.config.n_layer)
     wanted = {"granularity": args.granularity, "layers": ",".join(map(str, layers)), "gate": recipe.gate,
               "pool": recipe.pool, "kv": recipe.kv}
     for what, value in wanted.items():
@@ -289,7 +278,7 @@ def report(result, recipe, args):
     print(f"{'':8}{'loss':>8}{'perplexity':>12}{'KL to dense':>13}{'capacity overall':>18}{'routed':>8}"
           f"{'of answers':>12}")
     dense_row = {"loss": result["dense_loss"], "kl": 0.0, "capacity": 1.0, "routed_capacity": 1.0,
-             "answer_capacity": 1.0}
+                 "answer_capacity": 1.0}
     for name, row in ("dense", dense_row), ("routed", result):
         print(f"{name:8}{row['loss']:8.4f}{perplexity(row['loss']):>12}{row['kl']:13.4f}"
               f"{row['capacity']:18.3f}{row['routed_capacity']:8.3f}{row['answer_capacity']:12.3f}")

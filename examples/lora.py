@@ -116,13 +116,14 @@ def main():
     for name in "dense", "routed":
         check_output(args.model, Path(args.out) / name)
     device, dtype = device_and_dtype(args.device, args.dtype)
-    checkpoint, rows = open_checkpoint(args.model), {}
+    checkpoint = open_checkpoint(args.model)
     context = Config.from_hf(checkpoint.config, checkpoint.path).max_context
     samples, _ = read_samples(args.data, Tokenizer.from_pretrained(args.model), context)
     if len(samples) < 2:
         raise InputError(f"{args.data}: give at least 2 samples with an answer; one is held out")
     train_set, test_set = hold_out(samples, args.held_out)
     test = [Batch.of(group, device) for group in pack(test_set, args.tokens)]
+    rows = {}
     for name in "routed", "dense":                   # in this order, since a router file may be refused
         torch.manual_seed(args.seed)
         model = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False)

@@ -37,9 +37,9 @@ def can_replay(model):
 
 
 def can_capture(skip, window):
-    """A replayed step runs no Python that could add to a trace; an override may read what only the host knows,
-    unless it says so; `merge` may gather tokens; a window is of positions, and with kv="open" columns are not
-    positions; and without Triton a closed gate would save nothing."""
+    """A replayed step runs no Python that could add to a trace; an override may read what only the host
+    knows, unless it says so; `merge` may gather tokens; a window is of positions, and with kv="open" columns
+    are not positions; and without Triton a closed gate would save nothing."""
     on_device = skip.override is None or getattr(skip.override, "on_device", False)
     on_device = on_device and skip.trace is None and not skip.merges
     return on_device and (skip.kv == "all" or not window) and triton_module()
