@@ -25,6 +25,7 @@ import platform
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
@@ -173,7 +174,7 @@ class Variant:
             self.capacity = capacity(model)
             self.share = capacity(model, routed=True)
         if cuda:
-            self.peak = torch.cuda.max_memory_allocated()
+            self.peak = torch.cuda.max_memory_allocated() - getattr(self.args, "their_bytes", 0)
         return seconds
 
     def share_of_peak(self, seconds):
@@ -230,6 +231,9 @@ class Variant:
             return token
         with stepper(model, cache, self.batch) as step:
             token = steps(step, token, 0, UNTIMED)
+            for skip in mindskips(model).values():
+                if skip.scope == "token":          # capacity is that of the timed steps, not of the prompt
+                    skip.opened = skip.seen = 0
             seconds = self.time(lambda: steps(step, token, UNTIMED, STEPS))
         self.cache_bytes = cache.bytes()
         return seconds / STEPS
@@ -276,6 +280,7 @@ class Transformers(Variant):
                 tie_word_embeddings=c.tie_embeddings)
             with torch.device(args.device):
                 args.theirs = AutoModelForCausalLM.from_config(config, dtype=args.dtype).eval()
+            args.their_bytes = sum(parameter.nbytes for parameter in args.theirs.parameters())
 
     def run(self):
         return getattr(self, self.phase)()
@@ -359,14 +364,15 @@ def interval(values):
     """The 95 % confidence interval of the median, from the order of the values; None of fewer than 6."""
     if len(values) < 6:
         return None
-    values, k = sorted(values), max(0, int(len(values) / 2 - 0.98 * math.sqrt(len(values))))
+    values, n = sorted(values), len(values)
+    k = max(0, int((n - 1) / 2 - 0.98 * math.sqrt(n)))
     return values[k], values[-1 - k]
 
 
 # ----------------------------------------------------------------------------------------------------- memory
 def peak_in_child(args, phase, batch, context, i):
     """Peak memory in bytes of variant i in a process of its own, weights included; None where the system does
-    not tell."""
+    not tell, or has too little for a second model."""
     if not Path("/proc/self/clear_refs").exists():
         return None
     args = copy.copy(args)
@@ -374,7 +380,10 @@ def peak_in_child(args, phase, batch, context, i):
     start = multiprocessing.get_context("forkserver")
     start.set_forkserver_preload(["losses"])
     with ProcessPoolExecutor(1, start) as pool:
-        return pool.submit(peak, args, phase, batch, context, i).result()
+        try:
+            return pool.submit(peak, args, phase, batch, context, i).result()
+        except BrokenProcessPool:                           # the system killed it
+            return None
 
 
 def peak(args, phase, batch, context, i):
@@ -398,8 +407,9 @@ def check_fit(config, args):
 
 def needed(config, args):
     n_tokens = max(args.batch) * (max(args.context) + UNTIMED + STEPS)
-    theirs = weight_bytes(config, args.dtype) if "transformers" in args.against else 0
-    return theirs + bench_bytes(config, args.device, args.dtype, n_tokens, args.phase)
+    other_models = int("transformers" in args.against) + int(args.device.type == "cpu")      # peak_in_child's
+    return (other_models * weight_bytes(config, args.dtype)
+            + bench_bytes(config, args.device, args.dtype, n_tokens, args.phase))
 
 
 # ----------------------------------------------------------------------------------------------------- script
@@ -455,7 +465,8 @@ def parse_arguments():
     p = common_arguments(__doc__)
     p.set_defaults(model=None)
     p.add_argument("--phase", type=words(("prefill", "decode", "train")), default=["prefill", "decode"],
-                   help="reading a prompt, one more token after it, a tuning step (default: the first two)")
+                   help="reading a prompt, one more token after it (both are the default), a tuning step; the"
+                        " last for the first --granularity and --capacity alone")
     p.add_argument("--batch", type=numbers(int, 1), default=[1], help="rows, one number or several")
     p.add_argument("--context", type=numbers(int, 2), default=[512], help="tokens per row, one or several")
     p.add_argument("--capacity", type=numbers(float, 0, 1),
@@ -469,7 +480,9 @@ def parse_arguments():
     p.add_argument("--static", type=numbers(int, 1), default=[], metavar="N",
                    help="also without N attentions, evenly spaced, and without routers; one N or several;"
                         " not of --phase train")
-    p.add_argument("--random-weights", action="store_true", help=f"for the shapes {', '.join(SHAPES)}")
+    p.add_argument("--random-weights", action="store_true",
+                   help=f"for the shapes {', '.join(SHAPES)}; the default on CUDA, without --model and"
+                        " --routers, for the largest that fits")
     p.add_argument("--against", type=words(("transformers", "masked")), default=[],
                    help="also transformers, or all computed and then multiplied by the gates")
     p.add_argument("--loss", choices=LOSSES, help="of a router-tuning step (default: ce)")
@@ -487,6 +500,10 @@ def parse_arguments():
         raise InputError(f"--kv open: only for {' and '.join(KV_OPEN)}; add one to --granularity")
     if args.static and args.phase == ["train"]:
         raise InputError("--static: not of --phase train, which has nothing to tune without routers")
+    if "transformers" in args.against and args.phase == ["train"]:
+        raise InputError("--against transformers: not of --phase train; it reads prompts and decodes")
+    if "masked" in args.against and "prefill" not in args.phase:
+        raise InputError("--against masked: only of --phase prefill, where all can be computed at once")
     if args.granularity is None:
         args.granularity = ["attn_sequence", "attn_token"]
     args.layers, args.kv, args.loss = args.layers or "all", args.kv or "all", args.loss or "ce"

@@ -20,10 +20,12 @@ class Work(TorchDispatchMode):
             a, b = args[:2] if name == "_linear_pointwise" else args[-2:]
             self.flops += 2 * out.numel() * a.shape[-1]
             self.bytes += b.nbytes
-        elif "scaled_dot_product" in name and "backward" not in name:
-            q, k, v = args[:3]
+        elif "scaled_dot_product" in name:
+            is_backward = "backward" in name
+            q, k, v = args[1:4] if is_backward else args[:3]         # before them the gradient of the output
+            products = 5 if is_backward else 2                       # backward computes the scores again
             causal = 2 if q.shape[2] == k.shape[2] else 1
-            self.flops += 4 * q.numel() * k.shape[2] // causal
+            self.flops += 2 * products * q.numel() * k.shape[2] // causal
             self.bytes += k.nbytes + v.nbytes
         return out
 

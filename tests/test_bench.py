@@ -1,5 +1,8 @@
 """bench.py on a tiny model: what it prints and writes, and what it refuses."""
 import json
+import math
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +11,9 @@ from conftest import is_one_sentence, write_tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from bench import FIELDS, open_share, override_of, patterns, random_model
+from bench import FIELDS, interval, open_share, override_of, patterns, random_model
 from model import Llama
-from router import GRANULARITIES, add_routers, capacity, load_routers, save_routers
+from router import GRANULARITIES, add_routers, capacity, load_routers, mindskips, save_routers
 
 
 def test_bench_writes_every_variant(tiny, call, tmp_path):
@@ -72,13 +75,49 @@ def test_work_is_counted(tiny):
     weights = [p for name, p in model.named_parameters() if p.dim() == 2 and name != "embed.weight"]
     cache = 2 * 4 * 2 * 2 * 33 * 8 * 4
     assert ours.bytes == sum(p.nbytes for p in weights) + cache
+    q, k, v = (torch.randn(2, 6, 33, 8, requires_grad=True) for _ in range(3))
+    with bench.Work() as ours:                                                      # 2 products, then 5
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+    assert ours.flops == 7 * (2 * 2 * 6 * 33 * 33 * 8) // 2
+
+
+@pytest.mark.parametrize("n", [6, 7, 8, 11, 14, 16, 21, 30, 99])
+def test_the_interval_of_a_median_holds_it_95_times_in_100(n):
+    """Of n values each lies below the median with probability 1/2, so how many do is binomial."""
+    low, high = interval([float(i) for i in range(n, 0, -1)])
+    below, above = int(low) - 1, n - int(high)                      # values outside on each side
+    assert below == above and interval([1.0] * 5) is None
+    assert 1 - 2 * sum(math.comb(n, i) for i in range(below + 1)) / 2**n >= 0.95
+
+
+def test_decoding_tells_the_capacity_of_what_was_timed(tiny, call, router_file, tmp_path, monkeypatch):
+    def load(model, *args):
+        meta = load_routers(model, *args)
+        for skip in mindskips(model).values():
+            skip.override = lambda score, ctx: torch.full_like(score, float(not ctx.decoding))
+        return meta
+    monkeypatch.setattr(bench, "load_routers", load)
+    monkeypatch.setattr(bench, "peak_in_child", lambda *args: None)
+    status, _ = call(bench.main, "--model", tiny, "--routers", router_file("attn_token"), "--context", 40,
+                     "--rounds", 2, "--json", tmp_path / "b.json", "--device", "cpu")
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    capacities = {row["phase"]: row["capacity"] for row in rows if row["variant"] == "routed"}
+    assert status == 0 and capacities == {"prefill": 1, "decode": 0.25}            # a layer has no router
+
+
+def test_a_child_that_is_killed_costs_no_more_than_its_figure(monkeypatch):
+    def submit(*args):
+        raise BrokenProcessPool
+    pool = nullcontext(SimpleNamespace(submit=submit))
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda *args: pool)
+    assert bench.peak_in_child(SimpleNamespace(), "prefill", 1, 8, 0) is None
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_made(call, monkeypatch):
     monkeypatch.setattr(bench, "free_bytes", lambda device: 8 * 2**30)
     monkeypatch.setattr(bench, "random_model", None)
     status, said = call(bench.main, "--model", "llama3-8b", "--random-weights", "--dtype", "bfloat16")
-    assert status == 1 and is_one_sentence(said) and "15.1 GiB" in said and "8.0 GiB" in said
+    assert status == 1 and is_one_sentence(said) and "30.1 GiB" in said and "8.0 GiB" in said
 
 
 def test_bench_takes_other_capacities_from_the_calibration(tiny, call, router_file, tmp_path):
