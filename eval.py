@@ -14,6 +14,7 @@ from support.script import run_script  # isort: skip (before torch, see there)
 
 import json
 import math
+import os
 import time
 from functools import partial
 from itertools import islice
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from harm import measure
 from model import Llama
-from router import add_routers, close_all, load_routers, mindskips, remove_routers, routed_share
+from router import add_routers, close_all, load_routers, mindskips, remove_routers
 from scoring import TOKENS, Usage, answer, evaluate
 from skipping import real_tokens
 from support import parallel
@@ -91,20 +92,6 @@ class Shuffle:
         return dealt
 
 
-def random_scores(share, seed):
-    """Gates that open at random, as often in every layer."""
-    rng = torch.Generator().manual_seed(seed)
-    return lambda layer, scores: (torch.rand(scores.shape, generator=rng) < share).to(scores)
-
-
-def capacity_of_file(meta, path):
-    """The overall capacity that a router file was calibrated for."""
-    table = json.loads(meta["calibration"])
-    if not table:
-        raise InputError(f"--random: {path} was not calibrated, and does not tell its capacity; leave it out")
-    return min(table, key=lambda pair: abs(pair[0] - float(meta["threshold"])))[1]
-
-
 def named(name, values):
     """{name: the value} of one value; of several {"name value": each}."""
     return {name: values[0]} if len(values) == 1 else {f"{name} {value:g}": value for value in values}
@@ -113,7 +100,7 @@ def named(name, values):
 def make_variants(model, tok, args, device):
     """{name: a function that turns the model into this variant}; the first is the dense model."""
     setters = {"dense": lambda: remove_routers(model)}
-    settings = {f"--{key}": value for key, value in vars(args).items()}
+    settings = {f"--{key.replace('_', '-')}": value for key, value in vars(args).items()}
     settings["weights of hash"] = weights_hash(model)
     if args.routers:
         for name, capacity in named("routed", args.capacity).items():
@@ -135,14 +122,6 @@ def make_variants(model, tok, args, device):
             shuffle.mix()
             override_real(model, shuffle.deal)
         setters |= {"routed": routed, "shuffled": shuffled}
-    if args.random:
-        capacity = capacity_of_file(meta, args.routers) if args.capacity == [None] else args.capacity[0]
-        share = routed_share(capacity, len(mindskips(model)), model.config.n_layer)
-
-        def random():
-            load()
-            override_real(model, random_scores(share, args.seed))
-        setters["random"] = random
     if args.static:
         if max(args.static) > model.config.n_layer:
             n_layer = model.config.n_layer
@@ -219,7 +198,7 @@ def run_task(name, questions, shots, setters, results, model, tok, args):
         scores, n, note = answer(name, questions, model, tok, args.tokens, (usage, result.usage))
         seconds, n_tokens, result.tasks[name] = time.perf_counter() - start, n_tokens + n, scores
         check_finite(scores.numbers, name, variant)
-        beside_dense = " " * 36
+        beside_dense = " " * 35
         if variant != "dense":
             d = scores.against(results["dense"].tasks[name])
             kl = " " * 10 if d["kl"] is None else f"{d['kl']:10.4f}"
@@ -271,7 +250,7 @@ def tasks_in(data_dir):
     """The tasks that have a folder in data_dir, if it is given; if none has, all, which are then missed."""
     if not data_dir:
         return []
-    return [name for name in TASKS if (Path(data_dir) / name).is_dir()] or list(TASKS)
+    return [name for name in TASKS if os.path.isdir(Path(data_dir) / name)] or list(TASKS)
 
 
 def parse_arguments():
@@ -294,19 +273,18 @@ def parse_arguments():
     p.add_argument("--static-data", default=str(DEFAULT_DATA), help="the text they are chosen on")
     p.add_argument("--shuffled", action="store_true",
                    help="also with each layer's decisions shuffled, but where answers are written")
-    p.add_argument("--random", action="store_true",
-                   help="also with gates that open at random, about as many, and as often in every layer;"
-                        " for a calibrated file, or with --capacity")
-    p.add_argument("--tokens", type=count, help="tokens per batch (default: 512 on a CPU, 16384 on CUDA)")
+    p.add_argument("--tokens", type=count,
+                   help="tokens per batch (default: 512 on a CPU, 16384 on CUDA; 8192 and 65536 where answers"
+                        " are written)")
     p.add_argument("--json", help="write every log-likelihood and answer, and how often each layer ran")
     args = p.parse_args()
     check_destinations(args.json)
-    if (args.shuffled or args.random or args.capacity != [None]) and not args.routers:
-        raise InputError("--shuffled, --random and --capacity need --routers, whose decisions they change")
-    if (args.shuffled or args.random) and len(args.capacity) > 1:
-        raise InputError("--shuffled and --random: give one --capacity")
+    if (args.shuffled or args.capacity != [None]) and not args.routers:
+        raise InputError("--shuffled and --capacity need --routers, whose decisions they change")
+    if args.shuffled and len(args.capacity) > 1:
+        raise InputError("--shuffled: give one --capacity")
     if not (args.tasks or args.data_dir or args.text):
-        args.data_dir, args.text, args.last = str(QUESTIONS), str(DEFAULT_DATA), HELD_OUT
+        args.data_dir, args.text, args.last = str(QUESTIONS), str(DEFAULT_DATA), args.last or HELD_OUT
         print("No --tasks: a few questions written for this project, to see that all works. They are no"
               " benchmark.\n")
     args.tasks = list(dict.fromkeys(args.tasks.split(","))) if args.tasks else tasks_in(args.data_dir)
@@ -338,7 +316,7 @@ def main():
     tokens, start = 0, time.perf_counter()
 
     if tasks:
-        print(f"{'task':14}{'n':>6}{'shots':>6} {'variant':12}{'metric':>9}{'score':>7}{'':6}"
+        print(f"{'task':14}{'n':>6}{'shots':>6} {'variant':12}{'metric':>9}{'score':>7}{'s.e.':>6}"
               f"{'difference':>9}{'95 %':>7}{'changed':>9}{'KL':>9}{'capacity':>9}{'routed':>8}"
               f"{'seconds':>9}")
     for name, (questions, shots) in tasks.items():

@@ -1,5 +1,5 @@
-"""Finds a model's files and reads them: configuration, tensors, tokenizer data. Nothing here knows about
-layers.
+"""Finds a model's files and reads them: configuration, tensors, tokenizer data. Nothing here knows what
+a layer computes.
 
 `open_checkpoint(name_or_path)` takes the name `smollm2-135m`, a folder in the Hugging Face layout, a .gguf
 file or a hub id, and returns an object that looks the same for all of them:

@@ -37,7 +37,8 @@ def common_arguments(description):
                         help="smollm2-135m, a Hugging Face folder, a .gguf file or a hub id")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                        help="auto: bfloat16 where the hardware has it")
+                        help="auto: bfloat16 where the hardware has it, but float32 for --train all, and in"
+                             " eval.py on a CPU")
     parser.add_argument("--seed", type=number(int, -2**63, 2**63 - 1), default=0)
     return parser
 

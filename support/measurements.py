@@ -15,7 +15,7 @@ TEXT = {"file": str, "capacity": SHARE, "kl": NATS}
 ROUTERS = {"granularity": str, "kv": str, "file": str, "hash": str}
 BENCH = {"machine": {"kv": str}, "rows": [{"variant": str}]}                              # of bench.py --json
 ROW = {"phase": str, "batch": (1, 1e9), "context": (1, 1e9), "capacity": SHARE, "speedup": (0, 1e9)}
-VARIANTS = "dense", "routed", "static", "shuffled", "random"
+VARIANTS = "dense", "routed", "static", "shuffled"
 EQUAL_KL = 0.1, 0.2, 0.4                                                                  # nats per token
 
 

@@ -72,7 +72,7 @@ def keep(figure, evaluations):
     rows = {}
     for name, table in named_tables(evaluations, routers_names(evaluations, [])):
         for what, layers in table["keep"].items():
-            if layers and name not in ("static", "shuffled", "random"):
+            if layers and name not in ("static", "shuffled"):
                 mean = sum(layers.values()) / len(layers)
                 rows[plain(f"{short(what)}, {name}, {mean:.3f}")] = layers
     if not rows:

@@ -281,7 +281,7 @@ def test_routed_and_static_beside_dense(tiny, question_files, call, tmp_path):
     with_gates(model, "attn_token")
     save_routers(model, tmp_path / "r.safetensors", [(0.3, 1.0), (0.5, 0.7), (0.8, 0.0)])
     status, said = call(evaluation.main, "--model", tiny, "--routers", tmp_path / "r.safetensors", "--static",
-                        2, "--shuffled", "--random", "--capacity", 0.7, "--data-dir", question_files,
+                        2, "--shuffled", "--capacity", 0.7, "--data-dir", question_files,
                         "--limit", 2, "--text", HERE.parent / "data" / "instructions.jsonl", "--last", 3,
                         "--json", tmp_path / "o.json", "--num-fewshot", 0, "--device", "cpu")
     assert status == 0 and "average of 8" in said and "perplexity" in said
@@ -289,10 +289,7 @@ def test_routed_and_static_beside_dense(tiny, question_files, call, tmp_path):
     assert table["static"]["capacity"] == pytest.approx(0.5)
     assert table["dense"]["capacity"] == 1 and 0.25 < table["capacity"] < 1
     assert table["shuffled"]["capacity"] == pytest.approx(table["capacity"], abs=0.1)
-    assert table["random"]["capacity"] == pytest.approx(0.7, abs=0.03)
-    keep = list(table["random"]["keep"]["piqa"].values())
-    assert max(keep) - min(keep) < 0.2 and table["random"]["text"]["kl"] > 0
-    for variant in table, table["dense"], table["static"], table["shuffled"], table["random"]:
+    for variant in table, table["dense"], table["static"], table["shuffled"]:
         chosen = [name for name in TASKS if not TASKS[name].stop]
         assert list(variant["tasks"]) == (chosen if variant is table["shuffled"] else list(TASKS))
         assert all(t["n"] == 2 and [i["id"] for i in t["items"]] == [0, 1] for t in variant["tasks"].values())
@@ -333,7 +330,7 @@ def test_shuffled_decisions_go_elsewhere_at_every_layers_rate(granularity, tiny,
     save_routers(model, tmp_path / "r.safetensors")
     samples, _ = evaluation.read_samples(evaluation.DEFAULT_DATA, tok, 512)
     args = types.SimpleNamespace(routers=tmp_path / "r.safetensors", capacity=[None], shuffled=True,
-                                 random=False, static=[], seed=0)
+                                 static=[], seed=0)
     found, said = evaluation.make_variants(model, tok, args, "cpu"), {}
     for name in "routed", "shuffled", "routed", "shuffled":
         found[name]()
@@ -414,7 +411,6 @@ def test_finished_tasks_are_kept(tiny, question_files, call, tmp_path, monkeypat
     (["--tasks", "arc_challenge", "--num-fewshot", 40], ["40", "train.jsonl", "--num-fewshot"]),
     (["--tasks", "rte", "--routers", "none.safetensors"], ["none.safetensors"]),
     (["--tasks", "rte", "--shuffled"], ["--routers"]),
-    (["--tasks", "rte", "--random"], ["--routers"]),
     (["--tasks", "rte", "--capacity", 0.5], ["--routers"]),
     (["--tasks", "rte", "--static", 9], ["--static", "4 layers"]),
     (["--text", "nothing.txt"], ["nothing.txt"]), (["--text", "x.txt", "--piece", 64], ["--piece"]),

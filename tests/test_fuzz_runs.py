@@ -228,13 +228,13 @@ def test_benchmark_lines(tok, tmp_path):
 # ---------------------------------------------------------------------------------------------- command lines
 
 
-SWITCHES = "--resume", "--shard", "--shuffled", "--random", "--plain", "--random-weights"
+SWITCHES = "--resume", "--shard", "--shuffled", "--plain", "--random-weights"
 FLAGS = {
     train_router: """--model --data --granularity --layers --capacity --out --tokens --seed --accumulate
         --held-out --save-every --recipe --gate --loss --train --method --steps --lr --penalty --pool --device
         --dtype --init --data-weights --shard --resume""",
     evaluation: """--model --routers --capacity --tasks --data-dir --text --last --limit --num-fewshot
-        --static --static-data --shuffled --random --tokens --json""",
+        --static --static-data --shuffled --tokens --json""",
     bench: """--phase --batch --context --capacity --granularity --layers --routers --random-weights --against
         --loss --rounds --json --static --kv --seed""",
     sample: "--model --routers --capacity --max-new-tokens --temperature --top-k --plain",
