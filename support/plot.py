@@ -13,8 +13,8 @@ from support.script import run_script  # isort: skip (before torch, see there)
 import io
 from pathlib import Path
 
-from support.cli import Parser, check_destinations
-from support.files import InputError, write_file
+from support.cli import Parser
+from support.files import InputError, check_destinations, write_file
 from support.measurements import (
     equal_kl_table,
     kl_points,
@@ -87,13 +87,11 @@ def keep(figure, evaluations):
     figure.colorbar(image, label="share that ran")
 
 
-def all_settings(points):
-    return list(dict.fromkeys(setting for by_setting in points.values() for setting in by_setting))
-
-
-def tradeoff(figure, points):
-    """points: see tradeoffs. A row of panels per text, a column per setting; the lines to the right win."""
-    settings = all_settings(points)
+def tradeoff(points):
+    """A figure of points, see tradeoffs: a row of panels per text, a column per setting; the lines to the
+    right win."""
+    settings = list(dict.fromkeys(setting for by_setting in points.values() for setting in by_setting))
+    figure = new_figure(1 + 3.5 * len(settings), 0.5 + 3.5 * len(points))
     panels = figure.subplots(len(points), len(settings), squeeze=False, sharey="row")
     for row, (text, by_setting) in zip(panels, points.items()):
         for axes, (phase, batch, context) in zip(row, settings):
@@ -103,6 +101,7 @@ def tradeoff(figure, points):
             axes.set(title=f"{phase}, {context:,} tokens, batch {batch}", xlabel="speedup over dense")
         row[0].set(ylabel=f"KL to dense on {plain(short(text))}")
     panels[0][0].legend(fontsize=7)
+    return figure
 
 
 def plain(name):
@@ -110,20 +109,10 @@ def plain(name):
     return name.replace("$", r"\$")
 
 
-def save_figure(figure, path, **form):
+def save_figure(figure, path, dpi=120):
     picture = io.BytesIO()
-    figure.savefig(picture, format=Path(path).suffix[1:].lower() or "png", **form)
+    figure.savefig(picture, dpi=dpi)
     write_file(path, picture.getvalue())
-
-
-def check_picture(path):
-    """InputError, before the work, where a picture could not be drawn or written; None: no picture."""
-    if path is None:
-        return
-    known = new_figure(8).canvas.get_supported_filetypes()
-    if Path(path).suffix and Path(path).suffix[1:].lower() not in known:
-        raise InputError(f"{path}: no kind of picture that matplotlib draws; name a .png file")
-    check_destinations(path)
 
 
 def new_figure(width, height=4.5):
@@ -140,8 +129,8 @@ def main():
     p.add_argument("--out", default="pictures", help="folder for the pictures")
     args = p.parse_args()
     drawings = {f"{draw.__name__}.png": draw for draw in (curves, kl, accuracy, keep)}
-    for name in (*drawings, "tradeoff.png"):
-        check_picture(Path(args.out) / name)
+    new_figure(8)                                    # without matplotlib it ends here
+    check_destinations(*(Path(args.out) / name for name in (*drawings, "tradeoff.png")))
     contents = {path: read(path) for path in args.files}
     runs = {path: steps for path, steps in contents.items() if isinstance(steps, list)}
     benches = [table for table in contents.values() if "rows" in table]
@@ -153,12 +142,10 @@ def main():
     for name, draw in drawings.items():
         figure, data = new_figure(8), runs if draw is curves else evaluations
         if data and draw(figure, data) is not False:
-            save_figure(figure, Path(args.out) / name, dpi=120)
+            save_figure(figure, Path(args.out) / name)
             print(Path(args.out) / name)
     if points:
-        figure = new_figure(1 + 3.5 * len(all_settings(points)), 0.5 + 3.5 * len(points))
-        tradeoff(figure, points)
-        save_figure(figure, Path(args.out) / "tradeoff.png", dpi=100)
+        save_figure(tradeoff(points), Path(args.out) / "tradeoff.png", dpi=100)
         print(Path(args.out) / "tradeoff.png", *equal_kl_table(points), sep="\n")
 
 
