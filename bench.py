@@ -12,294 +12,38 @@ gates are drawn at random, exactly as many as the capacity asks for; the routers
 same. `of peak` is, for decode, the bytes of the weights, keys and values that a step reads over its time, as
 a share of the memory bandwidth of a large copy or sum; else the products' operations over time, as a share of
 the rate of one large product; both are measured at the start. Peak memory counts the weights; on a CPU each
-variant is run once more for it, in a process of its own.
+variant is run once more for it, in a process of its own. timing.py runs and times a variant.
 """
 from support.script import run_script  # isort: skip (before torch, see there)
 
 import copy
-import functools
 import json
 import math
 import multiprocessing
 import platform
 import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from losses import LOSSES, backward
-from model import Cache, Config, Llama, run_layers, sample
-from recipe import overall_penalty
-from router import (
-    GRANULARITIES,
-    KV_OPEN,
-    add_routers,
-    capacity,
-    close_all,
-    load_routers,
-    mindskips,
-    remove_routers,
-    routed_share,
-)
-from support.cli import (
-    check_destinations,
-    common_arguments,
-    device_and_dtype,
-    number,
-    numbers,
-    parse_layers,
-    words,
-)
-from support.cuda import plain_kernels
-from support.data import DEFAULT_DATA, Batch, Sample, read_samples
-from support.graph import release, stepper
-from support.machine import Work, device_name, rates
+from losses import LOSSES
+from model import Config, Llama
+from router import GRANULARITIES, KV_OPEN, load_routers, routed_share
+from support.cli import common_arguments, number, numbers, parse_layers, words
+from support.data import DEFAULT_DATA, read_samples
+from support.files import check_destinations
+from support.machine import Work, device_and_dtype, device_name, rates
 from support.memory import bench_bytes, free_bytes, linux_bytes, weight_bytes
 from support.run import routers_entry
+from timing import SHAPES, STEPS, UNTIMED, Transformers, Variant, random_model
 from tokenizer import Tokenizer
 from weights import InputError, open_checkpoint, write_file
 
-SHAPES = {
-    "smollm2-135m": Config(30, 9, 3, 576, 1536, 49152, 64, 8192, rope_theta=1e5, tie_embeddings=True),
-    "llama3.2-1b": Config(16, 32, 8, 2048, 8192, 128256, 64, 131072, rope_theta=5e5, tie_embeddings=True),
-    "llama2-7b": Config(32, 32, 32, 4096, 11008, 32000, 128, 4096),
-    "mistral-7b": Config(32, 32, 8, 4096, 14336, 32000, 128, 32768),
-    "llama3-8b": Config(32, 32, 8, 4096, 14336, 128256, 128, 8192, rope_theta=5e5),
-    "llama3.1-8b": Config(32, 32, 8, 4096, 14336, 128256, 128, 131072, rope_theta=5e5),
-}
-STEPS = 16      # tokens decoded in one measurement,
-UNTIMED = 4     # after as many others: the first ones lay out weights, or capture a graph
 FIELDS = ("phase", "variant", "granularity", "capacity", "batch", "context", "ms", "tokens_per_s", "speedup",
           "limit", "efficiency", "of_peak", "peak_bytes", "cache_bytes")
-
-
-def random_model(config, device, dtype):
-    """A Llama with random weights, made on its device in its dtype: right for timing, never for accuracy."""
-    with torch.device("meta"):
-        model = Llama(config)
-    for name, p in list(model.named_parameters()):
-        module, _, leaf = name.rpartition(".")
-        w = torch.empty(p.shape, device=device, dtype=dtype)
-        w = w.fill_(1) if p.dim() == 1 else w.normal_(0, 0.02)
-        setattr(model.get_submodule(module), leaf, torch.nn.Parameter(w))
-    if config.tie_embeddings:
-        model.head.weight = model.embed.weight
-    return model.eval()
-
-
-@functools.cache
-def patterns(count, shape, share, seed, device):
-    """`count` random 0/1 tensors, each with exactly this share of ones: (count, *shape)."""
-    n, generator = math.prod(shape), torch.Generator().manual_seed(seed)
-    made = torch.rand(count, n, generator=generator).argsort(1) < round(share * n)
-    return made.float().view(count, *shape).to(device)
-
-
-def override_of(layer, n_layers, share, seed):
-    """For MindSkip.override: exactly this share of all layers' gates is open, at random. At token level each
-    step of decoding has a pattern of its own. Patterns are made in the warm-up and kept."""
-    def override(score, ctx):
-        count = ctx.cache.max_tokens if ctx.decoding else 1
-        drawn = patterns(count, (n_layers, *score.shape), share, seed, score.device)[:, layer]
-        if ctx.positions is None:
-            wanted = drawn[ctx.end - 1]                  # the last one, in a prompt
-        else:                                            # a captured step: the device knows where it is
-            wanted = drawn.index_select(0, ctx.positions[:1])[0]
-        return wanted + (score - score.detach()) if score.requires_grad else wanted
-    override.on_device = True
-    return override
-
-
-def open_share(model, share, seed):
-    """Open exactly this share of the gates, at random; their scores are computed, then replaced."""
-    skips = list(mindskips(model).values())
-    for layer, skip in enumerate(skips):
-        skip.override = override_of(layer, len(skips), share, seed)
-
-
-class Removed(torch.nn.Module):
-    """In the place of an attention that a static drop removes."""
-
-    def forward(self, x, ctx, h=None):
-        return x
-
-
-class Variant:
-    """One way to run the model on one input: `run()` does it once and returns its seconds. asked: the
-    capacity to run at (routed if gates are drawn at random, else overall), or the number of attentions to
-    remove."""
-
-    def __init__(self, model, args, phase, name, batch, context, granularity=None, asked=None):
-        self.model, self.args, self.phase, self.name = model, args, phase, name
-        self.batch, self.context, self.granularity, self.asked = batch, context, granularity, asked
-        self.idx = args.text[:batch, :context]                           # (B, T)
-        self.times, self.cache_bytes, self.peak, self.work = [], None, None, None
-        self.capacity = self.share = None       # overall and routed, as found in the run
-
-    def run(self):
-        model, cuda = self.model, self.args.device.type == "cuda"
-        remove_routers(model)
-        model.requires_grad_(False).eval()
-        if self.granularity and self.args.routers:
-            load_routers(model, self.args.routers, self.asked)
-        elif self.granularity:
-            kv = self.args.kv if self.granularity in KV_OPEN else "all"
-            add_routers(model, self.granularity, self.args.layers, kv=kv)
-            open_share(model, self.asked, self.args.seed)
-        if self.name == "none":
-            for skip in mindskips(model).values():
-                skip.override = close_all
-        if self.name == "train_all":
-            model.requires_grad_(True)
-        if cuda:
-            release(model)                      # other variants' graphs
-            torch.cuda.reset_peak_memory_stats()
-        attentions = {}
-        if self.name == "static":
-            self.capacity = 1 - self.asked / len(model.layers)
-            for i in range(self.asked):
-                layer = i * len(model.layers) // self.asked
-                attentions[layer], model.layers[layer].attn = model.layers[layer].attn, Removed()
-        with plain_kernels() if self.work is None else nullcontext():
-            seconds = getattr(self, self.phase)()
-        for i, attention in attentions.items():
-            model.layers[i].attn = attention
-        if self.granularity:
-            self.capacity = capacity(model)
-            self.share = capacity(model, routed=True)
-        if cuda:
-            self.peak = torch.cuda.max_memory_allocated() - getattr(self.args, "their_bytes", 0)
-        return seconds
-
-    def share_of_peak(self, seconds):
-        """Of the machine's bandwidth in decoding, else of its operations. None where gates are data of a CUDA
-        graph, which reads more than the eager step that was counted."""
-        args = self.args
-        if self.phase != "decode":
-            return self.work.flops / seconds / args.flops
-        is_sequence_of_one = self.batch == 1 and self.granularity and self.granularity.endswith("sequence")
-        if args.device.type == "cuda" and self.granularity and not is_sequence_of_one:
-            return None
-        return self.work.bytes / STEPS / seconds / args.bandwidth
-
-    def time(self, work):
-        """Seconds that `work` takes on the device; the first time it is counted, not timed."""
-        if self.work is None:
-            with Work() as self.work:
-                work()
-            return math.nan
-        if self.args.device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            work()
-            end.record()
-            torch.cuda.synchronize()
-            return start.elapsed_time(end) / 1000
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    def first_token(self, cache):
-        """Read the prompt and compute the logits of the first new token, (B, V)."""
-        model = self.model.train(self.name == "masked")   # masked: compute all, then multiply
-        ctx = model.context(self.idx, None, [self.context] * self.batch, cache)
-        x = run_layers(model.layers, model.embed(self.idx), ctx)
-        return model.head(model.norm(x[:, -1]))
-
-    @torch.no_grad()
-    def prefill(self):
-        cache = Cache(self.model.config, self.context)
-        seconds = self.time(lambda: self.first_token(cache))
-        self.cache_bytes = cache.bytes()
-        return seconds
-
-    @torch.no_grad()
-    def decode(self):
-        model, cache = self.model, Cache(self.model.config, self.context + UNTIMED + STEPS)
-        token = sample(self.first_token(cache))
-
-        def steps(step, token, start, n):
-            for i in range(n):
-                x = step(token, [self.context + start + i] * self.batch)
-                token = sample(model.head(model.norm(x)))
-            return token
-        with stepper(model, cache, self.batch) as step:
-            token = steps(step, token, 0, UNTIMED)
-            for skip in mindskips(model).values():
-                if skip.scope == "token":          # capacity is that of the timed steps, not of the prompt
-                    skip.opened = skip.seen = 0
-            seconds = self.time(lambda: steps(step, token, UNTIMED, STEPS))
-        self.cache_bytes = cache.bytes()
-        return seconds / STEPS
-
-    def train(self):
-        """One step on every token: of the routers (--loss), or of the whole model with its routers
-        (cross-entropy)."""
-        model, idx = self.model.train(), self.idx
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=0.0, fused=idx.device.type == "cuda")    # without copies
-        samples = [Sample(row, [True] * self.context, min(64, self.context)) for row in idx.tolist()]
-        batch = Batch.of(samples, idx.device)
-
-        def step():
-            if self.name == "train_routers":
-                penalty = functools.partial(overall_penalty, model, 1.0, None)
-                backward(model, batch, self.args.loss, 1 / len(batch.targets), penalty)
-            else:
-                ctx = model.context(batch.idx, batch.lengths)
-                x = run_layers(model.layers, model.embed(batch.idx), ctx)
-                logits = model.head(model.norm(x)[batch.scored])
-                loss = F.cross_entropy(logits.float(), batch.targets)
-                (loss + overall_penalty(model, 1.0, None)).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return self.time(step)
-
-
-class Transformers(Variant):
-    """The same model in transformers, same weights' shapes, dtype and input."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        try:
-            from transformers import AutoModelForCausalLM, LlamaConfig
-        except ImportError:
-            raise InputError("--against transformers: not installed; pip install transformers") from None
-        c, args = self.model.config, self.args
-        if not hasattr(args, "theirs"):
-            config = LlamaConfig(
-                vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate,
-                num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-                head_dim=c.head_dim, max_position_embeddings=c.max_context,
-                tie_word_embeddings=c.tie_embeddings)
-            with torch.device(args.device):
-                args.theirs = AutoModelForCausalLM.from_config(config, dtype=args.dtype).eval()
-            args.their_bytes = sum(parameter.nbytes for parameter in args.theirs.parameters())
-
-    def run(self):
-        return getattr(self, self.phase)()
-
-    @torch.no_grad()
-    def prefill(self):
-        return self.time(lambda: self.args.theirs(self.idx, use_cache=True, logits_to_keep=1))
-
-    @torch.no_grad()
-    def decode(self):
-        out = self.args.theirs(self.idx, use_cache=True, logits_to_keep=1)
-
-        def steps(out, n):
-            for _ in range(n):
-                token = sample(out.logits[:, -1])[:, None]
-                out = self.args.theirs(token, past_key_values=out.past_key_values, use_cache=True)
-            return out
-        out = steps(out, UNTIMED)
-        return self.time(lambda: steps(out, STEPS)) / STEPS
 
 
 def make_variants(model, args, phase, batch, context):

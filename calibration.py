@@ -9,7 +9,8 @@ from tqdm import tqdm
 from model import run_layers
 from router import decisions_on, mindskips, overall_capacity, trace
 from support import parallel
-from support.data import PLAIN_PROMPT, Batch, Sample, common_beginning, pack, pieces
+from support.batches import Batch, common_beginning, pack
+from support.data import PLAIN_PROMPT, Sample, pieces
 
 TRAINING_SAMPLES = 24                                # read by the calibration, beside text of the model's own
 PROMPTS = 8 * TRAINING_SAMPLES                       # instead, where gates read prompts: one decision each
@@ -50,7 +51,7 @@ def calibration_batches(gates_read_prompts, samples, own_ids, tokens, stride=1):
         n_tokens = PLAIN_PROMPT
     texts = [s.ids for s in samples]
     template = common_beginning(texts) if min(texts) < max(texts) else 0
-    sources = (samples[::stride], template), (pieces(own_ids[::stride], n_tokens), 0)
+    sources = (samples[::stride], template), (pieces(own_ids[::stride].tolist(), n_tokens), 0)
     return [([Batch.of(group, own_ids.device) for group in pack(source, tokens)], start)
             for source, start in sources]
 

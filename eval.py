@@ -26,20 +26,14 @@ from tqdm import tqdm
 from harm import measure
 from model import Llama
 from router import add_routers, close_all, load_routers, mindskips, remove_routers
-from scoring import TOKENS, Usage, answer, evaluate
+from scoring import TOKENS, Usage, answer, evaluate, perplexity
 from skipping import real_tokens
 from support import parallel
-from support.cli import check_destinations, common_arguments, device_and_dtype, number, numbers, perplexity
-from support.data import (
-    DEFAULT_DATA,
-    HELD_OUT,
-    PLAIN_PIECE,
-    PLAIN_PROMPT,
-    Batch,
-    batches,
-    pack,
-    read_samples,
-)
+from support.batches import Batch, batches, pack
+from support.cli import common_arguments, number, numbers
+from support.data import DEFAULT_DATA, HELD_OUT, PLAIN_PIECE, PLAIN_PROMPT, read_samples
+from support.files import check_destinations
+from support.machine import device_and_dtype
 from support.run import file_hash, routers_entry, weights_hash
 from support.tasks import QUESTIONS, TASKS, read_task, standard_error
 from tokenizer import Tokenizer

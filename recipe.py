@@ -16,7 +16,8 @@ import torch
 
 from losses import reads_dense
 from router import LinearRouter, dense, open_shares, overall_capacity, routed_share, straight_through
-from support.data import Batch, alternating, epochs, pieces
+from support.batches import Batch, alternating, epochs
+from support.data import pieces
 from support.files import InputError
 from support.own_text import write_text
 
@@ -200,7 +201,7 @@ def own_text(model, recipe, samples, seed, path=None):
         return to_calibrate, None
     if recipe.method == "harm":                  # one decision per piece: pieces as long as a mean answer
         n_tokens = max(8, sum(sum(s.answer) for s in samples) // len(samples))
-    return to_calibrate, pieces(ids[NOT_LEARNED:], n_tokens)
+    return to_calibrate, pieces(ids[NOT_LEARNED:].tolist(), n_tokens)
 
 
 def make_source(recipe, samples, own_samples, args, device):

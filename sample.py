@@ -13,8 +13,9 @@ import torch
 
 from model import Llama
 from router import capacity, dense, load_routers, mindskips, trace
-from support.cli import common_arguments, device_and_dtype, number
+from support.cli import common_arguments, number
 from support.cuda import plain_kernels
+from support.machine import device_and_dtype
 from tokenizer import Tokenizer
 from weights import InputError
 

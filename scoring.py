@@ -6,8 +6,9 @@ itself alone. A beginning that all questions of a group share is kept as keys an
 sequence decide on the whole context, so for them nothing is shared between questions; gates that read even
 the answer (pool "all") share nothing, nor do gates with kv="open".
 """
+import math
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from dataclasses import replace
 
 import torch
@@ -20,8 +21,9 @@ from model import Cache, run_layers
 from router import decisions_on, mindskips, overall_capacity, trace
 from support import parallel, written
 from support.attention import additive_mask
-from support.data import common_beginning, pack
-from support.tasks import TASKS, Scores, rows_of, size
+from support.batches import common_beginning, pack
+from support.tasks import TASKS, Scores
+from weights import InputError
 
 SHARED = 32                                     # tokens from which a common beginning is worth keeping
 TOKENS = {"cpu": 512, "cuda": 16384}            # per batch
@@ -84,6 +86,11 @@ def evaluate(model, batches, teacher=None):
             "answer_capacity": answers} | usage.summary()
 
 
+def perplexity(loss):
+    """exp(loss), as text of at most 12 characters."""
+    return f"{math.exp(loss):.3f}" if loss < 18 else f"10^{loss / math.log(10):.1f}"
+
+
 # -------------------------------------------------------------------------------------------------- questions
 def answer(name, questions, model, tok, tokens, usages):
     """(a task's tasks.Scores or written.Scores, tokens run, a note, often empty); processes share the
@@ -106,6 +113,41 @@ def cut_notes(n_cut, model):
 
 
 # --------------------------------------------------------------------------------- log-likelihoods of choices
+Row = namedtuple("Row", "question context branches cut")     # branches: {the choice's place: its ids}
+
+
+def rows_of(questions, tok, max_context, apart):
+    """The rows to run for some questions.
+
+    As in the harness, a context's trailing spaces go to the continuation, which is what follows the context's
+    ids in the encoding of both, and a row too long for the model loses its first tokens. Choices after the
+    same context share a row, unless they are to be kept `apart` or do not fit.
+    """
+    rows = []
+    for n, q in enumerate(questions):
+        branches = {}                                        # {context's ids: {choice's place: its ids}}
+        for place, (context, continuation) in enumerate(zip(q.contexts, q.continuations)):
+            ids = tok.bos_ids + tok.encode(context.rstrip())
+            whole = tok.bos_ids + tok.encode(context + continuation)
+            if not ids or len(whole) <= len(ids):
+                raise InputError(f"question {q.id + 1}: its context or a choice has no token of its own")
+            branches.setdefault(tuple(ids), {})[place] = whole[len(ids):]
+        for ids, of in branches.items():
+            row = Row(n, list(ids), of, False)
+            if not apart and size(row) <= max_context:
+                rows.append(row)
+                continue
+            for place, continuation in of.items():
+                room = max_context + 1 - len(continuation)
+                rows.append(Row(n, row.context[-room:], {place: continuation}, len(ids) > room))
+    return rows
+
+
+def size(row):
+    """Tokens to run: the context, and every continuation but for its last token, which is never read."""
+    return len(row.context) + sum(len(continuation) - 1 for continuation in row.branches.values())
+
+
 class Beginning:
     """Keys and values of a beginning that many rows share. In a cache's place, it puts them before theirs."""
 

@@ -41,10 +41,12 @@ from router import (
     remove_routers,
     save_routers,
 )
-from scoring import evaluate
+from scoring import evaluate, perplexity
 from support import parallel
-from support.cli import common_arguments, device_and_dtype, number, numbers, parse_layers, perplexity
-from support.data import DEFAULT_DATA, HELD_OUT, Batch, hold_out, mixture, pack, read_samples
+from support.batches import Batch, hold_out, mixture, pack
+from support.cli import common_arguments, number, numbers, parse_layers
+from support.data import DEFAULT_DATA, HELD_OUT, read_samples
+from support.machine import device_and_dtype
 from support.memory import tokens_that_fit
 from support.own_text import own_text_file
 from support.run import Run, check_output, file_hash, settings_of

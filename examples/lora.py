@@ -22,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import losses  # noqa: E402
 from model import Config, Llama  # noqa: E402
 from router import load_routers, mindskips, remove_routers, save_routers  # noqa: E402
-from scoring import evaluate  # noqa: E402
-from support.cli import common_arguments, device_and_dtype, number, perplexity  # noqa: E402
-from support.data import DEFAULT_DATA, HELD_OUT, Batch, batches, hold_out, pack, read_samples  # noqa: E402
+from scoring import evaluate, perplexity  # noqa: E402
+from support.batches import Batch, batches, hold_out, pack  # noqa: E402
+from support.cli import common_arguments, number  # noqa: E402
+from support.data import DEFAULT_DATA, HELD_OUT, read_samples  # noqa: E402
+from support.machine import device_and_dtype  # noqa: E402
 from support.run import check_output  # noqa: E402
 from support.script import run_script  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402

@@ -1,15 +1,10 @@
-"""The command line: flags that all scripts have, what values they take, and where files may be written."""
+"""The command line: flags that all scripts have, and what values flags take."""
 import argparse
-import errno
 import math
-import os
 import sys
-import tempfile
-
-import torch
 
 from support.files import InputError
-from support.parallel import say_once, take_card
+from support.parallel import say_once
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,22 +36,6 @@ def common_arguments(description):
                              " eval.py on a CPU")
     parser.add_argument("--seed", type=number(int, -2**63, 2**63 - 1), default=0)
     return parser
-
-
-def device_and_dtype(device="auto", dtype="auto"):
-    """(torch.device, torch.dtype); auto is CUDA where there is one, and bfloat16 where it is native."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
-    if device == "cuda":
-        take_card()
-    if dtype == "auto":
-        native = torch.cpu._is_avx512_bf16_supported()
-        if device == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if native else "float32"
-    return torch.device(device), getattr(torch, dtype)
 
 
 def number(kind, low, high=10**9):
@@ -92,54 +71,17 @@ def words(known):
 
 def parse_layers(spec, n_layer):
     """The layers that "all", "last:16", "2-29", "3,5,9" or "0,4-7" name, sorted. InputError if none."""
-    spans = []
-    try:
-        for part in str(spec).split(","):
-            first, _, last = part.partition("-")
-            if part == "all":
-                first, last = 0, n_layer - 1
-            elif part.startswith("last:"):
-                first, last = n_layer - int(part[5:]), n_layer - 1
-            spans.append((int(first), int(last or first)))
-    except ValueError:
-        raise InputError(f"layers {spec!r}: write all, last:16, 2-29 or 3,5,9") from None
     layers = set()
-    if all(0 <= end < n_layer for span in spans for end in span):
-        layers = {i for first, last in spans for i in range(first, last + 1)}
-    if not layers:
-        raise InputError(f"layers {spec!r}: this model has layers 0 to {n_layer - 1}; name at least one of"
-                         " them, and no other")
+    try:
+        for part in str(spec).replace("all", f"0-{n_layer - 1}").split(","):
+            first, dash, last = part.partition("-")
+            if part.startswith("last:"):
+                first, dash, last = n_layer - int(part[5:]), "-", n_layer - 1
+            first, last = int(first), int(last if dash else first)
+            if not 0 <= first <= last < n_layer:
+                raise ValueError
+            layers.update(range(first, last + 1))
+    except ValueError:
+        raise InputError(f"layers {spec!r}: write all, last:16, 2-29 or 3,5,9, of this model's layers 0 to"
+                         f" {n_layer - 1}") from None
     return sorted(layers)
-
-
-def check_destinations(*paths):
-    """InputError, before the work, for a file that could not be written after it. None: no file."""
-    for path in paths:
-        if path is not None:
-            try:
-                try_to_write(os.path.realpath(path))
-            except OSError as e:
-                raise InputError(f"{path}: cannot be written ({e.strerror}); name another place") from None
-
-
-def try_to_write(path):
-    """Nothing, or the OSError that weights.write_file would meet; leaves nothing behind."""
-    if os.path.isdir(path):
-        raise IsADirectoryError(errno.EISDIR, "it is a folder")
-    if os.path.exists(path) and not os.path.isfile(path):                      # a device or a pipe
-        if not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, "permission denied")
-        return
-    longest = max(len(os.fsencode(part)) for part in path.split(os.sep))
-    if longest > 240 or len(path) > 4000:                                      # with room for ".PID.tmp"
-        raise OSError(errno.ENAMETOOLONG, "the name is too long")
-    folder = os.path.dirname(path)
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-
-
-def perplexity(loss):
-    """exp(loss), as text of at most 12 characters."""
-    return f"{math.exp(loss):.3f}" if loss < 18 else f"10^{loss / math.log(10):.1f}"

@@ -1,12 +1,9 @@
-"""Files to what a model reads: instructions (Alpaca), chats and plain text to samples and batches."""
+"""Files to samples: instructions (Alpaca), chats and plain text. batches.py makes batches of them."""
 import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
-
-import torch
 
 from support.files import InputError, read_text
 
@@ -139,112 +136,19 @@ def messages_of(record, form, where):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def plain_samples(text, tok, piece):
-    """A text in pieces; the first 64 tokens of each stand in for a prompt and are not learned from."""
-    ids = tok.bos_ids + tok.encode(text, special=False)
+def plain_samples(text, tok, size):
+    """A text in pieces; what stands in for their prompts is not learned from."""
+    return pieces([tok.bos_ids + tok.encode(text, special=False)], size, PLAIN_PROMPT)
+
+
+def pieces(texts, size, start=0):
+    """Samples of at most `size` tokens from lists of token ids. The first 64 of each are its prompt, and it
+    is learned from token `start` on."""
     samples = []
-    for i in range(0, len(ids), piece):
-        piece_ids = ids[i:i + piece]
-        n_learned = len(piece_ids) - PLAIN_PROMPT
-        if n_learned > 0:
-            samples.append(Sample(piece_ids, [False] * PLAIN_PROMPT + [True] * n_learned, PLAIN_PROMPT))
+    for ids in texts:
+        for i in range(0, len(ids), size):
+            piece = ids[i:i + size]
+            answer = [at >= start for at in range(len(piece))]
+            if any(answer[1:]):                                      # no token predicts the first
+                samples.append(Sample(piece, answer, min(len(piece), PLAIN_PROMPT)))
     return samples
-
-
-def pieces(texts, size):
-    """Samples of at most `size` tokens from rows of token ids (n, T); all are learned from, and the first 64
-    of each are its prompt."""
-    samples = []
-    for row in texts.tolist():
-        for i in range(0, len(row), size):
-            ids = row[i:i + size]
-            if len(ids) > 1:                     # one token predicts nothing
-                samples.append(Sample(ids, [True] * len(ids), min(len(ids), PLAIN_PROMPT)))
-    return samples
-
-
-def common_beginning(texts):
-    """How many ids all texts, lists of ids, start with, leaving each at least one of its own."""
-    first, last = min(texts), max(texts)
-    n = min(map(len, texts)) - 1
-    return next((i for i in range(n) if first[i] != last[i]), n)
-
-
-def hold_out(samples, most):
-    """(samples to tune on, the last ones, at most `most` and a fifth of all)."""
-    n = min(most, max(1, len(samples) // 5))
-    return samples[:-n], samples[-n:]
-
-
-def mixture(sources, weights, seed):
-    """Samples of several sources, shuffled, as many as all have together: of each its share of the weights,
-    some more than once where it has too few. weights None: each sample once. One source stays as it is."""
-    if len(sources) == 1:
-        return sources[0]
-    rng, n = torch.Generator().manual_seed(seed), sum(map(len, sources))
-    weights, mixed = weights or [len(samples) for samples in sources], []
-    for samples, weight in zip(sources, weights):
-        share = max(1, round(n * weight / sum(weights)))
-        order = torch.randperm(len(samples), generator=rng).tolist()
-        mixed += [samples[i] for i in islice(cycle(order), share)]
-    return [mixed[i] for i in torch.randperm(len(mixed), generator=rng).tolist()]
-
-
-def batches(samples, budget, seed):
-    """Lists of samples, forever: of similar lengths, at most `budget` tokens with padding, shuffled."""
-    if not samples:
-        raise InputError("there are no samples to make batches of")
-    rng = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(samples), generator=rng).tolist()
-        groups = []
-        for i in range(0, len(order), 256):
-            groups += pack([samples[j] for j in order[i:i + 256]], budget)
-        yield from (groups[i] for i in torch.randperm(len(groups), generator=rng).tolist())
-
-
-def epochs(samples, per_step, budget, seed):
-    """For each step, forever: [(0, a group of at most `budget` tokens)] of `per_step` samples, each once per
-    epoch. 0: they are all of one kind, see `alternating`."""
-    rng = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(samples), generator=rng).tolist()
-        for i in range(0, len(order), per_step):
-            yield [(0, group) for group in pack([samples[j] for j in order[i:i + per_step]], budget)]
-
-
-def alternating(kinds, budget, per_step, seed):
-    """For each step, forever: [(kind, samples of a batch)], `per_step` of them, of each kind in turns."""
-    endless = [batches(samples, budget, seed) for samples in kinds]
-    turns = cycle(range(len(kinds)))
-    while True:
-        yield [(kind, next(endless[kind])) for kind in islice(turns, per_step)]
-
-
-def pack(samples, budget, size=lambda s: len(s.ids)):
-    """Samples by length, in groups of at most `budget` tokens with padding (a longer one stands alone)."""
-    groups = []
-    for s in sorted(samples, key=size, reverse=True):
-        if not groups or size(groups[-1][0]) * (len(groups[-1]) + 1) > budget:
-            groups.append([])
-        groups[-1].append(s)
-    return groups
-
-
-@dataclass
-class Batch:
-    idx: torch.Tensor               # (B, T) token ids, padded on the right with 0
-    lengths: torch.Tensor           # (B,)
-    prompt_lengths: torch.Tensor    # (B,)
-    scored: torch.Tensor            # (B, T) bool: the next token is part of an answer
-    targets: torch.Tensor           # (N,) those next tokens
-
-    @classmethod
-    def of(cls, samples, device):
-        T = max(len(s.ids) for s in samples)
-        idx = torch.tensor([s.ids + [0] * (T - len(s.ids)) for s in samples])
-        scored = torch.tensor([s.answer[1:] + [False] * (T - len(s.ids) + 1) for s in samples])
-        targets = idx.roll(-1, 1)[scored]
-        lengths = torch.tensor([len(s.ids) for s in samples])
-        prompts = torch.tensor([s.prompt for s in samples])
-        return cls(*(t.to(device) for t in (idx, lengths, prompts, scored, targets)))

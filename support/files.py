@@ -1,10 +1,12 @@
 """Files, and the tensors in them: read with checks, written whole. What is wrong with one is told in a
 sentence, an InputError. What JSON and metadata say is read through `read_value`: its kind, its range.
 """
+import errno
 import json
 import math
 import os
 import reprlib
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -146,6 +148,34 @@ def write_file(path, data):
             temporary.unlink(missing_ok=True)
     except OSError as e:
         raise InputError(f"{path}: cannot be written ({reason(e)}); what was there is unchanged") from None
+
+
+def check_destinations(*paths):
+    """InputError, before the work, for a file that could not be written after it. None: no file."""
+    for path in paths:
+        if path is not None:
+            try:
+                try_to_write(os.path.realpath(path))
+            except OSError as e:
+                raise InputError(f"{path}: cannot be written ({e.strerror}); name another place") from None
+
+
+def try_to_write(path):
+    """Nothing, or the OSError that weights.write_file would meet; leaves nothing behind."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if os.path.exists(path) and not os.path.isfile(path):                      # a device or a pipe
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "permission denied")
+        return
+    longest = max(len(os.fsencode(part)) for part in path.split(os.sep))
+    if longest > 240 or len(path) > 4000:                                      # with room for ".PID.tmp"
+        raise OSError(errno.ENAMETOOLONG, "the name is too long")
+    folder = os.path.dirname(path)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def cache_folder():

@@ -1,9 +1,29 @@
-"""What a machine can do, what a pass asks of it, and its name, for bench.py's rates and shares of them."""
+"""The machine: the device and dtype to run in, and for bench.py its name, its rates, and what a pass asks of
+it."""
 import platform
 import time
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from support.files import InputError
+from support.parallel import take_card
+
+
+def device_and_dtype(device="auto", dtype="auto"):
+    """(torch.device, torch.dtype); auto is CUDA where there is one, and bfloat16 where it is native."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    if device == "cuda":
+        take_card()
+    if dtype == "auto":
+        native = torch.cpu._is_avx512_bf16_supported()
+        if device == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if native else "float32"
+    return torch.device(device), getattr(torch, dtype)
 
 
 class Work(TorchDispatchMode):

@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from support import parallel
 from support.checked import json_of, number_of, tensor_of
-from support.cli import check_destinations
-from support.files import InputError, lock, open_safetensors, write_file
+from support.files import InputError, check_destinations, lock, open_safetensors, write_file
 
 FILES = "metrics.jsonl", "checkpoint.safetensors", "routers.safetensors"
 SAME_ON_RESUME = ("model", "dtype", "seed", "data", "data_weights", "init", "granularity", "layers",

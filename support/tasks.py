@@ -1,5 +1,6 @@
 """Benchmarks to questions and their scores, as lm-evaluation-harness 0.4 defines them."""
 import math
+import os
 import re
 import sys
 from collections import namedtuple
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from support.checked import check
 from support.data import records
-from support.files import InputError
+from support.files import InputError, read_text
 
 QUESTIONS = Path(__file__).parent.parent / "data" / "questions"
 
@@ -131,10 +132,7 @@ def read_split(name, split, data_dir):
     hub = TASKS[name].hub
     if data_dir:
         path = Path(data_dir) / name / f"{split}.jsonl"
-        try:
-            return list(records(path.read_text("utf-8-sig"), path)) if path.exists() else None
-        except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f"{path}: cannot be read ({e})") from None
+        return list(records(read_text(path), path)) if os.path.exists(path) else None
     try:
         import datasets
     except ImportError:
@@ -207,48 +205,7 @@ def read_task(name, data_dir=None, num_fewshot=None, limit=None):
     return questions, shots
 
 
-# ------------------------------------------------------------------------------------------------ rows to run
-Row = namedtuple("Row", "question context branches cut")     # branches: {the choice's place: its ids}
-
-
-def rows_of(questions, tok, max_context, apart):
-    """The rows to run for some questions.
-
-    As in the harness, a context's trailing spaces go to the continuation, which is what follows the context's
-    ids in the encoding of both, and a row too long for the model loses its first tokens. Choices after the
-    same context share a row, unless they are to be kept `apart` or do not fit.
-    """
-    rows = []
-    for n, q in enumerate(questions):
-        branches = {}                                        # {context's ids: {choice's place: its ids}}
-        for place, (context, continuation) in enumerate(zip(q.contexts, q.continuations)):
-            ids = tok.bos_ids + tok.encode(context.rstrip())
-            whole = tok.bos_ids + tok.encode(context + continuation)
-            if not ids or len(whole) <= len(ids):
-                raise InputError(f"question {q.id + 1}: its context or a choice has no token of its own")
-            branches.setdefault(tuple(ids), {})[place] = whole[len(ids):]
-        for ids, of in branches.items():
-            row = Row(n, list(ids), of, False)
-            if not apart and size(row) <= max_context:
-                rows.append(row)
-                continue
-            for place, continuation in of.items():
-                room = max_context + 1 - len(continuation)
-                rows.append(Row(n, row.context[-room:], {place: continuation}, len(ids) > room))
-    return rows
-
-
-def size(row):
-    """Tokens to run: the context, and every continuation but for its last token, which is never read."""
-    return len(row.context) + sum(len(continuation) - 1 for continuation in row.branches.values())
-
-
 # ----------------------------------------------------------------------------------------------------- scores
-def first_largest(values):
-    """The place of the largest value, of the first where several are."""
-    return max(range(len(values)), key=values.__getitem__)
-
-
 class Scores:
     """One variant's log-likelihoods for a task's questions, and what follows from them."""
 
@@ -257,9 +214,9 @@ class Scores:
         acc_norm."""
         self.questions, self.lls, self.numbers = questions, lls, sum(lls, [])
         gold = torch.tensor([q.gold for q in questions])
-        likeliest = torch.tensor([first_largest(ll) for ll in lls])
-        per_character = torch.tensor([first_largest([value / n for value, n in zip(ll, q.lengths)])
-                                      for q, ll in zip(questions, lls)])
+        likeliest = torch.tensor([ll.index(max(ll)) for ll in lls])            # the first, where several are
+        by_length = [[value / n for value, n in zip(ll, q.lengths)] for q, ll in zip(questions, lls)]
+        per_character = torch.tensor([ll.index(max(ll)) for ll in by_length])
         self.answers = per_character if norm else likeliest
         self.right = (self.answers == gold).double()                           # the task's own metric
         self.acc = float((likeliest == gold).double().mean())

@@ -11,9 +11,11 @@ from conftest import is_one_sentence, write_tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from bench import FIELDS, interval, open_share, override_of, patterns, random_model
+import timing
+from bench import FIELDS, interval
 from model import Llama
 from router import GRANULARITIES, add_routers, capacity, load_routers, mindskips, save_routers
+from support.machine import Work
 
 
 def test_bench_writes_every_variant(tiny, call, tmp_path):
@@ -66,7 +68,7 @@ def test_static_and_open_keys(kv, tiny, call, tmp_path):
 def test_work_is_counted(tiny):
     """Operations as torch.utils.flop_counter has them; bytes of every weight once."""
     model, idx = Llama.from_pretrained(tiny), torch.randint(0, 320, (2, 33))
-    with torch.no_grad(), FlopCounterMode(display=False) as theirs, bench.Work() as ours:
+    with torch.no_grad(), FlopCounterMode(display=False) as theirs, Work() as ours:
         model(idx)
     by_kind = theirs.get_flop_counts()["Global"]
     products = by_kind[torch.ops.aten.mm] + by_kind.get(torch.ops.mkldnn._linear_pointwise, 0)
@@ -76,7 +78,7 @@ def test_work_is_counted(tiny):
     cache = 2 * 4 * 2 * 2 * 33 * 8 * 4
     assert ours.bytes == sum(p.nbytes for p in weights) + cache
     q, k, v = (torch.randn(2, 6, 33, 8, requires_grad=True) for _ in range(3))
-    with bench.Work() as ours:                                                      # 2 products, then 5
+    with Work() as ours:                                                            # 2 products, then 5
         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
     assert ours.flops == 7 * (2 * 2 * 6 * 33 * 33 * 8) // 2
 
@@ -96,7 +98,7 @@ def test_decoding_tells_the_capacity_of_what_was_timed(tiny, call, router_file, 
         for skip in mindskips(model).values():
             skip.override = lambda score, ctx: torch.full_like(score, float(not ctx.decoding))
         return meta
-    monkeypatch.setattr(bench, "load_routers", load)
+    monkeypatch.setattr(timing, "load_routers", load)
     monkeypatch.setattr(bench, "peak_in_child", lambda *args: None)
     status, _ = call(bench.main, "--model", tiny, "--routers", router_file("attn_token"), "--context", 40,
                      "--rounds", 2, "--json", tmp_path / "b.json", "--device", "cpu")
@@ -139,17 +141,17 @@ def test_bench_takes_other_capacities_from_the_calibration(tiny, call, router_fi
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_forced_gates_open_exactly_the_share(granularity, tiny):
     model = add_routers(Llama.from_pretrained(tiny), granularity)
-    open_share(model, 0.25, seed=0)
+    timing.open_share(model, 0.25, seed=0)
     with torch.no_grad():
         model(torch.randint(0, 320, (4, 50)))
     assert capacity(model) == 0.25
-    first, second = patterns(2, (4, 4, 50), 0.25, 0, "cpu")
+    first, second = timing.patterns(2, (4, 4, 50), 0.25, 0, "cpu")
     assert first.mean() == second.mean() == 0.25 and not torch.equal(first, second)
 
 
 def test_forced_gates_are_the_same_in_a_captured_step():
     """Where the device alone knows the position."""
-    score, override = torch.rand(3, 1), override_of(1, 4, 0.5, 0)
+    score, override = torch.rand(3, 1), timing.override_of(1, 4, 0.5, 0)
     opened, cache = [], SimpleNamespace(max_tokens=13)
     for position in 10, 11, 12:
         eager = SimpleNamespace(decoding=True, cache=cache, positions=None, end=position + 1)
@@ -175,7 +177,7 @@ def test_the_share_of_peak_is_of_bytes_that_were_counted(granularity, batch, sha
 def test_random_model_runs(tmp_path):
     write_tiny(tmp_path, "tied head")
     config = Llama.from_pretrained(tmp_path).config
-    model = random_model(config, "cpu", torch.float32)
+    model = timing.random_model(config, "cpu", torch.float32)
     assert torch.isfinite(model(torch.arange(9)[None])).all() and model.head.weight is model.embed.weight
 
 

@@ -16,8 +16,10 @@ import bench
 import eval as evaluation
 import sample
 import train_router
+from scoring import perplexity
 from support import script
-from support.cli import check_destinations, number, numbers, parse_layers, perplexity
+from support.cli import number, numbers, parse_layers
+from support.files import check_destinations
 from weights import InputError
 
 ROOT = Path(__file__).parent.parent

@@ -6,16 +6,8 @@ import pytest
 import torch
 from conftest import write_data
 
-from support.data import (
-    DEFAULT_DATA,
-    Batch,
-    alternating,
-    batches,
-    epochs,
-    pack,
-    pieces,
-    read_samples,
-)
+from support.batches import Batch, alternating, batches, epochs, pack
+from support.data import DEFAULT_DATA, pieces, read_samples
 from support.template import ChatTemplate
 from weights import InputError
 
@@ -150,10 +142,10 @@ def test_special_tokens_in_text_are_text(tok, tmp_path):
 
 def test_pieces_of_text():
     text = torch.arange(3 * 250).view(3, 250)
-    found = pieces(text, 100)
+    found = pieces(text.tolist(), 100)
     assert [len(p.ids) for p in found] == 3 * [100, 100, 50] and [p.prompt for p in found] == 3 * [64, 64, 50]
     assert [i for p in found for i in p.ids] == list(range(750)) and all(all(p.answer) for p in found)
-    assert [len(p.ids) for p in pieces(text, 249)] == 3 * [249]       # one token predicts nothing
+    assert [len(p.ids) for p in pieces(text.tolist(), 249)] == 3 * [249]     # one token predicts nothing
 
 
 def test_long_samples_are_cut_and_counted(tok, tmp_path):

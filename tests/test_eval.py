@@ -12,10 +12,10 @@ import eval as evaluation
 import scoring
 from model import Llama
 from router import GRANULARITIES, add_routers, save_routers, trace
-from scoring import Usage
+from scoring import Usage, rows_of, size
 from support import written
-from support.data import Batch, common_beginning, pack
-from support.tasks import QUESTIONS, TASKS, Scores, read_task, rows_of, size
+from support.batches import Batch, common_beginning, pack
+from support.tasks import QUESTIONS, TASKS, Scores, read_task
 from tokenizer import Tokenizer
 from weights import InputError
 

@@ -19,8 +19,9 @@ import sample
 import train_router
 from model import Llama
 from router import add_routers, load_routers, save_routers
+from scoring import rows_of
 from support import measurements, plot, run
-from support.tasks import QUESTIONS, TASKS, read_task, rows_of
+from support.tasks import QUESTIONS, TASKS, read_task
 from weights import InputError
 
 N = int(os.environ.get("FUZZ", 200))

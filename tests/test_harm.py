@@ -6,7 +6,8 @@ from conftest import open_gates_at_random
 from harm import RIDGE, fit, measure
 from model import Llama
 from router import add_routers, capacity, dense, mindskips
-from support.data import DEFAULT_DATA, Batch, read_samples
+from support.batches import Batch
+from support.data import DEFAULT_DATA, read_samples
 from tokenizer import Tokenizer
 
 

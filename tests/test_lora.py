@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from losses import backward
 from model import Llama
 from router import capacity, load_routers
-from support.data import Batch, Sample
+from support.batches import Batch
+from support.data import Sample
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import lora  # noqa: E402

@@ -10,7 +10,7 @@ from model import Llama
 from recipe import overall_penalty
 from router import add_routers, capacity, dense, mindskips, open_shares
 from scoring import evaluate
-from support.data import Batch, pack
+from support.batches import Batch, pack
 
 
 def dense_logits(model, batch):

@@ -13,7 +13,7 @@ from model import Config, Context, Llama
 from recipe import DEFAULT
 from router import add_routers, mindskips
 from support import parallel
-from support.data import Batch
+from support.batches import Batch
 from support.memory import step_bytes, tokens_that_fit
 
 SHAPES = {

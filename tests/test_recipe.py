@@ -16,7 +16,8 @@ from calibration import calibrate, calibration_batches, measured_capacity, shift
 from model import Llama
 from recipe import DEFAULT, PAPER, Penalty, choose, own_text, ramp
 from router import add_routers, capacity, mindskips, straight_through, trace
-from support.data import Batch, common_beginning, pieces, read_samples
+from support.batches import Batch, common_beginning
+from support.data import pieces, read_samples
 
 # ------------------------------------------------------------------------------------------------------ PAPER
 
@@ -334,7 +335,7 @@ def test_calibration_tells_which_threshold_gives_a_capacity(granularity, tiny, s
     if granularity == "attn_token":  # by brute force: all tokens after the template, both sources' mean
         shares, template = [], common_beginning([s.ids for s in samples[:24]])
         assert template > 3
-        for source, start in (samples[:24], template), (pieces(text, 128), 0):
+        for source, start in (samples[:24], template), (pieces(text.tolist(), 128), 0):
             decisions = []
             for s in source:
                 with trace(model) as gates, torch.no_grad():

@@ -23,8 +23,9 @@ from model import Llama
 from recipe import DEFAULT, Penalty, choose
 from router import GRANULARITIES, add_routers, load_routers, mindskips, save_routers, straight_through
 from scoring import evaluate
-from support import data
-from support.data import Batch, pack, read_samples
+from support import batches
+from support.batches import Batch, pack
+from support.data import read_samples
 from support.run import Run
 from support.tasks import QUESTIONS
 from tokenizer import Tokenizer
@@ -366,13 +367,13 @@ def test_several_files_are_mixed_by_weight(arguments, call, tmp_path, monkeypatc
     for name, some in ("a", lines[:20]), ("b", lines[20:30]):
         (tmp_path / name).write_text("".join(some))
     mixed = []
-    monkeypatch.setattr(train_router, "mixture", lambda *a: mixed.append(a) or data.mixture(*a))
+    monkeypatch.setattr(train_router, "mixture", lambda *a: mixed.append(a) or batches.mixture(*a))
     files = ["--data", tmp_path / "a", tmp_path / "b", "--data-weights", "1,3", "--held-out", 4]
     status, said = call(main, *arguments, *files, "--steps", 1, "--out", tmp_path / "out")
     assert status == 0, said
     (sources, weights, seed), = mixed
     assert [len(samples) for samples in sources] == [18, 8] and weights == [1, 3]
-    of_first = sum(sample in sources[0] for sample in data.mixture(sources, weights, seed))
+    of_first = sum(sample in sources[0] for sample in batches.mixture(sources, weights, seed))
     assert of_first == round(26 / 4)
     status, said = call(main, *arguments, *files, "--data-weights", 1, "--out", tmp_path / "out")
     assert status == 1 and is_one_sentence(said) and "one for each --data, 2" in said
@@ -380,8 +381,8 @@ def test_several_files_are_mixed_by_weight(arguments, call, tmp_path, monkeypatc
 
 def test_a_mixture_has_each_sample_once_where_there_are_no_weights():
     sources = [list(range(5)), list(range(5, 12))]
-    mixed = data.mixture(sources, None, 0)
-    assert sorted(mixed) == list(range(12)) and mixed == data.mixture(sources, None, 0) != sorted(mixed)
-    assert data.mixture(sources[:1], [2.0], 0) is sources[0]
-    more = data.mixture(sources, [1, 3], 0)
+    mixed = batches.mixture(sources, None, 0)
+    assert sorted(mixed) == list(range(12)) and mixed == batches.mixture(sources, None, 0) != sorted(mixed)
+    assert batches.mixture(sources[:1], [2.0], 0) is sources[0]
+    more = batches.mixture(sources, [1, 3], 0)
     assert sum(n >= 5 for n in more) == 9 and {n for n in more if n >= 5} == set(range(5, 12))
