@@ -121,6 +121,8 @@ def make_variants(model, tok, args, device):
             n_layer = model.config.n_layer
             raise InputError(f"--static {max(args.static)}: this model has {n_layer} layers; give fewer")
         samples, _ = read_samples(args.static_data, tok, min(STATIC_TOKENS, model.config.max_context))
+        if not samples:
+            raise InputError(f"--static-data {args.static_data}: no sample has an answer; give another file")
         ranked = by_harm(model, samples[:-HELD_OUT] or samples, args, device)
         parallel.check_same({"attentions of least harm": ranked})
 

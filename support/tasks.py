@@ -188,14 +188,14 @@ def read_task(name, data_dir=None, num_fewshot=None, limit=None):
     for where, record in (read_split(name, task.examples, data_dir) or []) if shots else []:
         contexts, continuations, _, gold, group = parse(task, where, record)
         examples.setdefault(group, []).append(contexts[gold] + continuations[gold] + "\n\n")
+    parsed = [(where, parse(task, where, record)) for where, record in lines[:limit]]
     if num_fewshot is None:
-        shots = min(shots, min(map(len, examples.values()), default=0))
+        shots = min(shots, *(len(examples.get(group, [])) for _, (*_, group) in parsed))
     elif shots and not examples:
         print(f"{name}: without {task.examples}.jsonl no examples precede its questions", file=sys.stderr)
         shots = 0
     questions = []
-    for i, (where, record) in enumerate(lines[:limit]):
-        contexts, *rest, group = parse(task, where, record)
+    for i, (where, (contexts, *rest, group)) in enumerate(parsed):
         group_examples = examples.get(group, [])
         if len(group_examples) < shots:
             raise InputError(f"{where}: {shots} examples are asked for, but {task.examples}.jsonl has"

@@ -78,6 +78,23 @@ def question_files(tmp_path):
     return tmp_path / "data"
 
 
+def test_examples_by_default_are_as_many_as_every_group_has(question_files):
+    """mmlu's are of a question's own subject, and one subject may have none."""
+    questions, shots = read_task("mmlu", question_files)
+    assert shots == 2 and questions[0].contexts[0].count("Answer:") == 3
+    dev = question_files / "mmlu" / "dev.jsonl"
+    subject = json.loads(dev.read_text().splitlines()[0])["subject"]
+    dev.write_text("".join(line for line in dev.read_text().splitlines(keepends=True)
+                           if json.loads(line)["subject"] != subject))
+    questions, shots = read_task("mmlu", question_files)
+    assert shots == 0 and questions[0].contexts[0].count("Answer:") == 1
+
+
+def test_last_counts_without_tasks_too(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--last", "5"])
+    assert evaluation.parse_arguments().last == 5
+
+
 def questions_of(folder, name, shots=0, limit=None):
     return read_task(name, folder, shots, limit)[0]
 
@@ -414,9 +431,14 @@ def test_finished_tasks_are_kept(tiny, question_files, call, tmp_path, monkeypat
     (["--tasks", "rte", "--capacity", 0.5], ["--routers"]),
     (["--tasks", "rte", "--static", 9], ["--static", "4 layers"]),
     (["--text", "nothing.txt"], ["nothing.txt"]), (["--text", "x.txt", "--piece", 64], ["--piece"]),
+    (["--data-dir", 300 * "a"], ["arc_challenge", "aaaa"]),
+    (["--tasks", "rte", "--static", 1, "--static-data", "{short}"], ["--static-data", "no sample"]),
 ])
 def test_bad_flags(flags, words, tiny, question_files, call):
     flags = flags if "--data-dir" in flags or "--text" in flags else [*flags, "--data-dir", question_files]
+    if "{short}" in flags:                                      # too short to leave an answer
+        (question_files / "short.txt").write_text("Hello.")
+        flags[flags.index("{short}")] = question_files / "short.txt"
     status, said = call(evaluation.main, "--model", tiny, *flags)
     assert status in (1, 2) and is_one_sentence(said) and all(word in said for word in words), said
 
