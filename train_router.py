@@ -232,7 +232,7 @@ def make_recipe(args, n_samples, model):
     return recipe
 
 
-def check(args, n_layer):
+def check_capacity(args, n_layer):
     """Refuse an impossible capacity before the tuning."""
     n_free = n_layer - len(parse_layers(args.layers, n_layer))
     if not 0 < args.capacity <= 1:
@@ -302,7 +302,7 @@ def main():
     model = Llama.from_pretrained(args.model, "cpu" if args.shard else device, dtype)
     for whole in model.embed, model.norm, model.head:          # with --shard the layers follow below
         whole.to(device)
-    check(args, model.config.n_layer)
+    check_capacity(args, model.config.n_layer)
     train_set, test_set = read_data(args, tok, model.config.max_context)
     recipe = make_recipe(args, len(train_set), model)
     path = Path(args.out) / "routers.safetensors"
