@@ -125,10 +125,10 @@ def calibrate(model, samples, own_ids, capacity, tokens):
                 logit = float(np.interp(capacity, [known[high], known[low]], [high, low]))
             if logit in exact:
                 break
-            bar.total += size(full) if attempt or subset is full else 0
+            bar.total += size(full) if attempt else 0
             exact[logit] = measure(logit, full)
-            for end in low, high:
-                estimates.pop(end, None)
+            for relied_on in low, high:
+                estimates.pop(relied_on, None)
     set_threshold(nearest())
     if abs(exact[nearest()] - capacity) > 0.02:
         print(f"calibration: capacity is {exact[nearest()]:.3f}, not {capacity}: no threshold was found that"

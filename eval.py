@@ -262,7 +262,7 @@ def parse_arguments():
     p.add_argument("--last", type=count, help="only so many samples at the end of --text")
     p.add_argument("--limit", type=count, help="only so many lines at the beginning of each task")
     p.add_argument("--num-fewshot", type=number(int, 0),
-                   help="examples before each question (default: the paper's)")
+                   help="examples before each question (default: the paper's, or what is there)")
     p.add_argument("--static", type=numbers(int, 1), default=[], metavar="N",
                    help="also without the N attentions whose removal does least harm; one N or several."
                         " To choose them takes minutes on a CPU")

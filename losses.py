@@ -9,8 +9,8 @@ LOSSES has the losses by name: functions (log_q, targets, log_p) -> one number p
 model's log-probabilities log_q (n, V), the next tokens (n,) and the dense model's log-probabilities log_p (n,
 V), or None where the loss does not ask for them.
 
-A Batch (support/data.py) has token ids idx (B, T), lengths and prompt_lengths (B,), a mask `scored` (B, T) of
-the tokens whose next one is learned from, part of an answer, and `targets` (N,), those next ones.
+A Batch (support/batches.py) has token ids idx (B, T), lengths and prompt_lengths (B,), a mask `scored` (B, T)
+of the tokens whose next one is learned from, part of an answer, and `targets` (N,), those next ones.
 """
 import torch
 import torch.nn.functional as F

@@ -117,7 +117,7 @@ ONLY_BIASES = replace(DEFAULT, lr=0.02)
 RECIPES = {"paper": PAPER, "default": DEFAULT}
 
 
-def default_for(granularity, loss, train, method=None):
+def default_for(granularity, loss, train, method):
     """DEFAULT, or the form of it for this granularity and these values."""
     if method in (None, "harm") and can_measure_harm(granularity, loss, train):
         return BY_HARM

@@ -187,7 +187,7 @@ class Variant:
         with stepper(model, cache, self.batch) as step:
             token = steps(step, token, 0, UNTIMED)
             for skip in mindskips(model).values():
-                if skip.scope == "token":          # capacity is that of the timed steps, not of the prompt
+                if skip.scope == "token":          # capacity is that of the steps, not of the prompt
                     skip.opened = skip.seen = 0
             seconds = self.time(lambda: steps(step, token, UNTIMED, STEPS))
         self.cache_bytes = cache.bytes()

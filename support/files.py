@@ -157,11 +157,11 @@ def check_destinations(*paths):
             try:
                 try_to_write(os.path.realpath(path))
             except OSError as e:
-                raise InputError(f"{path}: cannot be written ({e.strerror}); name another place") from None
+                raise InputError(f"{path}: cannot be written ({reason(e)}); name another place") from None
 
 
 def try_to_write(path):
-    """Nothing, or the OSError that weights.write_file would meet; leaves nothing behind."""
+    """Nothing, or the OSError that write_file would meet; leaves nothing behind."""
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
     if os.path.exists(path) and not os.path.isfile(path):                      # a device or a pipe

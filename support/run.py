@@ -128,7 +128,7 @@ class Run:
         return file
 
     def remove_temporaries(self):
-        """What killed runs left of the files that they were writing, see weights.write_file."""
+        """What killed runs left of the files that they were writing, see files.write_file."""
         if not parallel.is_first():                  # it alone has the lock
             return
         for pattern in (*(f".{name}.*.tmp" for name in FILES), "model/.*.tmp"):

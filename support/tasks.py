@@ -175,7 +175,8 @@ def read_task(name, data_dir=None, num_fewshot=None, limit=None):
     """The questions of a task, and how many examples precede each.
 
     data_dir: a folder with <task>/<split>.jsonl, None: the hub; num_fewshot: None: the paper's number, or
-    what is there; limit: only so many lines. InputError names what is missing or wrong, and where.
+    as many as there are for every question; limit: only so many lines. InputError names what is missing or
+    wrong, and where.
     """
     task = TASKS[name]
     lines = read_split(name, task.split, data_dir)

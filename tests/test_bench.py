@@ -168,10 +168,10 @@ def test_the_share_of_peak_is_of_bytes_that_were_counted(granularity, batch, sha
     """A captured step with gates reads more than the eager one, but for one sequence with its own gates."""
     args = SimpleNamespace(device=torch.device("cuda"), bandwidth=40.0)
     variant = SimpleNamespace(args=args, phase="decode", batch=batch, granularity=granularity,
-                              work=SimpleNamespace(bytes=bench.STEPS * 20))
-    assert bench.Variant.share_of_peak(variant, 2.0) == share
+                              work=SimpleNamespace(bytes=timing.STEPS * 20))
+    assert timing.Variant.share_of_peak(variant, 2.0) == share
     args.device = torch.device("cpu")
-    assert bench.Variant.share_of_peak(variant, 2.0) == 0.25
+    assert timing.Variant.share_of_peak(variant, 2.0) == 0.25
 
 
 def test_random_model_runs(tmp_path):

@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import open_keys
 import skipping
-from bench import Removed
 from model import Cache, Config, Llama, rotate, swiglu
 from router import GRANULARITIES, add_routers, capacity, close_all, dense, mindskips, trace
 from support import cuda, graph
 from support.attention import store
 from support.cuda import plain_kernels
 from support.kernels import logit
+from timing import Removed
 
 
 def replay_eagerly(monkeypatch, noted=id):

@@ -312,7 +312,7 @@ def test_calibration_opens_or_closes_even_gates_of_extreme_scores(asked, calibra
     assert table[threshold] == 0.5
 
 
-def test_a_curve_is_moved_to_what_all_texts_give():
+def test_a_curve_is_shifted_to_what_all_texts_give():
     """By as many spreads everywhere; where all gates are open, or closed, they stay so."""
     curve = shifted({1.0: 0.5, 0.25: 0.55, 0: 0.6, -1.0: 1.0}, 0.61, least=0.5)        # shares 0, 0.1, 0.2, 1
     assert curve[1.0] == 0.5 and curve[-1.0] == 1.0 and curve[0] == pytest.approx(0.61)
@@ -345,7 +345,7 @@ def test_calibration_tells_which_threshold_gives_a_capacity(granularity, tiny, s
         assert best[1] == pytest.approx(sum(shares) / 2, abs=1e-3)
 
         sources = calibration_batches(False, samples[:24], text, 800)
-        for threshold, capacity in table:                # of a quarter, moved, and what all texts have
+        for threshold, capacity in table:                # of a quarter, shifted, and what all texts have
             for gate in mindskips(model).values():
                 gate.threshold = threshold
             of_all = sum(measured_capacity(model, batches, start) for batches, start in sources) / 2
