@@ -313,7 +313,7 @@ def main():
 
     if tasks:
         print(f"{'task':14}{'n':>6}{'shots':>6} {'variant':12}{'metric':>9}{'score':>7}{'s.e.':>6}"
-              f"{'difference':>9}{'95 %':>7}{'changed':>9}{'KL':>9}{'capacity':>9}{'routed':>8}"
+              f"{'diff.':>9}{'95 %':>7}{'changed':>9}{'KL':>10}{'capacity':>9}{'routed':>8}"
               f"{'seconds':>9}")
     for name, (questions, shots) in tasks.items():
         tokens += run_task(name, questions, shots, setters, results, model, tok, args)

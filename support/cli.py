@@ -73,9 +73,11 @@ def parse_layers(spec, n_layer):
     """The layers that "all", "last:16", "2-29", "3,5,9" or "0,4-7" name, sorted. InputError if none."""
     layers = set()
     try:
-        for part in str(spec).replace("all", f"0-{n_layer - 1}").split(","):
+        for part in str(spec).split(","):
             first, dash, last = part.partition("-")
-            if part.startswith("last:"):
+            if part == "all":
+                first, dash, last = 0, "-", n_layer - 1
+            elif part.startswith("last:"):
                 first, dash, last = n_layer - int(part[5:]), "-", n_layer - 1
             first, last = int(first), int(last if dash else first)
             if not 0 <= first <= last < n_layer:

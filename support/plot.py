@@ -111,7 +111,7 @@ def plain(name):
 
 def save_figure(figure, path, dpi=120):
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=dpi)
+    figure.savefig(picture, format="png", dpi=dpi)
     write_file(path, picture.getvalue())
 
 

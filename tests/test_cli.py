@@ -160,6 +160,12 @@ def test_layers_that_are_none(spec):
         parse_layers(spec, 4)
 
 
+@pytest.mark.parametrize("spec", ["3all", "all3", "1-all"])
+def test_all_layers_is_a_word_of_its_own(spec):
+    with pytest.raises(InputError, match="^layers"):
+        parse_layers(spec, 40)
+
+
 @pytest.mark.parametrize("loss", [0, 2.5, 17.9, 18, 700, 1e4, 1e6])
 def test_perplexity(loss):
     text = perplexity(loss)
