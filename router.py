@@ -132,6 +132,8 @@ class MindSkip(nn.Module):
             return skipping.run_captured(self, x, ctx)
         if ctx.decoding and self.scope == "sequence":
             return skipping.run_rows(self, x, ctx, ctx.cache.routing["open rows"][self])
+        if ctx.decoding and h is None and self.is_single(x):
+            return skipping.run_single(self, x, ctx)
         h = self.norm(x) if h is None else h
         score = recomputed(self.score, h, ctx)                           # (B,), or (B, T) at token level
         is_open = score >= self.threshold
@@ -145,9 +147,15 @@ class MindSkip(nn.Module):
             return self.router.merge(self, x, y, score, is_open) if self.merges else y
         return skipping.run_sequences(self, x, ctx, h, is_open)
 
-    def norm(self, x):
-        """The sublayer's normalized input."""
-        return (self.attn or self.sublayer).norm(x)
+    @property
+    def norm(self):
+        """What normalizes the sublayer's input."""
+        return (self.attn or self.sublayer).norm
+
+    def is_single(self, x):
+        """Whether skipping.run_single serves for a step's x (B, 1, C): the linear router, one row, a CPU."""
+        is_linear = type(self.router) is LinearRouter and self.kv == "all"
+        return is_linear and len(x) == 1 and x.device.type == "cpu"
 
     def score(self, h, ctx):
         """How much the sublayer is wanted, 0 to 1, float32: (B,) or (B, T); h = norm(x), (B, T, C)."""

@@ -4,6 +4,7 @@
     run_tokens    one gate per token, kv="all": closed tokens have a key and a value, and nothing else
     run_all       the same of a short prompt on CUDA, where computing all takes less time than waiting
     run_step      the same, generating: with half of the rows open or more, attention is computed for all
+    run_single    the same of one row on a CPU, with as few operations as there can be
     run_captured  a step of generation in a CUDA graph, which asks the host nothing
 
 One gate per token with kv="open" is in open_keys.py.
@@ -12,10 +13,12 @@ One gate per token with kv="open" is in open_keys.py.
 a running generation has to know of earlier tokens is kept in its cache, in cache.routing[name][skip]:
 
     open rows     indices, on the host, of the rows whose prompt opened the gate
-    waiting       [(h, ctx)] of the steps whose keys and values wait
+    waiting       [(x, ctx)] of the steps whose keys and values wait
+    logit         of run_single: the function that logit_of_token gives
     open keys     an OpenKeys (open_keys.py)
     is open, decisions, n open      of a captured step, on the device: see run_captured, next_slot
 """
+import math
 from dataclasses import replace
 
 import torch
@@ -23,6 +26,7 @@ import torch
 from model import merge_heads, rotate, split_heads
 from support.attention import additive_mask, attention_of_some
 from support.cuda import fused, is_asynchronous, only_for, to_device, to_host
+from support.kernels import logit_of_token
 
 WAITING = 32        # steps of generation whose keys and values may wait
 MOSTLY_OPEN = 0.5   # open share of a step's rows from which all are computed: weights are read once for all
@@ -120,18 +124,41 @@ def run_step(skip, x, ctx, h, is_open):
         return run_rows(skip, x, ctx, open_indices(decided), h)
     waiting = ctx.cache.routing["waiting"].setdefault(skip, [])
     if n_open == 0:
-        waiting.append((h, ctx))
-        if len(waiting) == WAITING:
-            store_waiting(attn, waiting)
+        wait(attn, waiting, x, ctx)
         return x
     if n_open >= MOSTLY_OPEN * n_rows:
-        h, ctx = with_waiting(waiting, h, ctx)
+        if waiting:
+            h, ctx = with_waiting(attn, waiting, x, ctx)
         y = skip.sublayer(x, ctx, h)
         return y if n_open == n_rows else torch.where(is_open[..., None], y, x)
     if waiting:
         store_waiting(attn, waiting)
     at, counts = open_tokens(decided[:, None], ctx.host_lengths)
     return run_gathered(skip, x, ctx, h, at, counts, keys_values(attn, h, ctx))
+
+
+def run_single(skip, x, ctx):
+    """The same of one row on a CPU, where each operation, however small, takes time: the score is of two dot
+    products, the host decides, and norm(x) is computed only if the gate is open."""
+    attn, routing = skip.attn, ctx.cache.routing
+    if skip not in routing["logit"]:
+        routing["logit"][skip] = logit_of_token(skip.norm, skip.router.weight, skip.router.bias)
+        routing["waiting"][skip] = []
+    score = 0.5 + 0.5 * math.tanh(routing["logit"][skip](x) / 2)         # sigmoid, without overflow
+    if skip.override:
+        score = skip.override(torch.tensor([[score]]), ctx).item()
+    is_open = score >= skip.threshold
+    if skip.trace is not None:
+        skip.trace.append(torch.tensor([[is_open]]))
+    skip.count(int(is_open), ctx)
+    waiting, h = routing["waiting"][skip], None
+    if not is_open:
+        if attn:
+            wait(attn, waiting, x, ctx)
+        return x
+    if waiting:
+        h, ctx = with_waiting(attn, waiting, x, ctx)
+    return skip.sublayer(x, ctx, h)
 
 
 def run_gathered(skip, x, ctx, h, on_host, counts, kv):
@@ -181,24 +208,31 @@ def rotate_some(q, cos, sin, at):
 
 # A step of generation in which no token is open lets its keys and values wait in the cache: what waits is
 # computed in one product, with those of the next step that has open tokens, or when there are WAITING.
-def with_waiting(waiting, h, ctx):
-    """A step's (h, ctx), joined with those that wait: h (B, n, C) of all, the step's own last, and a Context
+def with_waiting(attn, waiting, x, ctx):
+    """A step, joined with those that wait: h = norm(x) (B, n, C) of all, the step's own last, and a Context
     with all their angles. Then nothing waits."""
-    if not waiting:
-        return h, ctx
-    steps, angles = [*waiting, (h, ctx)], {}
+    steps, angles = [*waiting, (x, ctx)], {}
     waiting.clear()
-    h = torch.cat([step_h for step_h, _ in steps], 1)
+    x = torch.cat([step_x for step_x, _ in steps], 1)
     for name in "cos", "sin":
-        angle_of_steps = [getattr(step_ctx, name).expand(len(h), 1, 1, -1) for _, step_ctx in steps]
-        angles[name] = torch.cat(angle_of_steps, 2)                                     # (B, 1, n, D)
-    return h, replace(ctx, **angles)
+        of_steps = [getattr(step_ctx, name) for _, step_ctx in steps]         # (1, D), or (B, 1, 1, D)
+        if of_steps[-1].dim() == 4:                                           # as earlier ones need not be
+            of_steps = [angles_of_step.expand(len(x), 1, 1, -1) for angles_of_step in of_steps]
+        angles[name] = torch.cat(of_steps, -2)
+    return attn.norm(x), replace(ctx, **angles)
+
+
+def wait(attn, waiting, x, ctx):
+    """Let a step's keys and values wait."""
+    waiting.append((x, ctx))
+    if len(waiting) == WAITING:
+        store_waiting(attn, waiting)
 
 
 def store_waiting(attn, waiting):
     """Compute and store the keys and values that wait."""
     last = waiting.pop()
-    keys_values(attn, *with_waiting(waiting, *last))
+    keys_values(attn, *with_waiting(attn, waiting, *last))
 
 
 # ------------------------------------------------------------------------------------------ a captured step

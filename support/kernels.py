@@ -4,6 +4,7 @@
     Linear, linear            F.linear
     rms_norm                  F.rms_norm
     logit, first_mean         a few calls, which stand there
+    logit_of_token            logit(norm(x), ...)
     recomputed(f, ...)        f(...)
 
 What is gained on CUDA: support/triton_kernels.py tells. On CPUs: oneDNN multiplies single tokens, and by wide
@@ -150,4 +151,20 @@ def rms_norm(x, weight, eps):
         return kernels.rms_norm(x, weight, eps)
     if x.is_cuda:                            # where PyTorch's kernel keeps one number per token for backward
         return F.rms_norm(x, weight.shape, weight, eps)
+    if x.numel() == x.shape[-1] and x.dtype != torch.float64 and not torch.is_grad_enabled():
+        return (x.float() / root_mean_square(x, eps) * weight).to(x.dtype)       # 5 operations for 10
     return recomputed(F.rms_norm, x, weight.shape, weight, eps)
+
+
+def root_mean_square(x, eps):
+    """sqrt(mean(x^2) + eps) of one token on a CPU, a number; x (..., C), C numbers in all."""
+    x = x.flatten().float()
+    return math.sqrt(x.dot(x).item() / len(x) + eps)
+
+
+def logit_of_token(norm, weight, bias=None):
+    """A function of one token x (1, 1, C) on a CPU: the number logit(norm(x), weight, bias). With the norm's
+    weight v, w . (v x / rms) is (w v) . x / rms: norm(x) itself is not needed."""
+    folded = (weight * norm.weight.float()).flatten().detach()
+    offset = 0.0 if bias is None else bias.item()
+    return lambda x: folded.dot(x.flatten().float()).item() / root_mean_square(x, norm.eps) + offset

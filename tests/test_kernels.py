@@ -8,9 +8,9 @@ from conftest import bound
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import Llama
+from model import Llama, RMSNorm
 from support.attention import additive_mask, attention, attention_of_some
-from support.kernels import ONEDNN, Linear, packed_weights
+from support.kernels import ONEDNN, Linear, logit_of_token, packed_weights
 
 PACKS = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -81,6 +81,22 @@ def test_products_in_float32_have_their_gradients(n_out, T, suits_onednn, trains
     if "weight" in trains:
         exact = up.double().flatten(0, 1).T @ x.double().flatten(0, 1)
         assert (layer.weight.grad - exact).abs().max() < bound(layer.weight.grad, 4 * T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_norm_and_logit_of_one_token_against_float64(has_bias, dtype):
+    norm = RMSNorm(96, 1e-2).to(dtype)
+    norm.weight.data.normal_()
+    x, weight, bias = torch.randn(1, 1, 96).to(dtype), torch.randn(1, 96), torch.randn(1) * has_bias
+    with torch.no_grad():
+        exact = x.double() / (x.double().square().mean() + 1e-2).sqrt() * norm.weight.double()
+        y = norm(x)
+        logit = logit_of_token(norm, weight, bias if has_bias else None)(x)
+    assert y.dtype == dtype
+    assert torch.allclose(y.double(), exact, rtol=4 * torch.finfo(dtype).eps)
+    expected = weight.double() @ exact.flatten() + bias
+    assert logit == pytest.approx(float(expected), abs=1e-5)
 
 
 @pytest.mark.skipif(not PACKS, reason="oneDNN computes no bfloat16 here")

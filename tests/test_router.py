@@ -5,6 +5,7 @@ from conftest import bound, in_float64, is_one_sentence, write_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import router
@@ -285,6 +286,41 @@ def test_keys_and_values_of_closed_steps_wait(granularity, tiny, monkeypatch):
     model.generate(idx[:1], 14, on_token=lambda _: decisions.append(len(decisions) in (2, 4, 11)))
     # steps 0 1 wait, 2 opens, 3 waits, 4 opens, 5 to 9 are computed when there are five, 10 waits, 11 opens
     assert products == [idx.shape[1], 3, 2, 5, 2]
+
+
+class Calls(TorchDispatchMode):
+    """Counts PyTorch's operations, but for views."""
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        self.n += not call.is_view
+        return call(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", "block_token"])
+def test_a_step_of_one_row_decides_as_any_step_with_few_operations(granularity, tiny, monkeypatch):
+    model, idx = routed(tiny, granularity, bias=0.1), tokens(B=1)
+
+    def run():
+        with trace(model) as decisions:
+            out = model.generate(idx, 20)
+        steps = torch.tensor([[bool(step) for step in steps[1:]] for steps in decisions.values()])
+        assert 0 < steps.float().mean() < 1
+        return out, steps, capacity(model)
+    single = run()
+    with monkeypatch.context() as patched:
+        patched.setattr(MindSkip, "is_single", lambda skip, x: False)
+        for mine, plain in zip(single, run()):
+            assert torch.equal(torch.as_tensor(mine), torch.as_tensor(plain))
+    skip = mindskips(model)[1]
+    skip.threshold = 2.0
+    model.generate(idx, 2)
+    x, ctx = torch.randn(1, 1, 48), model.step_context(model.cache, [41], idx.device)
+    with torch.no_grad(), Calls() as calls:
+        assert skip(x, ctx) is x
+    assert calls.n <= 4                              # two products, read by the host
 
 
 @pytest.mark.parametrize("bias, gathered_from", [(0.0, 0), (100.0, 0), (0.0, 2**37)])
