@@ -300,6 +300,8 @@ def main():
         save(rows, args)
         show(these)
     print("\n~: within the spread of the measurements; 95 %: interval of the efficiency's median")
+    if args.routers:
+        print("capacity: of this text's gates; --capacity moves the threshold, as calibrated on other text")
     print(", ".join(f"{key} {value}" for key, value in machine(args).items() if key != "routers"))
 
 

@@ -18,7 +18,6 @@ import os
 import time
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -133,8 +132,7 @@ def make_variants(model, tok, args, device):
         for name, n in named("static", args.static).items():
             layers = ",".join(map(str, sorted(ranked[:n])))
             setters[name] = partial(static, layers)
-            print(f"{name}: the model without the attention of {layers}, the layers of least harm on"
-                  f" {args.static_data}")
+            print(f"{name}: the model without the attention of {layers}, of least harm on {args.static_data}")
     return setters
 
 
@@ -243,10 +241,17 @@ def run_text(path, samples, setters, results, model, args, device):
 
 
 def tasks_in(data_dir):
-    """The tasks that have a folder in data_dir, if it is given; if none has, all, which are then missed."""
-    if not data_dir:
-        return []
-    return [name for name in TASKS if os.path.isdir(Path(data_dir) / name)] or list(TASKS)
+    """The tasks that have a folder in data_dir. InputError where it cannot be read, or none has."""
+    try:
+        there = os.listdir(data_dir)
+    except OSError as e:
+        raise InputError(f"--data-dir {data_dir}: {e.strerror}; give a folder with <task>/<split>.jsonl") \
+            from None
+    names = [name for name in TASKS if name in there]
+    if not names:
+        raise InputError(f"--data-dir {data_dir}: has no folder of a task, <task>/<split>.jsonl; tasks are"
+                         f" {', '.join(TASKS)}")
+    return names
 
 
 def parse_arguments():
@@ -283,7 +288,8 @@ def parse_arguments():
         args.data_dir, args.text, args.last = str(QUESTIONS), str(DEFAULT_DATA), args.last or HELD_OUT
         print("No --tasks: a few questions written for this project, to see that all works. They are no"
               " benchmark.\n")
-    args.tasks = list(dict.fromkeys(args.tasks.split(","))) if args.tasks else tasks_in(args.data_dir)
+    there = tasks_in(args.data_dir) if args.data_dir else []
+    args.tasks = list(dict.fromkeys(args.tasks.split(","))) if args.tasks else there
     for name in args.tasks:
         if name not in TASKS:
             raise InputError(f"--tasks: there is no {name!r}; choose from {', '.join(TASKS)}")

@@ -136,12 +136,12 @@ def check_harm(args, recipe, router):
     is_linear = type(router).forward is LinearRouter.forward and router.bias is not None
     if not (is_linear and can_measure_harm(args.granularity, recipe.loss, recipe.train)):
         raise InputError("--method harm: only for linear gates at sequence level, with a bias, --loss kl and"
-                         " a frozen model; else add --method ramp")
+                         " a frozen model; else give --method ramp")
     for flag in "lr", "penalty", "clip":
         if getattr(args, flag) is not None:
-            raise InputError(f"--{flag}: --method harm takes no gradient, and has none; add --method ramp")
+            raise InputError(f"--{flag}: only where gradients are taken; leave it out, or give --method ramp")
     if args.init:
-        raise InputError("--init: --method harm fits routers afresh to what it measures; add --method ramp")
+        raise InputError("--init: --method harm fits routers afresh to what it measures; give --method ramp")
 
 
 def choose(name, granularity, **values):

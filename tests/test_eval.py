@@ -422,7 +422,9 @@ def test_finished_tasks_are_kept(tiny, question_files, call, tmp_path, monkeypat
 
 @pytest.mark.parametrize("flags, words", [
     (["--tasks", "piqa,quiz"], ["quiz", "winogrande"]),
-    (["--tasks", "piqa", "--data-dir", "nowhere"], ["piqa", "validation.jsonl", "nowhere"]),
+    (["--tasks", "piqa", "--data-dir", "nowhere"], ["--data-dir nowhere", "No such file"]),
+    (["--data-dir", "README.md"], ["--data-dir README.md", "Not a directory"]),
+    (["--data-dir", "docs"], ["--data-dir docs", "no folder of a task", "piqa"]),
     (["--tasks", "piqa", "--limit", -1], ["--limit", "-1"]),
     (["--tasks", "piqa", "--num-fewshot", -2], ["--num-fewshot"]),
     (["--tasks", "arc_challenge", "--num-fewshot", 40], ["40", "train.jsonl", "--num-fewshot"]),
@@ -431,7 +433,7 @@ def test_finished_tasks_are_kept(tiny, question_files, call, tmp_path, monkeypat
     (["--tasks", "rte", "--capacity", 0.5], ["--routers"]),
     (["--tasks", "rte", "--static", 9], ["--static", "4 layers"]),
     (["--text", "nothing.txt"], ["nothing.txt"]), (["--text", "x.txt", "--piece", 64], ["--piece"]),
-    (["--data-dir", 300 * "a"], ["arc_challenge", "aaaa"]),
+    (["--data-dir", 300 * "a"], ["--data-dir aaaa", "too long"]),
     (["--tasks", "rte", "--static", 1, "--static-data", "{short}"], ["--static-data", "no sample"]),
 ])
 def test_bad_flags(flags, words, tiny, question_files, call):
