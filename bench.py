@@ -76,9 +76,10 @@ def compare(model, args, phase, batch, context):
     variants = make_variants(model, args, phase, batch, context)
     for round_ in range(args.rounds + 2):
         for v in variants:
-            seconds = v.run()
+            seconds = v.run(round_)
             if round_ > 1:                   # the first counts the work, the second warms up
                 v.times.append(seconds)
+                v.ran.append((v.capacity, v.share))
     dense = variants[0].times
     none = {v.granularity: v.times for v in variants if v.name == "none"}
     rows = []
@@ -86,6 +87,8 @@ def compare(model, args, phase, batch, context):
         if args.device.type == "cpu" and v.name != "transformers":
             v.peak = peak_in_child(args, phase, batch, context, i)
         seconds = statistics.median(v.times)
+        if v.share is not None:
+            v.capacity, v.share = (statistics.fmean(values) for values in zip(*v.ran))
         speedups = [d / t for d, t in zip(dense, v.times)]               # each within one round
         low, _, high = statistics.quantiles(speedups if i else v.times, n=4)
         row = dict.fromkeys(FIELDS) | {
@@ -291,6 +294,7 @@ def main():
         ids = [i for s in samples for i in s.ids]
     else:
         ids = torch.randint(0, config.vocab_size, (n,)).tolist()
+    n = max(n, len(ids) // max(args.context) * max(args.context))
     args.text = torch.tensor((ids * (n // len(ids) + 1))[:n], device=args.device).view(-1, max(args.context))
     args.bandwidth, args.flops = rates(args.device, args.dtype)
     rows = []
@@ -301,7 +305,7 @@ def main():
         show(these)
     print("\n~: within the spread of the measurements; 95 %: interval of the efficiency's median")
     if args.routers:
-        print("capacity: of this text's gates; --capacity moves the threshold, as calibrated on other text")
+        print("capacity: mean of a text per round; --capacity moves the threshold as calibrated on others")
     print(", ".join(f"{key} {value}" for key, value in machine(args).items() if key != "routers"))
 
 

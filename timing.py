@@ -93,11 +93,12 @@ class Variant:
     def __init__(self, model, args, phase, name, batch, context, granularity=None, asked=None):
         self.model, self.args, self.phase, self.name = model, args, phase, name
         self.batch, self.context, self.granularity, self.asked = batch, context, granularity, asked
-        self.idx = args.text[:batch, :context]                           # (B, T)
         self.times, self.cache_bytes, self.peak, self.work = [], None, None, None
         self.capacity = self.share = None       # overall and routed, as found in the run
+        self.ran = []                           # these two of each measurement
 
-    def run(self):
+    def run(self, round_=0):
+        self.choose_text(round_)
         model, cuda = self.model, self.args.device.type == "cuda"
         remove_routers(model)
         model.requires_grad_(False).eval()
@@ -131,6 +132,12 @@ class Variant:
         if cuda:
             self.peak = torch.cuda.max_memory_allocated() - getattr(self.args, "their_bytes", 0)
         return seconds
+
+    def choose_text(self, round_):
+        """Each round has texts of its own, (B, T), as far as there are: what routers open depends on them."""
+        text = self.args.text
+        first = round_ * self.batch % (len(text) - self.batch + 1)
+        self.idx = text[first:first + self.batch, :self.context]
 
     def share_of_peak(self, seconds):
         """Of the machine's bandwidth in decoding, else of its operations. None where gates are data of a CUDA
@@ -237,7 +244,8 @@ class Transformers(Variant):
                 args.theirs = AutoModelForCausalLM.from_config(config, dtype=args.dtype).eval()
             args.their_bytes = sum(parameter.nbytes for parameter in args.theirs.parameters())
 
-    def run(self):
+    def run(self, round_=0):
+        self.choose_text(round_)
         return getattr(self, self.phase)()
 
     @torch.no_grad()

@@ -107,6 +107,25 @@ def test_decoding_tells_the_capacity_of_what_was_timed(tiny, call, router_file, 
     assert status == 0 and capacities == {"prefill": 1, "decode": 0.25}            # a layer has no router
 
 
+def test_each_round_has_texts_of_its_own_and_capacity_is_their_mean(tiny, call, router_file, tmp_path,
+                                                                   monkeypatch):
+    ran, first_token = {}, timing.Variant.first_token
+
+    def noted(variant, cache):
+        logits = first_token(variant, cache)
+        if variant.name == "routed":
+            ran.setdefault(tuple(variant.idx.flatten().tolist()), []).append(capacity(variant.model))
+        return logits
+    monkeypatch.setattr(timing.Variant, "first_token", noted)
+    monkeypatch.setattr(bench, "peak_in_child", lambda *_: None)
+    call(bench.main, "--model", tiny, "--phase", "prefill", "--context", 40, "--batch", 2, "--rounds", 3,
+         "--routers", router_file("attn_token"), "--json", tmp_path / "b.json")
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    routed, = (row for row in rows if row["variant"] == "routed")
+    timed = [share for text, (share,) in ran.items()][2:]
+    assert len(ran) == 5 and len({*timed}) > 1 and routed["capacity"] == pytest.approx(sum(timed) / 3)
+
+
 def test_a_child_that_is_killed_costs_no_more_than_its_figure(monkeypatch):
     def submit(*args):
         raise BrokenProcessPool
