@@ -9,10 +9,12 @@ All variants run in turns, round after round, in one process, and medians are co
 closed: what it takes cannot be skipped, so the limit at routed capacity c is t_dense / (t_none + c (t_dense -
 t_none)), and the efficiency of skipping is the measured speedup over that limit. Without --routers the open
 gates are drawn at random, exactly as many as the capacity asks for; the routers' scores are computed all the
-same. `of peak` is, for decode, the bytes of the weights, keys and values that a step reads over its time, as
-a share of the memory bandwidth of a large copy or sum; else the products' operations over time, as a share of
-the rate of one large product; both are measured at the start. Peak memory counts the weights; on a CPU each
-variant is run once more for it, in a process of its own. timing.py runs and times a variant.
+same. With --routers each round reads texts of its own, and capacity is the mean. `of peak` is, for decode,
+the bytes of the weights, keys and values that a step reads over its time, as a share of the memory bandwidth
+of a large copy or sum; else the products' operations over time, as a share of the rate of one large product;
+both are measured at the start, and bytes and operations are those of the first round. Peak memory counts the
+weights; on a CPU each variant is run once more for it, in a process of its own. timing.py runs and times a
+variant.
 """
 from support.script import run_script  # isort: skip (before torch, see there)
 
@@ -79,7 +81,7 @@ def compare(model, args, phase, batch, context):
             seconds = v.run(round_)
             if round_ > 1:                   # the first counts the work, the second warms up
                 v.times.append(seconds)
-                v.ran.append((v.capacity, v.share))
+                v.ran.append((v.capacity, v.share, v.cache_bytes))
     dense = variants[0].times
     none = {v.granularity: v.times for v in variants if v.name == "none"}
     rows = []
@@ -87,8 +89,8 @@ def compare(model, args, phase, batch, context):
         if args.device.type == "cpu" and v.name != "transformers":
             v.peak = peak_in_child(args, phase, batch, context, i)
         seconds = statistics.median(v.times)
-        if v.share is not None:
-            v.capacity, v.share = (statistics.fmean(values) for values in zip(*v.ran))
+        if v.share is not None and v.cache_bytes is not None:            # as in prefill and decode
+            v.capacity, v.share, v.cache_bytes = (statistics.fmean(values) for values in zip(*v.ran))
         speedups = [d / t for d, t in zip(dense, v.times)]               # each within one round
         low, _, high = statistics.quantiles(speedups if i else v.times, n=4)
         row = dict.fromkeys(FIELDS) | {
@@ -98,7 +100,8 @@ def compare(model, args, phase, batch, context):
             "peak_bytes": v.peak, "cache_bytes": v.cache_bytes, "interval": None,
             "spread": (high - low) / (1 if i else seconds)}
         if v.name == "routed":
-            least = [n + v.share * (d - n) for d, n in zip(dense, none[v.granularity])]
+            shares = [share for _, share, _ in v.ran]
+            least = [n + c * (d - n) for d, n, c in zip(dense, none[v.granularity], shares)]
             row["limit"] = statistics.median(d / t for d, t in zip(dense, least))
             row["efficiency"] = row["speedup"] / row["limit"]
             row["interval"] = interval([best / t for best, t in zip(least, v.times)])
@@ -305,7 +308,7 @@ def main():
         show(these)
     print("\n~: within the spread of the measurements; 95 %: interval of the efficiency's median")
     if args.routers:
-        print("capacity: mean of a text per round; --capacity moves the threshold as calibrated on others")
+        print("capacity: mean over the rounds' texts; what --capacity asks for was calibrated on other text")
     print(", ".join(f"{key} {value}" for key, value in machine(args).items() if key != "routers"))
 
 

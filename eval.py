@@ -243,7 +243,7 @@ def run_text(path, samples, setters, results, model, args, device):
 def tasks_in(data_dir):
     """The tasks that have a folder in data_dir. InputError where it cannot be read, or none has."""
     try:
-        there = os.listdir(data_dir)
+        there = [entry.name for entry in os.scandir(data_dir) if entry.is_dir()]
     except OSError as e:
         raise InputError(f"--data-dir {data_dir}: {e.strerror}; give a folder with <task>/<split>.jsonl") \
             from None

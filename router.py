@@ -72,6 +72,7 @@ class LinearRouter(nn.Linear):
 #   __init__(n_embd, scope, pool), and the attribute pool
 #   pooled(h, ctx)       what it reads of h = norm(x) (B, T, C): (B, T, ...), at sequence level (B, ...)
 #   forward(read)        the logit of the score, (..., 1)
+# (LinearRouter itself, but no subclass, is asked by skipping.run_single in place of these where it serves)
 # and may have
 #   attach(sublayer)     called once, for parameters whose shapes depend on the sublayer
 #   merge(skip, x, y, score, is_open)    at token level: the residual stream (B, T, C) after the gate, from x
@@ -153,9 +154,10 @@ class MindSkip(nn.Module):
         return (self.attn or self.sublayer).norm
 
     def is_single(self, x):
-        """Whether skipping.run_single serves for a step's x (B, 1, C): the linear router, one row, a CPU."""
-        is_linear = type(self.router) is LinearRouter and self.kv == "all"
-        return is_linear and len(x) == 1 and x.device.type == "cpu"
+        """Whether skipping.run_single serves for a step's x (B, 1, C): inference of one row on a CPU, by the
+        linear router, with keys of all tokens."""
+        is_plain = type(self.router) is LinearRouter and self.kv == "all" and not self.training
+        return is_plain and len(x) == 1 and x.device.type == "cpu"
 
     def score(self, h, ctx):
         """How much the sublayer is wanted, 0 to 1, float32: (B,) or (B, T); h = norm(x), (B, T, C)."""

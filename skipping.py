@@ -139,11 +139,11 @@ def run_step(skip, x, ctx, h, is_open):
 
 def run_single(skip, x, ctx):
     """The same of one row on a CPU, where each operation, however small, takes time: the score is of two dot
-    products, the host decides, and norm(x) is computed only if the gate is open."""
+    products, the host decides, and norm(x) is not asked for where the gate is closed."""
     attn, routing = skip.attn, ctx.cache.routing
+    waiting, h = routing["waiting"].setdefault(skip, []), None
     if skip not in routing["logit"]:
         routing["logit"][skip] = logit_of_token(skip.norm, skip.router.weight, skip.router.bias)
-        routing["waiting"][skip] = []
     score = 0.5 + 0.5 * math.tanh(routing["logit"][skip](x) / 2)         # sigmoid, without overflow
     if skip.override:
         score = skip.override(torch.tensor([[score]]), ctx).item()
@@ -151,7 +151,6 @@ def run_single(skip, x, ctx):
     if skip.trace is not None:
         skip.trace.append(torch.tensor([[is_open]]))
     skip.count(int(is_open), ctx)
-    waiting, h = routing["waiting"][skip], None
     if not is_open:
         if attn:
             wait(attn, waiting, x, ctx)

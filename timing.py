@@ -1,4 +1,4 @@
-"""One way to run a model on one input, timed: a Variant of bench.py's comparison.
+"""One way to run a model, timed: a Variant of bench.py's comparison.
 
 Its gates are those of a router file on real text, or drawn at random: then exactly as many are open as the
 capacity asks for, and the routers' scores are computed all the same.
@@ -86,7 +86,8 @@ class Removed(torch.nn.Module):
 
 
 class Variant:
-    """One way to run the model on one input: `run()` does it once and returns its seconds. asked: the
+    """One way to run the model: `run(round_)` does it once, on the texts of that round, and returns its
+    seconds. asked: the
     capacity to run at (routed if gates are drawn at random, else overall), or the number of attentions to
     remove."""
 
@@ -95,7 +96,7 @@ class Variant:
         self.batch, self.context, self.granularity, self.asked = batch, context, granularity, asked
         self.times, self.cache_bytes, self.peak, self.work = [], None, None, None
         self.capacity = self.share = None       # overall and routed, as found in the run
-        self.ran = []                           # these two of each measurement
+        self.ran = []                           # of each measurement: these two, and cache_bytes
 
     def run(self, round_=0):
         self.choose_text(round_)
@@ -136,7 +137,7 @@ class Variant:
     def choose_text(self, round_):
         """Each round has texts of its own, (B, T), as far as there are: what routers open depends on them."""
         text = self.args.text
-        first = round_ * self.batch % (len(text) - self.batch + 1)
+        first = round_ % (len(text) // self.batch) * self.batch
         self.idx = text[first:first + self.batch, :self.context]
 
     def share_of_peak(self, seconds):

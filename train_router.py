@@ -285,7 +285,7 @@ def report(result, recipe, args):
         print(f"{name:8}{row['loss']:8.4f}{perplexity(row['loss']):>12}{row['kl']:13.4f}"
               f"{row['capacity']:18.3f}{row['routed_capacity']:8.3f}{row['answer_capacity']:12.3f}")
     if recipe.calibrates and abs(result["capacity"] - args.capacity) > 0.02:
-        print(f"--capacity {args.capacity} holds for training text and the model's own, not for all text")
+        print(f"--capacity {args.capacity} was calibrated on training text and text that the model wrote")
     print(f"\nhow often each layer's {args.granularity.split('_')[0]} ran")
     for layer, share in result["keep"].items():
         print(f"{layer:4d} {'█' * round(40 * share):40} {share:.3f}")

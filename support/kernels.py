@@ -152,13 +152,14 @@ def rms_norm(x, weight, eps):
     if x.is_cuda:                            # where PyTorch's kernel keeps one number per token for backward
         return F.rms_norm(x, weight.shape, weight, eps)
     if x.numel() == x.shape[-1] and x.dtype != torch.float64 and not torch.is_grad_enabled():
-        return (x.float() / root_mean_square(x, eps) * weight).to(x.dtype)       # 5 operations for 10
+        exact = x.float()
+        return (exact / root_mean_square(exact, eps) * weight).to(x.dtype)       # 5 operations for 10
     return recomputed(F.rms_norm, x, weight.shape, weight, eps)
 
 
 def root_mean_square(x, eps):
-    """sqrt(mean(x^2) + eps) of one token on a CPU, a number; x (..., C), C numbers in all."""
-    x = x.flatten().float()
+    """sqrt(mean(x^2) + eps) of one token on a CPU, a number; x float32, C numbers in all."""
+    x = x.flatten()
     return math.sqrt(x.dot(x).item() / len(x) + eps)
 
 
@@ -167,4 +168,8 @@ def logit_of_token(norm, weight, bias=None):
     weight v, w . (v x / rms) is (w v) . x / rms: norm(x) itself is not needed."""
     folded = (weight * norm.weight.float()).flatten().detach()
     offset = 0.0 if bias is None else bias.item()
-    return lambda x: folded.dot(x.flatten().float()).item() / root_mean_square(x, norm.eps) + offset
+
+    def of_token(x):
+        x = x.flatten().float()
+        return folded.dot(x).item() / root_mean_square(x, norm.eps) + offset
+    return of_token

@@ -423,8 +423,8 @@ def test_finished_tasks_are_kept(tiny, question_files, call, tmp_path, monkeypat
 @pytest.mark.parametrize("flags, words", [
     (["--tasks", "piqa,quiz"], ["quiz", "winogrande"]),
     (["--tasks", "piqa", "--data-dir", "nowhere"], ["--data-dir nowhere", "No such file"]),
-    (["--data-dir", "README.md"], ["--data-dir README.md", "Not a directory"]),
-    (["--data-dir", "docs"], ["--data-dir docs", "no folder of a task", "piqa"]),
+    (["--data-dir", __file__], ["--data-dir", "Not a directory"]),
+    (["--data-dir", Path(__file__).parent], ["--data-dir", "no folder of a task", "piqa"]),
     (["--tasks", "piqa", "--limit", -1], ["--limit", "-1"]),
     (["--tasks", "piqa", "--num-fewshot", -2], ["--num-fewshot"]),
     (["--tasks", "arc_challenge", "--num-fewshot", 40], ["40", "train.jsonl", "--num-fewshot"]),

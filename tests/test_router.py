@@ -321,6 +321,7 @@ def test_a_step_of_one_row_decides_as_any_step_with_few_operations(granularity, 
     with torch.no_grad(), Calls() as calls:
         assert skip(x, ctx) is x
     assert calls.n <= 4                              # two products, read by the host
+    assert skip.is_single(x) and not skip.train().is_single(x)
 
 
 @pytest.mark.parametrize("bias, gathered_from", [(0.0, 0), (100.0, 0), (0.0, 2**37)])
