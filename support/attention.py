@@ -18,6 +18,7 @@ from support.cuda import fused, to_device
 from support.kernels import recomputed
 
 CHUNK = 128         # queries whose scores exist at once
+CALL = 256          # queries, of some, per call of PyTorch's kernel: 128 take up to a seventh longer
 KEY_MULTIPLE = 32   # a chunk's keys are rounded up to this multiple, so that shapes recur
 CUDNN_FROM = 4096   # tokens: cuDNN's attention takes half of flash's time, but plans a new shape for 30 ms
 
@@ -143,10 +144,10 @@ def attention_of_some(q, k, v, counts, on_host, at, T, mask=None):
 
 
 def attention_in_chunks(q, k, v, on_host, positions, mask):
-    """attention_of_some for one row, CHUNK queries at a time: q (1, H, n, D), k and v (1, K, S, D), positions
+    """attention_of_some for one row, a few queries at a time: q (1, H, n, D), k and v (1, K, S, D), positions
     (n,) of the queries, on the device and on the host, mask (T, S) or None."""
-    S, outputs = k.shape[2], []
-    chunks = zip(q.split(CHUNK, 2), on_host.split(CHUNK), positions.split(CHUNK))
+    S, outputs, size = k.shape[2], [], CHUNK if products_are_faster(q) else CALL
+    chunks = zip(q.split(size, 2), on_host.split(size), positions.split(size))
     for queries, chunk_on_host, chunk in chunks:
         end, bias = keys_seen(chunk_on_host, chunk, S, q.dtype)
         if mask is not None:

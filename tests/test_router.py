@@ -242,7 +242,7 @@ def flops(model, idx):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_matrix_products_fall_by_exactly_what_is_skipped(granularity, tiny, monkeypatch):
-    monkeypatch.setattr(attentions, "CHUNK", 1)     # a query then attends to the keys up to its own, no other
+    monkeypatch.setattr(attentions, "CALL", 1)      # a query then attends to the keys up to its own, no other
     model, idx = routed(tiny, granularity), tokens(B=4)
     with dense(model):
         attention, linear = flops(model, idx)
@@ -381,7 +381,7 @@ def test_chunks_of_queries_change_nothing(tiny, monkeypatch):
     both = model, in_float64(model)
     with torch.no_grad():
         whole = [net(tokens(), LENGTHS) for net in both]
-        monkeypatch.setattr(attentions, "CHUNK", 3)
+        monkeypatch.setattr(attentions, "CALL", 3)
         for net, expected in zip(both, whole):
             assert (real(net(tokens(), LENGTHS)) - real(expected)).abs().max() < bound(expected, 96)
 
