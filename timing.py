@@ -87,9 +87,8 @@ class Removed(torch.nn.Module):
 
 class Variant:
     """One way to run the model: `run(round_)` does it once, on the texts of that round, and returns its
-    seconds. asked: the
-    capacity to run at (routed if gates are drawn at random, else overall), or the number of attentions to
-    remove."""
+    seconds. asked: the capacity to run at (routed if gates are drawn at random, else overall), or the number
+    of attentions to remove."""
 
     def __init__(self, model, args, phase, name, batch, context, granularity=None, asked=None):
         self.model, self.args, self.phase, self.name = model, args, phase, name
