@@ -18,6 +18,7 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model import Config, Llama, rope_frequencies
+from router import add_routers
 from scoring import Beginning
 from weights import SMOLLM2_FILE, InputError
 
@@ -121,6 +122,9 @@ def test_a_folder_is_written_as_it_was_read(tiny, tmp_path):
         idx = torch.arange(20)[None]
         expected = reference(idx).logits
         assert (model(idx) - expected).abs().max() < bound(expected, 96)
+    for granularity in "attn_token", "block_token":
+        with pytest.raises(InputError, match=r"layers\.0\..* has no place .*remove_routers"):
+            add_routers(model, granularity).save_pretrained(tmp_path / "routed", tiny)
 
 
 def test_sampling(tiny):
