@@ -5,16 +5,16 @@
     python bench.py --against transformers,masked
     python bench.py --phase train --layers last:15
 
-All variants run in turns, round after round, in one process, and medians are compared. `none` has every gate
-closed: what it takes cannot be skipped, so the limit at routed capacity c is t_dense / (t_none + c (t_dense -
-t_none)), and the efficiency of skipping is the measured speedup over that limit. Without --routers the open
-gates are drawn at random, exactly as many as the capacity asks for; the routers' scores are computed all the
-same. With --routers each round reads texts of its own, and capacity is the mean. `of peak` is, for decode,
-the bytes of the weights, keys and values that a step reads over its time, as a share of the memory bandwidth
-of a large copy or sum; else the products' operations over time, as a share of the rate of one large product;
-both are measured at the start, and bytes and operations are those of the first round. Peak memory counts the
-weights; on a CPU each variant is run once more for it, in a process of its own. timing.py runs and times a
-variant.
+All variants run in turns, round after round, in one process, and medians are compared; in decoding on a CPU
+they take turns step by step. `none` has every gate closed: what it takes cannot be skipped, so the limit at
+routed capacity c is t_dense / (t_none + c (t_dense - t_none)), and the efficiency of skipping is the measured
+speedup over that limit. Without --routers the open gates are drawn at random, exactly as many as the capacity
+asks for; the routers' scores are computed all the same. With --routers each round reads texts of its own, and
+capacity is the mean. `of peak` is, for decode, the bytes of the weights, keys and values that a step reads
+over its time, as a share of the memory bandwidth of a large copy or sum; else the products' operations over
+time, as a share of the rate of one large product; both are measured at the start, and bytes and operations
+are those of the first round. Peak memory counts the weights; on a CPU each variant is run once more for it,
+in a process of its own. timing.py runs and times a variant.
 """
 from support.script import run_script  # isort: skip (before torch, see there)
 
@@ -26,18 +26,20 @@ import platform
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import product
+from contextlib import nullcontext
+from itertools import product, zip_longest
 from pathlib import Path
 
 import torch
 
 from losses import LOSSES
 from model import Config, Llama
-from router import GRANULARITIES, KV_OPEN, load_routers, routed_share
+from router import GRANULARITIES, KV_OPEN, load_routers, remove_routers, routed_share
 from support.cli import common_arguments, number, numbers, parse_layers, words
+from support.cuda import plain_kernels
 from support.data import DEFAULT_DATA, read_samples
 from support.files import check_destinations
-from support.machine import Work, device_and_dtype, device_name, rates
+from support.machine import device_and_dtype, device_name, rates
 from support.memory import bench_bytes, free_bytes, linux_bytes, weight_bytes
 from support.run import routers_entry
 from timing import SHAPES, STEPS, UNTIMED, Transformers, Variant, random_model
@@ -76,12 +78,15 @@ def make_variants(model, args, phase, batch, context):
 def compare(model, args, phase, batch, context):
     """Run the variants in turns; returns a row (dict with FIELDS, and more for the screen) for each."""
     variants = make_variants(model, args, phase, batch, context)
+    groups = [[v] for v in variants]
+    if phase == "decode" and can_step_in_turns(model.config, args, batch * context, len(variants)):
+        groups = [variants]
     for round_ in range(args.rounds + 2):
-        for v in variants:
-            seconds = v.run(round_)
-            if round_ > 1:                   # the first counts the work, the second warms up
-                v.times.append(seconds)
-                v.ran.append((v.capacity, v.share, v.cache_bytes))
+        with plain_kernels() if round_ == 0 else nullcontext():      # the first counts the work
+            for group in groups:
+                run_once(group, round_)
+    for v in variants:
+        del v.times[:2], v.ran[:2]                                   # the second warms up
     dense = variants[0].times
     none = {v.granularity: v.times for v in variants if v.name == "none"}
     rows = []
@@ -108,6 +113,24 @@ def compare(model, args, phase, batch, context):
         row["of_peak"] = v.share_of_peak(seconds)
         rows.append(row)
     return rows
+
+
+def can_step_in_turns(config, args, n_tokens, n_variants):
+    """Whether all variants decode at once, a step of each in turns, so that what disturbs the machine slows
+    all: on a CPU, where their memory allows it."""
+    each = (bench_bytes(config, args.device, args.dtype, n_tokens, ["decode"])
+            - weight_bytes(config, args.dtype))
+    there = free_bytes(args.device)
+    return args.device.type == "cpu" and (not there or n_variants * each < there / 2)
+
+
+def run_once(variants, round_):
+    """Run variants once, part by part in turns where they are several."""
+    n_parts = STEPS if len(variants) > 1 else 1
+    parts = zip_longest(*(v.run(round_, n_parts) for v in variants))         # so that all of them end
+    for v, seconds in zip(variants, zip(*parts)):
+        v.times.append(sum(seconds))
+        v.ran.append((v.capacity, v.share, v.cache_bytes))
 
 
 def interval(values):
@@ -140,9 +163,8 @@ def peak(args, phase, batch, context, i):
     """The same, in this process."""
     before = linux_bytes("VmRSS")
     v = make_variants(make_model(args), args, phase, batch, context)[i]
-    v.work = Work()                                         # nothing to count
     Path("/proc/self/clear_refs").write_text("5")           # forget the peak of loading
-    v.run()
+    run_once([v], round_=1)
     return linux_bytes("VmHWM") - before
 
 
@@ -292,6 +314,7 @@ def main():
     if args.routers:
         meta = load_routers(model, args.routers)
         args.routers_entry = routers_entry(args.routers, meta)
+        remove_routers(model)                                    # each Variant has its own
         args.granularity, args.kv = [meta["granularity"]], meta["kv"]
         samples, _ = read_samples(DEFAULT_DATA, Tokenizer.from_pretrained(args.model), config.max_context)
         ids = [i for s in samples for i in s.ids]

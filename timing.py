@@ -3,10 +3,10 @@
 Its gates are those of a router file on real text, or drawn at random: then exactly as many are open as the
 capacity asks for, and the routers' scores are computed all the same.
 """
+import copy
 import functools
 import math
 import time
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from losses import backward
 from model import Cache, Config, Llama, run_layers, sample
 from recipe import overall_penalty
-from router import KV_OPEN, add_routers, capacity, close_all, load_routers, mindskips, remove_routers
+from router import KV_OPEN, add_routers, capacity, close_all, load_routers, mindskips
 from support.batches import Batch
-from support.cuda import plain_kernels
 from support.data import Sample
 from support.graph import release, stepper
 from support.machine import Work
@@ -86,22 +85,22 @@ class Removed(torch.nn.Module):
 
 
 class Variant:
-    """One way to run the model: `run(round_)` does it once, on the texts of that round, and returns its
-    seconds. asked: the capacity to run at (routed if gates are drawn at random, else overall), or the number
-    of attentions to remove."""
+    """One way to run the model. `run(round_)` does it once, on the texts of that round: a generator of the
+    seconds of its parts, between which other variants may have a turn. asked: the capacity to run at (routed
+    if gates are drawn at random, else overall), or the number of attentions to remove."""
 
-    def __init__(self, model, args, phase, name, batch, context, granularity=None, asked=None):
-        self.model, self.args, self.phase, self.name = model, args, phase, name
+    def __init__(self, whole, args, phase, name, batch, context, granularity=None, asked=None):
+        self.whole, self.args, self.phase, self.name = whole, args, phase, name
         self.batch, self.context, self.granularity, self.asked = batch, context, granularity, asked
-        self.times, self.cache_bytes, self.peak, self.work = [], None, None, None
+        self.times, self.cache_bytes, self.peak, self.work = [], None, None, Work()
         self.capacity = self.share = None       # overall and routed, as found in the run
         self.ran = []                           # of each measurement: these two, and cache_bytes
 
-    def run(self, round_=0):
-        self.choose_text(round_)
-        model, cuda = self.model, self.args.device.type == "cuda"
-        remove_routers(model)
-        model.requires_grad_(False).eval()
+    @functools.cached_property
+    def model(self):
+        """The model with this variant's gates; its weights are those of `whole`."""
+        weights = {id(weight): weight for weight in self.whole.parameters()}
+        model = copy.deepcopy(self.whole, weights)                          # a copy of all but these
         if self.granularity and self.args.routers:
             load_routers(model, self.args.routers, self.asked)
         elif self.granularity:
@@ -111,27 +110,25 @@ class Variant:
         if self.name == "none":
             for skip in mindskips(model).values():
                 skip.override = close_all
-        if self.name == "train_all":
-            model.requires_grad_(True)
-        if cuda:
-            release(model)                      # other variants' graphs
-            torch.cuda.reset_peak_memory_stats()
-        attentions = {}
         if self.name == "static":
             self.capacity = 1 - self.asked / len(model.layers)
             for i in range(self.asked):
-                layer = i * len(model.layers) // self.asked
-                attentions[layer], model.layers[layer].attn = model.layers[layer].attn, Removed()
-        with plain_kernels() if self.work is None else nullcontext():
-            seconds = getattr(self, self.phase)()
-        for i, attention in attentions.items():
-            model.layers[i].attn = attention
+                model.layers[i * len(model.layers) // self.asked].attn = Removed()
+        return model
+
+    def run(self, round_, n_parts=1):
+        """Round 0 is counted, not timed. n_parts: those of decoding; all else is one part."""
+        self.choose_text(round_)
+        self.counts, self.n_parts = round_ == 0, n_parts
+        if self.args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        yield from getattr(self, self.phase)()
         if self.granularity:
-            self.capacity = capacity(model)
-            self.share = capacity(model, routed=True)
-        if cuda:
+            self.capacity = capacity(self.model)
+            self.share = capacity(self.model, routed=True)
+        if self.args.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated() - getattr(self.args, "their_bytes", 0)
-        return seconds
+            release(self.model)                 # its graph; the next variant has one of its own
 
     def choose_text(self, round_):
         """Each round has texts of its own, (B, T), as far as there are: what routers open depends on them."""
@@ -151,9 +148,9 @@ class Variant:
         return self.work.bytes / STEPS / seconds / args.bandwidth
 
     def time(self, work):
-        """Seconds that `work` takes on the device; the first time it is counted, not timed."""
-        if self.work is None:
-            with Work() as self.work:
+        """Seconds that `work` takes on the device; none where it is counted."""
+        if self.counts:
+            with self.work:
                 work()
             return math.nan
         if self.args.device.type == "cuda":
@@ -167,6 +164,19 @@ class Variant:
         work()
         return time.perf_counter() - start
 
+    def time_steps(self, step):
+        """The parts of decoding: of STEPS calls of step(i), after UNTIMED others, their share of the mean."""
+        def steps(first, n):
+            for i in range(first, first + n):
+                step(i)
+        steps(0, UNTIMED)
+        for skip in mindskips(self.model).values():
+            if skip.scope == "token":          # capacity is that of the steps, not of the prompt
+                skip.opened = skip.seen = 0
+        n = STEPS // self.n_parts
+        for first in range(UNTIMED, UNTIMED + STEPS, n):
+            yield self.time(functools.partial(steps, first, n)) / STEPS
+
     def first_token(self, cache):
         """Read the prompt and compute the logits of the first new token, (B, V)."""
         model = self.model.train(self.name == "masked")   # masked: compute all, then multiply
@@ -177,33 +187,28 @@ class Variant:
     @torch.no_grad()
     def prefill(self):
         cache = Cache(self.model.config, self.context)
-        seconds = self.time(lambda: self.first_token(cache))
+        yield self.time(lambda: self.first_token(cache))
         self.cache_bytes = cache.bytes()
-        return seconds
 
     @torch.no_grad()
     def decode(self):
-        model, cache = self.model, Cache(self.model.config, self.context + UNTIMED + STEPS)
+        model, cache = self.model, Cache(self.whole.config, self.context + UNTIMED + STEPS)
         token = sample(self.first_token(cache))
-
-        def steps(step, token, start, n):
-            for i in range(n):
-                x = step(token, [self.context + start + i] * self.batch)
+        with stepper(model, cache, self.batch) as next_x:
+            def step(i):
+                nonlocal token
+                x = next_x(token, [self.context + i] * self.batch)
                 token = sample(model.head(model.norm(x)))
-            return token
-        with stepper(model, cache, self.batch) as step:
-            token = steps(step, token, 0, UNTIMED)
-            for skip in mindskips(model).values():
-                if skip.scope == "token":          # capacity is that of the steps, not of the prompt
-                    skip.opened = skip.seen = 0
-            seconds = self.time(lambda: steps(step, token, UNTIMED, STEPS))
+            yield from self.time_steps(step)
         self.cache_bytes = cache.bytes()
-        return seconds / STEPS
 
     def train(self):
         """One step on every token: of the routers (--loss), or of the whole model with its routers
         (cross-entropy)."""
         model, idx = self.model.train(), self.idx
+        model.requires_grad_(self.name == "train_all")
+        for skip in mindskips(model).values():
+            skip.router.requires_grad_(True)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0, fused=idx.device.type == "cuda")    # without copies
         samples = [Sample(row, [True] * self.context, min(64, self.context)) for row in idx.tolist()]
@@ -221,7 +226,7 @@ class Variant:
                 (loss + overall_penalty(model, 1.0, None)).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return self.time(step)
+        yield self.time(step)
 
 
 class Transformers(Variant):
@@ -233,7 +238,7 @@ class Transformers(Variant):
             from transformers import AutoModelForCausalLM, LlamaConfig
         except ImportError:
             raise InputError("--against transformers: not installed; pip install transformers") from None
-        c, args = self.model.config, self.args
+        c, args = self.whole.config, self.args
         if not hasattr(args, "theirs"):
             config = LlamaConfig(
                 vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate,
@@ -244,22 +249,16 @@ class Transformers(Variant):
                 args.theirs = AutoModelForCausalLM.from_config(config, dtype=args.dtype).eval()
             args.their_bytes = sum(parameter.nbytes for parameter in args.theirs.parameters())
 
-    def run(self, round_=0):
-        self.choose_text(round_)
-        return getattr(self, self.phase)()
-
     @torch.no_grad()
     def prefill(self):
-        return self.time(lambda: self.args.theirs(self.idx, use_cache=True, logits_to_keep=1))
+        yield self.time(lambda: self.args.theirs(self.idx, use_cache=True, logits_to_keep=1))
 
     @torch.no_grad()
     def decode(self):
         out = self.args.theirs(self.idx, use_cache=True, logits_to_keep=1)
 
-        def steps(out, n):
-            for _ in range(n):
-                token = sample(out.logits[:, -1])[:, None]
-                out = self.args.theirs(token, past_key_values=out.past_key_values, use_cache=True)
-            return out
-        out = steps(out, UNTIMED)
-        return self.time(lambda: steps(out, STEPS)) / STEPS
+        def step(i):
+            nonlocal out
+            token = sample(out.logits[:, -1])[:, None]
+            out = self.args.theirs(token, past_key_values=out.past_key_values, use_cache=True)
+        yield from self.time_steps(step)

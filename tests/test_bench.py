@@ -126,6 +126,24 @@ def test_each_round_has_texts_of_its_own_and_capacity_is_their_mean(tiny, call, 
     assert len(ran) == 5 and len({*timed}) > 1 and routed["capacity"] == pytest.approx(sum(timed) / 3)
 
 
+@pytest.mark.parametrize("free, n_parts", [(2**33, timing.STEPS), (2**22, 1)])
+def test_variants_decode_in_turns_step_by_step(free, n_parts, tiny, call, monkeypatch):
+    """Where the memory holds all their caches; a run with room for one at a time is as before."""
+    timed, time, whole = [], timing.Variant.time, set()
+
+    def noted(variant, work):
+        timed.append(variant.name)
+        whole.add(variant.model.layers[0].mlp.down.weight.data_ptr())
+        return time(variant, work)
+    monkeypatch.setattr(timing.Variant, "time", noted)
+    monkeypatch.setattr(bench, "free_bytes", lambda device: free)
+    monkeypatch.setattr(bench, "peak_in_child", lambda *_: None)
+    status, _ = call(bench.main, "--model", tiny, "--phase", "decode", "--batch", 8, "--context", 40,
+                     "--rounds", 2, "--granularity", "attn_token", "--device", "cpu")
+    assert status == 0 and timed == ["dense", "none", "routed"] * n_parts * (2 + 2)
+    assert len(whole) == 1                                                      # the weights are shared
+
+
 def test_a_child_that_is_killed_costs_no_more_than_its_figure(monkeypatch):
     def submit(*args):
         raise BrokenProcessPool
