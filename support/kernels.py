@@ -7,9 +7,9 @@
     logit_of_token            logit(norm(x), ...)
     recomputed(f, ...)        f(...)
 
-What is gained on CUDA: support/triton_kernels.py tells. On CPUs: oneDNN multiplies single tokens, and by wide
-weights, faster in float32 than MKL; weights that oneDNN lays out anew ("packed") halve the time of a
-decoding step in bfloat16.
+What is gained on CUDA: support/triton_kernels.py tells. On CPUs in float32 MKL multiplies a few tokens faster
+from the other side, and oneDNN is faster for single tokens and by wide weights; in bfloat16 weights that
+oneDNN lays out anew ("packed") halve the time of a decoding step.
 """
 import math
 import os
@@ -25,6 +25,9 @@ from support import cuda
 from support.cuda import fused
 
 ONEDNN = torch.backends.mkldnn.is_available()
+MKL = torch.backends.mkl.is_available()
+FEW = 5             # tokens whose products MKL computes faster from the other side, and
+SMALL = 2**20       # numbers of a weight by which it so multiplies one token faster than oneDNN
 
 
 def recomputed(f, *args):
@@ -38,6 +41,20 @@ def recomputed(f, *args):
 def onednn_linear(x, weight, bias):
     """F.linear by oneDNN, without autograd; the weight may be packed."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def product_of_few(x, weight):
+    """x (..., in) @ weight (out, in).T of FEW tokens, as (weight @ x.T).T: there MKL reads the weights where
+    they are. For x @ weight.T it lays them out first, which takes as long again."""
+    y = torch.mm(weight, x.reshape(-1, x.shape[-1]).T).T
+    return y.contiguous().view(*x.shape[:-1], len(weight))
+
+
+def product_of_one(x, weight):
+    """The same of one token: its halves are two tokens, by a matrix that has each half of a row as a row."""
+    n_out = len(weight)
+    products = torch.mm(weight.reshape(2 * n_out, -1), x.reshape(2, -1).T).view(n_out, 4)
+    return (products[:, 0] + products[:, 3]).view(*x.shape[:-1], n_out)   # first by first, second by second
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -63,14 +80,20 @@ if ONEDNN:
 def linear(x, weight, bias=None):
     """x (..., T, in) @ weight (out, in).T + bias (out,), as F.linear.
 
-    In float32 on a CPU, oneDNN is faster for single tokens, which MKL multiplies on one thread, and for wide
-    products: 1.1 to 1.9 times on AMD's processors. Elsewhere it is not used: its sums round to twice the
-    error.
+    In float32 on a CPU, a few tokens are multiplied as below. For others oneDNN is faster where it is one
+    token, which MKL multiplies on one thread, and for wide products: 1.1 to 1.9 times on AMD's processors.
+    Elsewhere it is not used: its sums round to twice the error.
     """
     n_out, n_in = weight.shape
-    suits_onednn = x.dtype == torch.float32 and x.device.type == "cpu" and ONEDNN
-    if suits_onednn and (x.shape[-2] == 1 or n_out > 4 * n_in):
-        if not torch.is_grad_enabled():
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not ONEDNN:
+        return F.linear(x, weight, bias)
+    n_tokens, takes_gradient = x.numel() // n_in, torch.is_grad_enabled()
+    has_halves = n_in % 2 == 0 and weight.numel() <= SMALL
+    if 0 < n_tokens <= FEW and (n_tokens > 1 or has_halves) and MKL and not takes_gradient:
+        y = (product_of_few if n_tokens > 1 else product_of_one)(x, weight)
+        return y if bias is None else y + bias
+    if x.shape[-2] == 1 or n_out > 4 * n_in:
+        if not takes_gradient:
             return onednn_linear(x, weight, bias)
         if not weight.requires_grad and (bias is None or not bias.requires_grad):
             return FrozenLinear.apply(x, weight, bias)

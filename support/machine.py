@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.files import InputError
+from support.kernels import FEW
 from support.parallel import take_card
 
 
@@ -39,7 +40,7 @@ class Work(TorchDispatchMode):
         if name in ("mm", "bmm", "addmm", "_linear_pointwise"):
             a, b = args[:2] if name == "_linear_pointwise" else args[-2:]
             self.flops += 2 * out.numel() * a.shape[-1]
-            self.bytes += b.nbytes
+            self.bytes += (a if b.shape[-1] <= FEW else b).nbytes      # of few tokens see product_of_few
         elif "scaled_dot_product" in name:
             is_backward = "backward" in name
             q, k, v = args[1:4] if is_backward else args[:3]         # before them the gradient of the output

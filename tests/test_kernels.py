@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import Llama, RMSNorm
 from support.attention import additive_mask, attention, attention_of_some
-from support.kernels import ONEDNN, Linear, logit_of_token, packed_weights
+from support.kernels import MKL, ONEDNN, Linear, logit_of_token, packed_weights
 
 PACKS = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -50,15 +50,23 @@ def test_bfloat16_attention_in_chunks_against_float64(kind, T):
         assert (b - right).norm() < 0.01 * right.norm()
 
 
-def test_single_tokens_in_float32_have_the_product_and_its_operations():
-    layer = Linear(96, 50)
-    for shape in (1, 96), (4, 1, 96), (4, 7, 96):
-        x = torch.randn(shape)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("n_in, n_out", [(96, 50), (95, 50), (96, 11000)])                # 11,000: not small
+def test_few_tokens_in_float32_have_the_product_and_its_operations(n_in, n_out, bias):
+    """One token by a small weight has twice the operations: halves of rows by both halves of the token."""
+    layer = Linear(n_in, n_out, bias)
+    weight, offset = layer.weight.double(), layer.bias.double() if bias else 0
+    for shape in (1,), (1, 1), (2, 1), (1, 3), (5,), (6, 1), (4, 7):
+        x = torch.randn(*shape, n_in)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             y = layer(x)
-        exact = x.double() @ layer.weight.double().T + layer.bias.double()
-        assert (y - exact).abs().max() < bound(y, 96)
-        assert counter.get_total_flops() == 2 * x.numel() * 50
+            part = layer(x, start=9, end=41)
+        exact = x.double() @ weight.T + offset
+        assert y.is_contiguous() and (y - exact).abs().max() < bound(y, n_in)
+        assert part.is_contiguous() and (part - exact[..., 9:41]).abs().max() < bound(y, n_in)
+        halves = MKL and x.numel() == n_in == 96
+        once = 2 if halves and n_out == 50 else 1
+        assert counter.get_total_flops() == 2 * x.numel() * (once * n_out + (1 + halves) * 32)
 
 
 @pytest.mark.parametrize("trains", [[], ["bias"], ["weight", "bias"]])
