@@ -69,8 +69,9 @@ class OpenKeys:
 
     def __init__(self, cache, attn, columns, n):
         """Of a prompt whose open tokens are at `columns` (B, N), n (a list) of each row."""
-        self.cache, self.layer, self.positions, self.n = cache, attn.layer, columns, n
-        for memory in cache.k, cache.v:                                  # a prompt may open no token
+        self.memories = cache.k, cache.v                                 # not the cache, which refers to this
+        self.layer, self.positions, self.n = attn.layer, columns, n
+        for memory in self.memories:                                     # a prompt may open no token
             memory[self.layer] = attn.qkv.weight.new_zeros(len(n), attn.n_kv_head, 0, attn.head_dim)
 
     def step(self, rows, on_host, ctx):
@@ -81,7 +82,7 @@ class OpenKeys:
         self.rows, self.slots = rows, to_device(torch.tensor(slots), rows.device)
         for row in on_host:
             self.n[row] += 1
-        keys, values = self.cache.k, self.cache.v
+        keys, values = self.memories
         if end > keys[self.layer].shape[2]:
             for memory in keys, values:
                 memory[self.layer] = F.pad(memory[self.layer], (0, 0, 0, GROWTH))
@@ -100,7 +101,7 @@ class OpenKeys:
 
     def store(self, layer, k, v, ctx):
         """As Cache.store, for the open tokens."""
-        memories = (self.cache.k, k), (self.cache.v, v)
+        memories = zip(self.memories, (k, v))
         if not ctx.decoding:
             for memory, new in memories:
                 memory[layer] = F.pad(new, (0, 0, 0, GROWTH))

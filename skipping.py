@@ -132,7 +132,7 @@ def run_step(skip, x, ctx, h, is_open):
         y = skip.sublayer(x, ctx, h)
         return y if n_open == n_rows else torch.where(is_open[..., None], y, x)
     if waiting:
-        store_waiting(attn, waiting)
+        store_waiting(attn, waiting, ctx.cache)
     at, counts = open_tokens(decided[:, None], ctx.host_lengths)
     return run_gathered(skip, x, ctx, h, at, counts, keys_values(attn, h, ctx))
 
@@ -223,15 +223,15 @@ def with_waiting(attn, waiting, x, ctx):
 
 def wait(attn, waiting, x, ctx):
     """Let a step's keys and values wait."""
-    waiting.append((x, ctx))
+    waiting.append((x, replace(ctx, cache=None)))         # the cache has what waits: no cycle, it is freed
     if len(waiting) == WAITING:
-        store_waiting(attn, waiting)
+        store_waiting(attn, waiting, ctx.cache)
 
 
-def store_waiting(attn, waiting):
+def store_waiting(attn, waiting, cache):
     """Compute and store the keys and values that wait."""
-    last = waiting.pop()
-    keys_values(attn, *with_waiting(attn, waiting, *last))
+    x, ctx = waiting.pop()
+    keys_values(attn, *with_waiting(attn, waiting, x, replace(ctx, cache=cache)))
 
 
 # ------------------------------------------------------------------------------------------ a captured step

@@ -1,4 +1,7 @@
 """The gate, the routed sublayer and what skipping saves, against float64 references and brute force."""
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import bound, in_float64, is_one_sentence, write_tiny
@@ -286,6 +289,22 @@ def test_keys_and_values_of_closed_steps_wait(granularity, tiny, monkeypatch):
     model.generate(idx[:1], 14, on_token=lambda _: decisions.append(len(decisions) in (2, 4, 11)))
     # steps 0 1 wait, 2 opens, 3 waits, 4 opens, 5 to 9 are computed when there are five, 10 waits, 11 opens
     assert products == [idx.shape[1], 3, 2, 5, 2]
+
+
+@pytest.mark.parametrize("B", [1, 8])
+@pytest.mark.parametrize("granularity, kv", [("attn_sequence", "all"), ("attn_token", "all"),
+                                             ("attn_token", "open"), ("block_token", "open")])
+def test_the_memory_of_a_generation_is_freed_with_its_cache(granularity, kv, B, tiny):
+    """Without the garbage collector, which may come late, and does not know how large a GPU's tensors are."""
+    model = routed(tiny, granularity, kv=kv)
+    gc.disable()
+    try:
+        model.generate(tokens(B), 5)
+        memory = [weakref.ref(keys) for keys in model.cache.k if keys is not None]
+        model.cache = None
+        assert memory and all(keys() is None for keys in memory)
+    finally:
+        gc.enable()
 
 
 class Calls(TorchDispatchMode):
