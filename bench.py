@@ -5,15 +5,16 @@
     python bench.py --against transformers,masked
     python bench.py --phase train --layers last:15
 
-All variants run in turns, round after round, in one process, and medians are compared; in decoding on a CPU
-they take turns step by step. `none` has every gate closed: what it takes cannot be skipped, so the limit at
-routed capacity c is t_dense / (t_none + c (t_dense - t_none)), and the efficiency of skipping is the measured
-speedup over that limit. Without --routers the open gates are drawn at random, exactly as many as the capacity
-asks for; the routers' scores are computed all the same. With --routers each round reads texts of its own, and
-capacity is the mean. `of peak` is, for decode, the bytes of the weights, keys and values that a step reads
-over its time, as a share of the memory bandwidth of a large copy or sum; else the products' operations over
-time, as a share of the rate of one large product; both are measured at the start, and bytes and operations
-are those of the first round. Peak memory counts the weights; on a CPU each variant is run once more for it,
+All variants run in turns, round after round, in one process, and medians are compared; on a CPU they take
+turns at every layer of a prompt and every step of decoding, where the memory holds all their caches. `none`
+has every gate closed: what it takes cannot be skipped, so the limit at routed capacity c is t_dense / (t_none
++ c (t_dense - t_none)), and the efficiency of skipping is the measured speedup over that limit. Without
+--routers the open gates are drawn at random, exactly as many as the capacity asks for; the routers' scores
+are computed all the same. With --routers each round reads texts of its own, and capacity is the mean. `of
+peak` is, for decode, the bytes of the weights, keys and values that a step reads over its time, as a share of
+the memory bandwidth of a large copy or sum; else the products' operations over time, as a share of the rate
+of one large product; both are measured at the start, and bytes and operations are those of a round before,
+which is counted and not timed. Peak memory counts the weights; on a CPU each variant is run once more for it,
 in a process of its own. timing.py runs and times a variant.
 """
 from support.script import run_script  # isort: skip (before torch, see there)
@@ -79,14 +80,15 @@ def compare(model, args, phase, batch, context):
     """Run the variants in turns; returns a row (dict with FIELDS, and more for the screen) for each."""
     variants = make_variants(model, args, phase, batch, context)
     groups = [[v] for v in variants]
-    if phase == "decode" and can_step_in_turns(model.config, args, batch * context, len(variants)):
+    if can_take_turns(model.config, args, phase, batch * context, len(variants)):
         groups = [variants]
-    for round_ in range(args.rounds + 2):
-        with plain_kernels() if round_ == 0 else nullcontext():      # the first counts the work
+    for round_ in range(args.rounds + 2):            # round 0 counts the work, round 1 warms up
+        with plain_kernels() if round_ == 0 else nullcontext():
             for group in groups:
-                run_once(group, round_)
+                first = round_ % len(group)          # who finds the weights in no cache is another each time
+                run_once(group[first:] + group[:first], round_)
     for v in variants:
-        del v.times[:2], v.ran[:2]                                   # the second warms up
+        del v.times[:2], v.ran[:2]
     dense = variants[0].times
     none = {v.granularity: v.times for v in variants if v.name == "none"}
     rows = []
@@ -115,19 +117,18 @@ def compare(model, args, phase, batch, context):
     return rows
 
 
-def can_step_in_turns(config, args, n_tokens, n_variants):
-    """Whether all variants decode at once, a step of each in turns, so that what disturbs the machine slows
-    all: on a CPU, where their memory allows it."""
-    each = (bench_bytes(config, args.device, args.dtype, n_tokens, ["decode"])
-            - weight_bytes(config, args.dtype))
-    there = free_bytes(args.device)
-    return args.device.type == "cpu" and (not there or n_variants * each < there / 2)
+def can_take_turns(config, args, phase, n_tokens, n_variants):
+    """Whether all variants run at once, a layer or a step of each in turns, so that what disturbs the machine
+    slows all: on a CPU, if half of the memory that was free holds their caches and peak_in_child's model."""
+    weights = weight_bytes(config, args.dtype)
+    each = bench_bytes(config, args.device, args.dtype, n_tokens, [phase]) - weights
+    fits = not args.free_bytes or weights + n_variants * each < args.free_bytes / 2
+    return args.device.type == "cpu" and phase != "train" and fits
 
 
 def run_once(variants, round_):
     """Run variants once, part by part in turns where they are several."""
-    n_parts = STEPS if len(variants) > 1 else 1
-    parts = zip_longest(*(v.run(round_, n_parts) for v in variants))         # so that all of them end
+    parts = zip_longest(*(v.run(round_) for v in variants), fillvalue=0.0)      # zip would let but one end
     for v, seconds in zip(variants, zip(*parts)):
         v.times.append(sum(seconds))
         v.ran.append((v.capacity, v.share, v.cache_bytes))
@@ -310,6 +311,7 @@ def main():
                          f" {config.max_context}")
     check_fit(config, args)
     model, n = make_model(args), max(args.batch) * max(args.context)
+    args.free_bytes = free_bytes(args.device)
     args.routers_entry = None
     if args.routers:
         meta = load_routers(model, args.routers)

@@ -29,8 +29,8 @@ SHAPES = {
     "llama3-8b": Config(32, 32, 8, 4096, 14336, 128256, 128, 8192, rope_theta=5e5),
     "llama3.1-8b": Config(32, 32, 8, 4096, 14336, 128256, 128, 131072, rope_theta=5e5),
 }
-STEPS = 16      # tokens decoded in one measurement,
-UNTIMED = 4     # after as many others: the first ones lay out weights, or capture a graph
+STEPS = 16      # tokens that are decoded and timed in one measurement
+UNTIMED = 4     # decoded before them: the first ones lay out weights, or capture a graph
 
 
 def random_model(config, device, dtype):
@@ -86,14 +86,17 @@ class Removed(torch.nn.Module):
 
 class Variant:
     """One way to run the model. `run(round_)` does it once, on the texts of that round: a generator of the
-    seconds of its parts, between which other variants may have a turn. asked: the capacity to run at (routed
-    if gates are drawn at random, else overall), or the number of attentions to remove."""
+    seconds of its parts, between which other variants may have a turn. Their sum is the measurement: of
+    decoding, one step. asked: the capacity to run at (routed if gates are drawn at random, else overall), or
+    the number of attentions to remove."""
 
     def __init__(self, whole, args, phase, name, batch, context, granularity=None, asked=None):
         self.whole, self.args, self.phase, self.name = whole, args, phase, name
         self.batch, self.context, self.granularity, self.asked = batch, context, granularity, asked
         self.times, self.cache_bytes, self.peak, self.work = [], None, None, Work()
         self.capacity = self.share = None       # overall and routed, as found in the run
+        if name == "static":
+            self.capacity = 1 - asked / whole.config.n_layer
         self.ran = []                           # of each measurement: these two, and cache_bytes
 
     @functools.cached_property
@@ -111,15 +114,14 @@ class Variant:
             for skip in mindskips(model).values():
                 skip.override = close_all
         if self.name == "static":
-            self.capacity = 1 - self.asked / len(model.layers)
             for i in range(self.asked):
                 model.layers[i * len(model.layers) // self.asked].attn = Removed()
         return model
 
-    def run(self, round_, n_parts=1):
-        """Round 0 is counted, not timed. n_parts: those of decoding; all else is one part."""
+    def run(self, round_):
+        """Round 0 is counted, not timed."""
         self.choose_text(round_)
-        self.counts, self.n_parts = round_ == 0, n_parts
+        self.counts = round_ == 0
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         yield from getattr(self, self.phase)()
@@ -128,7 +130,7 @@ class Variant:
             self.share = capacity(self.model, routed=True)
         if self.args.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated() - getattr(self.args, "their_bytes", 0)
-            release(self.model)                 # its graph; the next variant has one of its own
+            release(self.model)                 # its graph, whose cache would be in the next one's peak
 
     def choose_text(self, round_):
         """Each round has texts of its own, (B, T), as far as there are: what routers open depends on them."""
@@ -148,7 +150,7 @@ class Variant:
         return self.work.bytes / STEPS / seconds / args.bandwidth
 
     def time(self, work):
-        """Seconds that `work` takes on the device; none where it is counted."""
+        """Seconds that `work` takes on the device; nan in round 0, where it is counted."""
         if self.counts:
             with self.work:
                 work()
@@ -164,49 +166,56 @@ class Variant:
         work()
         return time.perf_counter() - start
 
-    def time_steps(self, step):
-        """The parts of decoding: of STEPS calls of step(i), after UNTIMED others, their share of the mean."""
-        def steps(first, n):
-            for i in range(first, first + n):
-                step(i)
-        steps(0, UNTIMED)
-        for skip in mindskips(self.model).values():
-            if skip.scope == "token":          # capacity is that of the steps, not of the prompt
-                skip.opened = skip.seen = 0
-        n = STEPS // self.n_parts
-        for first in range(UNTIMED, UNTIMED + STEPS, n):
-            yield self.time(functools.partial(steps, first, n)) / STEPS
+    def time_parts(self, do, n):
+        """Seconds of do(0) to do(n - 1): each a part; all in one on a GPU, which would wait between them."""
+        if self.args.device.type == "cuda":
+            yield self.time(lambda: [do(i) for i in range(n)])
+        else:
+            for i in range(n):
+                yield self.time(functools.partial(do, i))
 
-    def first_token(self, cache):
-        """Read the prompt and compute the logits of the first new token, (B, V)."""
+    def read_prompt(self, cache):
+        """An iterator that reads the prompt a layer at a time; its last value: the next logits, (B, V)."""
         model = self.model.train(self.name == "masked")   # masked: compute all, then multiply
         ctx = model.context(self.idx, None, [self.context] * self.batch, cache)
-        x = run_layers(model.layers, model.embed(self.idx), ctx)
-        return model.head(model.norm(x[:, -1]))
+        x = model.embed(self.idx)
+        for layer in model.layers:
+            x = layer(x, ctx)
+            yield
+        yield model.head(model.norm(x[:, -1]))
 
     @torch.no_grad()
     def prefill(self):
-        cache = Cache(self.model.config, self.context)
-        yield self.time(lambda: self.first_token(cache))
+        cache = Cache(self.whole.config, self.context)
+        reading = self.read_prompt(cache)
+        yield from self.time_parts(lambda _: next(reading), len(self.model.layers) + 1)
         self.cache_bytes = cache.bytes()
 
     @torch.no_grad()
     def decode(self):
         model, cache = self.model, Cache(self.whole.config, self.context + UNTIMED + STEPS)
-        token = sample(self.first_token(cache))
+        *_, logits = self.read_prompt(cache)
+        token = sample(logits)
         with stepper(model, cache, self.batch) as next_x:
             def step(i):
                 nonlocal token
                 x = next_x(token, [self.context + i] * self.batch)
                 token = sample(model.head(model.norm(x)))
-            yield from self.time_steps(step)
+            for i in range(UNTIMED):
+                step(i)
+            for skip in mindskips(model).values():
+                if skip.scope == "token":       # capacity is that of the timed steps, not of the prompt
+                    skip.opened = skip.seen = 0
+            yield 0.0                           # first all variants come here, then one is timed
+            for seconds in self.time_parts(lambda i: step(UNTIMED + i), STEPS):
+                yield seconds / STEPS
         self.cache_bytes = cache.bytes()
 
     def train(self):
         """One step on every token: of the routers (--loss), or of the whole model with its routers
         (cross-entropy)."""
         model, idx = self.model.train(), self.idx
-        model.requires_grad_(self.name == "train_all")
+        model.requires_grad_(self.name == "train_all")      # each time: the other variant has these weights
         for skip in mindskips(model).values():
             skip.router.requires_grad_(True)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -234,20 +243,26 @@ class Transformers(Variant):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
+        c, args = self.whole.config, self.args
+        if hasattr(args, "theirs"):
+            return
         try:
             from transformers import AutoModelForCausalLM, LlamaConfig
         except ImportError:
             raise InputError("--against transformers: not installed; pip install transformers") from None
-        c, args = self.whole.config, self.args
-        if not hasattr(args, "theirs"):
-            config = LlamaConfig(
-                vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate,
-                num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-                head_dim=c.head_dim, max_position_embeddings=c.max_context,
-                tie_word_embeddings=c.tie_embeddings)
-            with torch.device(args.device):
-                args.theirs = AutoModelForCausalLM.from_config(config, dtype=args.dtype).eval()
-            args.their_bytes = sum(parameter.nbytes for parameter in args.theirs.parameters())
+        config = LlamaConfig(
+            vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate,
+            num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
+            head_dim=c.head_dim, max_position_embeddings=c.max_context,
+            tie_word_embeddings=c.tie_embeddings)
+        with torch.device(args.device):
+            args.theirs = AutoModelForCausalLM.from_config(config, dtype=args.dtype).eval()
+        args.their_bytes = sum(parameter.nbytes for parameter in args.theirs.parameters())
+
+    def run(self, round_):
+        self.choose_text(round_)
+        self.counts = round_ == 0
+        yield from getattr(self, self.phase)()
 
     @torch.no_grad()
     def prefill(self):
@@ -261,4 +276,8 @@ class Transformers(Variant):
             nonlocal out
             token = sample(out.logits[:, -1])[:, None]
             out = self.args.theirs(token, past_key_values=out.past_key_values, use_cache=True)
-        yield from self.time_steps(step)
+        for i in range(UNTIMED):
+            step(i)
+        yield 0.0
+        for seconds in self.time_parts(step, STEPS):
+            yield seconds / STEPS

@@ -245,7 +245,7 @@ def checkpoint_parts(name, weight, config):
         return [(f"{theirs}.{leaf}", weight)]
     _, layer, ours = module.split(".", 2)
     if ours not in HF_NAMES:
-        raise InputError(f"{name} has no place in a Hugging Face folder; remove the routers before"
+        raise InputError(f"{name} has no place in a Hugging Face folder; remove the routers first"
                          " (router.remove_routers)")
     q, kv, up = config.n_head * config.head_dim, config.n_kv_head * config.head_dim, config.intermediate
     names, rows = HF_NAMES[ours], {"attn.qkv": [q, kv, kv], "mlp.gate_up": [up, up]}.get(ours, [len(weight)])

@@ -8,7 +8,7 @@
     recomputed(f, ...)        f(...)
 
 What is gained on CUDA: support/triton_kernels.py tells. On CPUs in float32 MKL multiplies a few tokens faster
-from the other side, and oneDNN is faster for single tokens and by wide weights; in bfloat16 weights that
+as weight @ x.T, and oneDNN is faster for single tokens and by wide weights; in bfloat16 weights that
 oneDNN lays out anew ("packed") halve the time of a decoding step.
 """
 import math
@@ -26,8 +26,8 @@ from support.cuda import fused
 
 ONEDNN = torch.backends.mkldnn.is_available()
 MKL = torch.backends.mkl.is_available()
-FEW = 5             # tokens whose products MKL computes faster from the other side, and
-SMALL = 2**20       # numbers of a weight by which it so multiplies one token faster than oneDNN
+FEW = 5             # tokens, at most, for which MKL is faster at weight @ x.T than at x @ weight.T
+SMALL = 2**20       # numbers of a weight, at most, for which product_of_one is faster than oneDNN
 
 
 def recomputed(f, *args):
@@ -51,10 +51,11 @@ def product_of_few(x, weight):
 
 
 def product_of_one(x, weight):
-    """The same of one token: its halves are two tokens, by a matrix that has each half of a row as a row."""
+    """The same of one token. MKL multiplies a single column on one thread, so the token's halves are two, a
+    row's halves two rows: of the four products of a row two are wanted, first by first, second by second."""
     n_out = len(weight)
     products = torch.mm(weight.reshape(2 * n_out, -1), x.reshape(2, -1).T).view(n_out, 4)
-    return (products[:, 0] + products[:, 3]).view(*x.shape[:-1], n_out)   # first by first, second by second
+    return (products[:, 0] + products[:, 3]).view(*x.shape[:-1], n_out)
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -80,17 +81,19 @@ if ONEDNN:
 def linear(x, weight, bias=None):
     """x (..., T, in) @ weight (out, in).T + bias (out,), as F.linear.
 
-    In float32 on a CPU, a few tokens are multiplied as below. For others oneDNN is faster where it is one
-    token, which MKL multiplies on one thread, and for wide products: 1.1 to 1.9 times on AMD's processors.
-    Elsewhere it is not used: its sums round to twice the error.
+    In float32 on a CPU, without gradients, up to FEW tokens go to product_of_few, and one token by a small
+    weight to product_of_one. Else oneDNN takes one token per row, and wide products: 1.1 to 1.9 times as fast
+    as MKL on AMD's processors. Elsewhere it is not used: its sums round to twice the error.
     """
     n_out, n_in = weight.shape
     if x.dtype != torch.float32 or x.device.type != "cpu" or not ONEDNN:
         return F.linear(x, weight, bias)
     n_tokens, takes_gradient = x.numel() // n_in, torch.is_grad_enabled()
-    has_halves = n_in % 2 == 0 and weight.numel() <= SMALL
-    if 0 < n_tokens <= FEW and (n_tokens > 1 or has_halves) and MKL and not takes_gradient:
-        y = (product_of_few if n_tokens > 1 else product_of_one)(x, weight)
+    product = product_of_few if 1 < n_tokens <= FEW else None
+    if n_tokens == 1 and n_in % 2 == 0 and weight.numel() <= SMALL:
+        product = product_of_one
+    if product and MKL and not takes_gradient:
+        y = product(x, weight)
         return y if bias is None else y + bias
     if x.shape[-2] == 1 or n_out > 4 * n_in:
         if not takes_gradient:

@@ -40,7 +40,7 @@ class Work(TorchDispatchMode):
         if name in ("mm", "bmm", "addmm", "_linear_pointwise"):
             a, b = args[:2] if name == "_linear_pointwise" else args[-2:]
             self.flops += 2 * out.numel() * a.shape[-1]
-            self.bytes += (a if b.shape[-1] <= FEW else b).nbytes      # of few tokens see product_of_few
+            self.bytes += (a if b.shape[-1] <= FEW else b).nbytes      # product_of_few has it on the left
         elif "scaled_dot_product" in name:
             is_backward = "backward" in name
             q, k, v = args[1:4] if is_backward else args[:3]         # before them the gradient of the output

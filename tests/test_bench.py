@@ -109,14 +109,13 @@ def test_decoding_tells_the_capacity_of_what_was_timed(tiny, call, router_file, 
 
 def test_each_round_has_texts_of_its_own_and_capacity_is_their_mean(tiny, call, router_file, tmp_path,
                                                                    monkeypatch):
-    ran, first_token = {}, timing.Variant.first_token
+    ran, run = {}, timing.Variant.run
 
-    def noted(variant, cache):
-        logits = first_token(variant, cache)
+    def noted(variant, round_):
+        yield from run(variant, round_)
         if variant.name == "routed":
             ran.setdefault(tuple(variant.idx.flatten().tolist()), []).append(capacity(variant.model))
-        return logits
-    monkeypatch.setattr(timing.Variant, "first_token", noted)
+    monkeypatch.setattr(timing.Variant, "run", noted)
     monkeypatch.setattr(bench, "peak_in_child", lambda *_: None)
     call(bench.main, "--model", tiny, "--phase", "prefill", "--context", 40, "--batch", 2, "--rounds", 3,
          "--routers", router_file("attn_token"), "--json", tmp_path / "b.json")
@@ -126,9 +125,10 @@ def test_each_round_has_texts_of_its_own_and_capacity_is_their_mean(tiny, call, 
     assert len(ran) == 5 and len({*timed}) > 1 and routed["capacity"] == pytest.approx(sum(timed) / 3)
 
 
-@pytest.mark.parametrize("free, n_parts", [(2**33, timing.STEPS), (2**22, 1)])
-def test_variants_decode_in_turns_step_by_step(free, n_parts, tiny, call, monkeypatch):
-    """Where the memory holds all their caches; a run with room for one at a time is as before."""
+@pytest.mark.parametrize("free, together", [(2**33, True), (2**22, False)])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_variants_take_turns_part_by_part(phase, free, together, tiny, call, monkeypatch):
+    """Where the memory holds all their caches; else each runs to its end, then the next one."""
     timed, time, whole = [], timing.Variant.time, set()
 
     def noted(variant, work):
@@ -138,9 +138,16 @@ def test_variants_decode_in_turns_step_by_step(free, n_parts, tiny, call, monkey
     monkeypatch.setattr(timing.Variant, "time", noted)
     monkeypatch.setattr(bench, "free_bytes", lambda device: free)
     monkeypatch.setattr(bench, "peak_in_child", lambda *_: None)
-    status, _ = call(bench.main, "--model", tiny, "--phase", "decode", "--batch", 8, "--context", 40,
+    status, _ = call(bench.main, "--model", tiny, "--phase", phase, "--batch", 8, "--context", 40,
                      "--rounds", 2, "--granularity", "attn_token", "--device", "cpu")
-    assert status == 0 and timed == ["dense", "none", "routed"] * n_parts * (2 + 2)
+    n_parts, rounds = {"prefill": 4 + 1, "decode": timing.STEPS}[phase], []                 # four layers
+    for first in 0, 1, 2, 0:
+        names = ["dense", "none", "routed"]
+        if together:
+            rounds += (names[first:] + names[:first]) * n_parts
+        else:
+            rounds += [name for name in names for _ in range(n_parts)]
+    assert status == 0 and timed == rounds
     assert len(whole) == 1                                                      # the weights are shared
 
 
