@@ -146,11 +146,15 @@ def attention_of_some(q, k, v, counts, on_host, at, T, mask=None):
 def attention_in_chunks(q, k, v, on_host, positions, mask):
     """attention_of_some for one row, a few queries at a time: q (1, H, n, D), k and v (1, K, S, D), positions
     (n,) of the queries, on the device and on the host, mask (T, S) or None."""
-    S, outputs, size = k.shape[2], [], CHUNK if products_are_faster(q) else CALL
+    (_, H, n, D), (_, K, S, _), outputs = q.shape, k.shape, []
+    size = CHUNK if products_are_faster(q) else CALL
+    if q.device.type == "cpu" and not products_are_faster(q):
+        q = q.view(K, H // K, n, D)         # else each call copies keys and values for every query head
+        k, v = (t.view(K, 1, S, D).expand(K, H // K, S, D) for t in (k, v))
     chunks = zip(q.split(size, 2), on_host.split(size), positions.split(size))
     for queries, chunk_on_host, chunk in chunks:
         end, bias = keys_seen(chunk_on_host, chunk, S, q.dtype)
         if mask is not None:
             bias = mask[chunk - (S - len(mask)), :end]                                          # (n, end)
         outputs.append(attention(queries, k[:, :, :end], v[:, :, :end], bias))
-    return torch.cat(outputs, 2)
+    return torch.cat(outputs, 2).view(1, H, n, D)
