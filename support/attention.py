@@ -19,6 +19,7 @@ from support.kernels import recomputed
 
 CHUNK = 128         # queries whose scores exist at once
 CALL = 256          # queries, of some, per call of PyTorch's kernel: 128 take up to a seventh longer
+PARTS_FROM = 2048   # keys: of fewer, attention_by_parts takes longer than attention_in_chunks
 KEY_MULTIPLE = 32   # a chunk's keys are rounded up to this multiple, so that shapes recur
 CUDNN_FROM = 4096   # tokens: cuDNN's attention takes half of flash's time, but plans a new shape for 30 ms
 
@@ -135,6 +136,8 @@ def attention_of_some(q, k, v, counts, on_host, at, T, mask=None):
         positions = row_on_host if q.device.type == "cpu" else (at[done:done + n] % T + (S - T)).int()
         if n > 1 and mask is None and products_are_faster(q):
             y = attention_by_products(queries, keys, values, positions=positions)
+        elif mask is None and S >= PARTS_FROM and q.device.type == "cpu" and not torch.is_grad_enabled():
+            y = attention_by_parts(queries, keys, values, positions.long())
         else:
             row_mask = None if mask is None else mask[row if len(mask) > 1 else 0, 0]           # (T, S)
             y = attention_in_chunks(queries, keys, values, row_on_host, positions, row_mask)
@@ -149,8 +152,7 @@ def attention_in_chunks(q, k, v, on_host, positions, mask):
     (_, H, n, D), (_, K, S, _), outputs = q.shape, k.shape, []
     size = CHUNK if products_are_faster(q) else CALL
     if q.device.type == "cpu" and not products_are_faster(q):
-        q = q.view(K, H // K, n, D)         # else each call copies keys and values for every query head
-        k, v = (t.view(K, 1, S, D).expand(K, H // K, S, D) for t in (k, v))
+        q, k, v = q.view(K, -1, n, D), for_query_heads(k, H), for_query_heads(v, H)
     chunks = zip(q.split(size, 2), on_host.split(size), positions.split(size))
     for queries, chunk_on_host, chunk in chunks:
         end, bias = keys_seen(chunk_on_host, chunk, S, q.dtype)
@@ -158,3 +160,35 @@ def attention_in_chunks(q, k, v, on_host, positions, mask):
             bias = mask[chunk - (S - len(mask)), :end]                                          # (n, end)
         outputs.append(attention(queries, k[:, :, :end], v[:, :, :end], bias))
     return torch.cat(outputs, 2).view(1, H, n, D)
+
+
+def for_query_heads(t, H):
+    """Keys or values (1, K, S, D) as (K, H/K, S, D), for H query heads: without the copy for each of these
+    that PyTorch makes in every call."""
+    _, K, S, D = t.shape
+    return t.view(K, 1, S, D).expand(K, H // K, S, D)
+
+
+def attention_by_parts(q, k, v, at):
+    """The same of many keys, without a mask or a gradient, on a CPU, at (n,) int64. The chosen tokens among
+    themselves are plain causal attention, which PyTorch's kernel computes in larger blocks than a masked
+    chunk; what they see of the others is computed in chunks; log-sum-exps tell what each of the two weighs.
+    """
+    (_, H, n, D), (_, K, S, _) = q.shape, k.shape
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    q = q.view(K, -1, n, D)
+    y, lse = kernel(q, *(for_query_heads(t.index_select(2, at), H) for t in (k, v)), 0.0, True)
+    n_seen = at - torch.arange(n)                                             # of the others, rising
+    first = int((n_seen == 0).sum())                                          # that sees any
+    if first < n:
+        others = torch.ones(S, dtype=torch.bool).index_fill(0, at, False).nonzero().squeeze(1)
+        k, v = (for_query_heads(t.index_select(2, others), H) for t in (k, v))
+        parts = []
+        for queries, some_seen in zip(q[:, :, first:].split(CALL, 2), n_seen[first:].split(CALL)):
+            end = int(some_seen[-1])
+            mask = additive_mask(torch.arange(end) < some_seen[:, None], q.dtype)
+            parts.append(kernel(queries, k[:, :, :end], v[:, :, :end], attn_mask=mask[None, None]))
+        other_y, other_lse = (torch.cat(outputs, 2) for outputs in zip(*parts))
+        share = torch.sigmoid(other_lse - lse[:, :, first:])[..., None]
+        y = torch.cat((y[:, :, :first], torch.lerp(y[:, :, first:], other_y, share)), 2)
+    return y.reshape(1, H, n, D)

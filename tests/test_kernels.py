@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import Llama, RMSNorm
+from support import attention as attentions
 from support.attention import additive_mask, attention, attention_of_some
 from support.kernels import MKL, ONEDNN, Linear, logit_of_token, packed_weights
 
@@ -136,10 +137,14 @@ def test_packed_weights_have_the_product_and_last_as_long_as_a_generation(tiny, 
 
 
 @pytest.mark.parametrize("T, S", [(300, 300), (50, 90), (1, 40)])
-@pytest.mark.parametrize("masks", [0, 1, 3])
-def test_attention_of_some_queries_against_all_of_them(masks, T, S):
-    """Chosen queries of ragged rows have the outputs that they have among all queries, in float64."""
-    B, H, K, D = 3, 6, 2, 16
+@pytest.mark.parametrize("masks, by_parts", [(0, False), (0, True), (1, True), (4, True)])
+def test_attention_of_some_queries_against_all_of_them(masks, by_parts, T, S, monkeypatch):
+    """Chosen queries of ragged rows have the outputs that they have among all queries, in float64. By parts
+    there is no mask."""
+    B, H, K, D = 4, 6, 2, 16
+    monkeypatch.setattr(attentions, "PARTS_FROM", 0 if by_parts else S + 1)
+    kernel, calls = attentions.attention_by_parts, []
+    monkeypatch.setattr(attentions, "attention_by_parts", lambda *a: calls.append(1) or kernel(*a))
     q = torch.randn(B, H, T, D, dtype=torch.float64)
     k, v = torch.randn(2, B, K, S, D, dtype=torch.float64)
     visible = torch.ones(T, S, dtype=torch.bool).tril(S - T).expand(B, 1, T, S)
@@ -150,12 +155,14 @@ def test_attention_of_some_queries_against_all_of_them(masks, T, S):
         mask = additive_mask(visible, q.dtype)
     score = q @ k.repeat_interleave(H // K, 1).mT / D**0.5
     whole = score.masked_fill(~visible, -torch.inf).softmax(-1) @ v.repeat_interleave(H // K, 1)
-    columns = [torch.arange(0, T, 2), torch.arange(0), torch.tensor([T - 1])]
+    columns = [torch.arange(0, T, 2), torch.arange(0), torch.tensor([T - 1]), torch.arange(T)]
     at = torch.cat([b * T + c for b, c in enumerate(columns)])
     chosen = torch.cat([q[b, :, c] for b, c in enumerate(columns)], 1)[None]               # (1, H, N, D)
     expected = torch.cat([whole[b, :, c] for b, c in enumerate(columns)], 1)[None]
-    found = attention_of_some(chosen, k, v, [len(c) for c in columns], at, at, T, mask)
+    with torch.no_grad():
+        found = attention_of_some(chosen, k, v, [len(c) for c in columns], at, at, T, mask)
     assert (found - expected).abs().max() < 1e-12
+    assert len(calls) == (3 if by_parts and mask is None else 0)
 
 
 @pytest.mark.parametrize("dtype, masked, T, heads, groups", [
