@@ -19,7 +19,7 @@ from support.kernels import recomputed
 
 CHUNK = 128         # queries whose scores exist at once
 CALL = 256          # queries, of some, per call of PyTorch's kernel: 128 take up to a seventh longer
-PARTS_FROM = 2048   # keys: of fewer, attention_by_parts takes longer than attention_in_chunks
+PARTS_FROM = 2048   # keys, from which attention_by_parts is faster than attention_in_chunks; see there
 KEY_MULTIPLE = 32   # a chunk's keys are rounded up to this multiple, so that shapes recur
 CUDNN_FROM = 4096   # tokens: cuDNN's attention takes half of flash's time, but plans a new shape for 30 ms
 
@@ -73,6 +73,11 @@ def kernels_fit(q, k):
 
 def products_are_faster(q):
     return q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+def parts_are_faster(q, S):
+    """Whether attention_by_parts serves for queries (1, H, n, D) of S keys: where half or more are open."""
+    return 2 * q.shape[2] >= S >= PARTS_FROM and q.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def attention_by_products(q, k, v, mask=None, causal=False, positions=None):
@@ -136,7 +141,7 @@ def attention_of_some(q, k, v, counts, on_host, at, T, mask=None):
         positions = row_on_host if q.device.type == "cpu" else (at[done:done + n] % T + (S - T)).int()
         if n > 1 and mask is None and products_are_faster(q):
             y = attention_by_products(queries, keys, values, positions=positions)
-        elif mask is None and S >= PARTS_FROM and q.device.type == "cpu" and not torch.is_grad_enabled():
+        elif mask is None and parts_are_faster(queries, S):
             y = attention_by_parts(queries, keys, values, positions.long())
         else:
             row_mask = None if mask is None else mask[row if len(mask) > 1 else 0, 0]           # (T, S)
@@ -151,7 +156,7 @@ def attention_in_chunks(q, k, v, on_host, positions, mask):
     (n,) of the queries, on the device and on the host, mask (T, S) or None."""
     (_, H, n, D), (_, K, S, _), outputs = q.shape, k.shape, []
     size = CHUNK if products_are_faster(q) else CALL
-    if q.device.type == "cpu" and not products_are_faster(q):
+    if n > 1 and q.device.type == "cpu" and not products_are_faster(q):
         q, k, v = q.view(K, -1, n, D), for_query_heads(k, H), for_query_heads(v, H)
     chunks = zip(q.split(size, 2), on_host.split(size), positions.split(size))
     for queries, chunk_on_host, chunk in chunks:
@@ -170,25 +175,25 @@ def for_query_heads(t, H):
 
 
 def attention_by_parts(q, k, v, at):
-    """The same of many keys, without a mask or a gradient, on a CPU, at (n,) int64. The chosen tokens among
-    themselves are plain causal attention, which PyTorch's kernel computes in larger blocks than a masked
-    chunk; what they see of the others is computed in chunks; log-sum-exps tell what each of the two weighs.
-    """
+    """attention_of_some for one row on a CPU, without mask and gradient, where most of many tokens are
+    chosen, at (n,) int64, their positions, rising. Attention to chosen tokens is plain causal attention,
+    which from 768 queries on PyTorch computes in larger blocks than a masked chunk; to the others it is
+    computed in chunks; the mean of the two is weighted by their sums of exponentials."""
     (_, H, n, D), (_, K, S, _) = q.shape, k.shape
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     q = q.view(K, -1, n, D)
     y, lse = kernel(q, *(for_query_heads(t.index_select(2, at), H) for t in (k, v)), 0.0, True)
-    n_seen = at - torch.arange(n)                                             # of the others, rising
-    first = int((n_seen == 0).sum())                                          # that sees any
+    n_seen = at - torch.arange(n)                    # how many of the others each sees; it never falls
+    first = int((n_seen == 0).sum())                 # the first that sees one
     if first < n:
         others = torch.ones(S, dtype=torch.bool).index_fill(0, at, False).nonzero().squeeze(1)
         k, v = (for_query_heads(t.index_select(2, others), H) for t in (k, v))
-        parts = []
+        chunks = []
         for queries, some_seen in zip(q[:, :, first:].split(CALL, 2), n_seen[first:].split(CALL)):
             end = int(some_seen[-1])
             mask = additive_mask(torch.arange(end) < some_seen[:, None], q.dtype)
-            parts.append(kernel(queries, k[:, :, :end], v[:, :, :end], attn_mask=mask[None, None]))
-        other_y, other_lse = (torch.cat(outputs, 2) for outputs in zip(*parts))
-        share = torch.sigmoid(other_lse - lse[:, :, first:])[..., None]
+            chunks.append(kernel(queries, k[:, :, :end], v[:, :, :end], attn_mask=mask))
+        other_y, other_lse = (torch.cat(outputs, 2) for outputs in zip(*chunks))
+        share = torch.sigmoid(other_lse - lse[:, :, first:]).to(y.dtype)[..., None]
         y = torch.cat((y[:, :, :first], torch.lerp(y[:, :, first:], other_y, share)), 2)
     return y.reshape(1, H, n, D)

@@ -142,9 +142,7 @@ def test_attention_of_some_queries_against_all_of_them(masks, by_parts, T, S, mo
     """Chosen queries of ragged rows have the outputs that they have among all queries, in float64. By parts
     there is no mask."""
     B, H, K, D = 4, 6, 2, 16
-    monkeypatch.setattr(attentions, "PARTS_FROM", 0 if by_parts else S + 1)
-    kernel, calls = attentions.attention_by_parts, []
-    monkeypatch.setattr(attentions, "attention_by_parts", lambda *a: calls.append(1) or kernel(*a))
+    monkeypatch.setattr(attentions, "parts_are_faster", lambda q, S: by_parts)
     q = torch.randn(B, H, T, D, dtype=torch.float64)
     k, v = torch.randn(2, B, K, S, D, dtype=torch.float64)
     visible = torch.ones(T, S, dtype=torch.bool).tril(S - T).expand(B, 1, T, S)
@@ -159,10 +157,24 @@ def test_attention_of_some_queries_against_all_of_them(masks, by_parts, T, S, mo
     at = torch.cat([b * T + c for b, c in enumerate(columns)])
     chosen = torch.cat([q[b, :, c] for b, c in enumerate(columns)], 1)[None]               # (1, H, N, D)
     expected = torch.cat([whole[b, :, c] for b, c in enumerate(columns)], 1)[None]
-    with torch.no_grad():
-        found = attention_of_some(chosen, k, v, [len(c) for c in columns], at, at, T, mask)
+    found = attention_of_some(chosen, k, v, [len(c) for c in columns], at, at, T, mask)
     assert (found - expected).abs().max() < 1e-12
-    assert len(calls) == (3 if by_parts and mask is None else 0)
+
+
+@pytest.mark.parametrize("n, S, grad, expected", [(1024, 2048, False, 1), (1024, 2048, True, 0),
+                                                  (1023, 2048, False, 0), (1500, 2047, False, 0)])
+def test_most_of_many_tokens_attend_in_two_parts(n, S, grad, expected, monkeypatch):
+    """In float32, against float64; in bfloat16 products are faster."""
+    kernel, calls = attentions.attention_by_parts, []
+    monkeypatch.setattr(attentions, "attention_by_parts", lambda *given: calls.append(1) or kernel(*given))
+    q, k, v = torch.randn(1, 2, n, 16), torch.randn(1, 1, S, 16), torch.randn(1, 1, S, 16)
+    at = torch.randperm(S)[:n].sort().values
+    with torch.set_grad_enabled(grad):
+        found = attention_of_some(q, k, v, [n], at, at, S)
+        attention_of_some(q.bfloat16(), k.bfloat16(), v.bfloat16(), [n], at, at, S)
+    visible = torch.arange(S) <= at[:, None]
+    score = (q.double() @ k.double().mT / 4).masked_fill(~visible, -torch.inf)
+    assert (found - score.softmax(-1) @ v.double()).abs().max() < 1e-5 and len(calls) == expected
 
 
 @pytest.mark.parametrize("dtype, masked, T, heads, groups", [
