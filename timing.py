@@ -120,8 +120,7 @@ class Variant:
 
     def run(self, round_):
         """Round 0 is counted, not timed."""
-        self.choose_text(round_)
-        self.counts = round_ == 0
+        self.begin(round_)
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         yield from getattr(self, self.phase)()
@@ -132,11 +131,12 @@ class Variant:
             self.peak = torch.cuda.max_memory_allocated() - getattr(self.args, "their_bytes", 0)
             release(self.model)                 # its graph, whose cache would be in the next one's peak
 
-    def choose_text(self, round_):
+    def begin(self, round_):
         """Each round has texts of its own, (B, T), as far as there are: what routers open depends on them."""
         text = self.args.text
         first = round_ % (len(text) // self.batch) * self.batch
         self.idx = text[first:first + self.batch, :self.context]
+        self.counts = round_ == 0
 
     def share_of_peak(self, seconds):
         """Of the machine's bandwidth in decoding, else of its operations. None where gates are data of a CUDA
@@ -174,6 +174,14 @@ class Variant:
             for i in range(n):
                 yield self.time(functools.partial(do, i))
 
+    def time_steps(self, step):
+        """After the untimed ones, step(0) to step(UNTIMED - 1): the parts of the mean of STEPS more."""
+        for i in range(UNTIMED):
+            step(i)
+        yield 0.0                               # first all variants come here, then one is timed
+        for seconds in self.time_parts(lambda i: step(UNTIMED + i), STEPS):
+            yield seconds / STEPS
+
     def read_prompt(self, cache):
         """An iterator that reads the prompt a layer at a time; its last value: the next logits, (B, V)."""
         model = self.model.train(self.name == "masked")   # masked: compute all, then multiply
@@ -201,14 +209,12 @@ class Variant:
                 nonlocal token
                 x = next_x(token, [self.context + i] * self.batch)
                 token = sample(model.head(model.norm(x)))
-            for i in range(UNTIMED):
-                step(i)
+            parts = self.time_steps(step)
+            yield next(parts)
             for skip in mindskips(model).values():
                 if skip.scope == "token":       # capacity is that of the timed steps, not of the prompt
                     skip.opened = skip.seen = 0
-            yield 0.0                           # first all variants come here, then one is timed
-            for seconds in self.time_parts(lambda i: step(UNTIMED + i), STEPS):
-                yield seconds / STEPS
+            yield from parts
         self.cache_bytes = cache.bytes()
 
     def train(self):
@@ -260,8 +266,7 @@ class Transformers(Variant):
         args.their_bytes = sum(parameter.nbytes for parameter in args.theirs.parameters())
 
     def run(self, round_):
-        self.choose_text(round_)
-        self.counts = round_ == 0
+        self.begin(round_)
         yield from getattr(self, self.phase)()
 
     @torch.no_grad()
@@ -276,8 +281,4 @@ class Transformers(Variant):
             nonlocal out
             token = sample(out.logits[:, -1])[:, None]
             out = self.args.theirs(token, past_key_values=out.past_key_values, use_cache=True)
-        for i in range(UNTIMED):
-            step(i)
-        yield 0.0
-        for seconds in self.time_parts(step, STEPS):
-            yield seconds / STEPS
+        yield from self.time_steps(step)

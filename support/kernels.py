@@ -46,8 +46,7 @@ def onednn_linear(x, weight, bias):
 def product_of_few(x, weight):
     """x (..., in) @ weight (out, in).T of FEW tokens, as (weight @ x.T).T: there MKL reads the weights where
     they are. For x @ weight.T it lays them out first, which takes as long again."""
-    y = torch.mm(weight, x.reshape(-1, x.shape[-1]).T).T
-    return y.contiguous().view(*x.shape[:-1], len(weight))
+    return torch.mm(weight, x.flatten(0, -2).T).T.contiguous().view(*x.shape[:-1], len(weight))
 
 
 def product_of_one(x, weight):
