@@ -13,7 +13,8 @@ One gate per token with kv="open" is in open_keys.py.
 a running generation has to know of earlier tokens is kept in its cache, in cache.routing[name][skip]:
 
     open rows     indices, on the host, of the rows whose prompt opened the gate
-    waiting       [(x, ctx)] of the steps whose keys and values wait
+    waiting       [(x, rms, cos, sin)] of steps that no token opened, whose keys and values are not yet
+                  computed: of run_single x and its root mean square, else h and None
     logit         of run_single: the function that logit_of_token gives
     open keys     an OpenKeys (open_keys.py)
     is open, decisions, n open      of a captured step, on the device: see run_captured, next_slot
@@ -26,12 +27,12 @@ import torch
 from model import merge_heads, rotate, split_heads
 from support.attention import additive_mask, attention_of_some
 from support.cuda import fused, is_asynchronous, only_for, to_device, to_host
-from support.kernels import logit_of_token
+from support.kernels import logit_of_token, normalized, root_mean_square
 
-WAITING = 32        # steps of generation whose keys and values may wait
+WAITING = 32        # such steps, at most, of a generation
 MOSTLY_OPEN = 0.5   # open share of a step's rows from which all are computed: weights are read once for all
 NEARLY_OPEN = 0.9   # open share of a prompt's tokens from which all are computed: gathering costs a tenth
-GATHERED_FROM = 2**37   # B * T * C * (T + C) of a prompt on CUDA: less is done before it is gathered
+GATHERED_FROM = 2**37   # B * T * C * (T + C) of a prompt on CUDA, below which run_all is faster
 
 
 # ----------------------------------------------------------------------------------------- gates of sequences
@@ -80,7 +81,7 @@ def run_tokens(skip, x, ctx, h, is_open):
     attn, kv = skip.attn, None
     decisions = to_host(is_open)                                       # begins to copy them
     if attn and is_asynchronous(x):
-        kv = keys_values(attn, h, ctx)                                 # while the host waits for decisions
+        kv = keys_values(attn, ctx, h)                                 # while the host waits for decisions
     at, counts = open_tokens(decisions(), ctx.host_lengths)
     skip.count(len(at), ctx)
     n_real = sum(ctx.host_lengths)
@@ -88,7 +89,7 @@ def run_tokens(skip, x, ctx, h, is_open):
         y = skip.sublayer(x, ctx, h)
         return y if len(at) == n_real else torch.where(is_open[..., None], y, x)
     if attn and not kv:
-        kv = keys_values(attn, h, ctx)
+        kv = keys_values(attn, ctx, h)
     return run_gathered(skip, x, ctx, h, at, counts, kv) if len(at) else x
 
 
@@ -124,40 +125,38 @@ def run_step(skip, x, ctx, h, is_open):
         return run_rows(skip, x, ctx, open_indices(decided), h)
     waiting = ctx.cache.routing["waiting"].setdefault(skip, [])
     if n_open == 0:
-        wait(attn, waiting, x, ctx)
+        wait(attn, waiting, h, None, ctx)
         return x
+    all_ctx, all_h = with_waiting(attn, waiting, h, None, ctx) if waiting else (ctx, h)
     if n_open >= MOSTLY_OPEN * n_rows:
-        if waiting:
-            h, ctx = with_waiting(attn, waiting, x, ctx)
-        y = skip.sublayer(x, ctx, h)
+        y = skip.sublayer(x, all_ctx, all_h)
         return y if n_open == n_rows else torch.where(is_open[..., None], y, x)
-    if waiting:
-        store_waiting(attn, waiting, ctx.cache)
     at, counts = open_tokens(decided[:, None], ctx.host_lengths)
-    return run_gathered(skip, x, ctx, h, at, counts, keys_values(attn, h, ctx))
+    return run_gathered(skip, x, ctx, h, at, counts, keys_values(attn, all_ctx, all_h))
 
 
 def run_single(skip, x, ctx):
-    """The same of one row on a CPU, where each operation, however small, takes time: the score is of two dot
-    products, the host decides, and norm(x) is not asked for where the gate is closed."""
-    attn, routing = skip.attn, ctx.cache.routing
-    waiting, h = routing["waiting"].setdefault(skip, []), None
+    """The same of one row on a CPU, where each operation, however small, takes time: the host decides, by two
+    dot products, of which one is the norm's."""
+    norm, routing = skip.norm, ctx.cache.routing
     if skip not in routing["logit"]:
-        routing["logit"][skip] = logit_of_token(skip.norm, skip.router.weight, skip.router.bias)
-    score = 0.5 + 0.5 * math.tanh(routing["logit"][skip](x) / 2)         # sigmoid, without overflow
+        routing["logit"][skip] = logit_of_token(norm, skip.router.weight, skip.router.bias)
+    rms = root_mean_square(x, norm.eps)
+    score = 0.5 + 0.5 * math.tanh(routing["logit"][skip](x, rms) / 2)    # sigmoid, without overflow
     if skip.override:
         score = skip.override(torch.tensor([[score]]), ctx).item()
     is_open = score >= skip.threshold
     if skip.trace is not None:
         skip.trace.append(torch.tensor([[is_open]]))
     skip.count(int(is_open), ctx)
-    if not is_open:
-        if attn:
-            wait(attn, waiting, x, ctx)
-        return x
-    if waiting:
-        h, ctx = with_waiting(attn, waiting, x, ctx)
-    return skip.sublayer(x, ctx, h)
+    attn, waiting = skip.attn, routing["waiting"].setdefault(skip, [])
+    if is_open and waiting:
+        return skip.sublayer(x, *with_waiting(attn, waiting, x, rms, ctx))
+    if is_open:
+        return skip.sublayer(x, ctx, normalized(x, rms, norm.weight))
+    if attn:
+        wait(attn, waiting, x, rms, ctx)
+    return x
 
 
 def run_gathered(skip, x, ctx, h, on_host, counts, kv):
@@ -177,7 +176,7 @@ def run_gathered(skip, x, ctx, h, on_host, counts, kv):
     return x.flatten(0, 1).index_copy(0, at, open_x).view_as(x)
 
 
-def keys_values(attn, h, ctx):
+def keys_values(attn, ctx, h):
     """Keys and values of all tokens, (B, K, S, D) each, stored in the cache if there is one; h (B, T, C)."""
     kv = split_heads(attn.qkv(h, start=attn.n_head * attn.head_dim), attn.head_dim)     # (B, 2K, T, D)
     k, v = kv[:, :attn.n_kv_head], kv[:, attn.n_kv_head:]
@@ -205,33 +204,28 @@ def rotate_some(q, cos, sin, at):
     return rotate(q, cos[index], sin[index])
 
 
-# A step of generation in which no token is open lets its keys and values wait in the cache: what waits is
-# computed in one product, with those of the next step that has open tokens, or when there are WAITING.
-def with_waiting(attn, waiting, x, ctx):
-    """A step, joined with those that wait: h = norm(x) (B, n, C) of all, the step's own last, and a Context
-    with all their angles. Then nothing waits."""
-    steps, angles = [*waiting, (x, ctx)], {}
-    waiting.clear()
-    x = torch.cat([step_x for step_x, _ in steps], 1)
-    for name in "cos", "sin":
-        of_steps = [getattr(step_ctx, name) for _, step_ctx in steps]         # (1, D), or (B, 1, 1, D)
-        if of_steps[-1].dim() == 4:                                           # as earlier ones need not be
-            of_steps = [angles_of_step.expand(len(x), 1, 1, -1) for angles_of_step in of_steps]
-        angles[name] = torch.cat(of_steps, -2)
-    return attn.norm(x), replace(ctx, **angles)
-
-
-def wait(attn, waiting, x, ctx):
+# A step of generation in which no token is open lets its keys and values wait in the cache: they are computed
+# in one product with those of the next step that has open tokens, or when WAITING steps wait.
+def wait(attn, waiting, x, rms, ctx):
     """Let a step's keys and values wait."""
-    waiting.append((x, replace(ctx, cache=None)))         # the cache has what waits: no cycle, it is freed
-    if len(waiting) == WAITING:
-        store_waiting(attn, waiting, ctx.cache)
+    if len(waiting) < WAITING - 1:
+        waiting.append((x, rms, ctx.cos, ctx.sin))
+    else:
+        keys_values(attn, *with_waiting(attn, waiting, x, rms, ctx))
 
 
-def store_waiting(attn, waiting, cache):
-    """Compute and store the keys and values that wait."""
-    x, ctx = waiting.pop()
-    keys_values(attn, *with_waiting(attn, waiting, x, replace(ctx, cache=cache)))
+def with_waiting(attn, waiting, x, rms, ctx):
+    """A step, joined with those that wait: a Context with the angles of all, and h (B, n, C) of all, its own
+    last. Then nothing waits."""
+    xs, all_rms, *angles = zip(*waiting, (x, rms, ctx.cos, ctx.sin))
+    waiting.clear()
+    if ctx.cos.dim() == 4:                                # (B, 1, 1, D), but of earlier steps perhaps (1, D)
+        angles = [[of_step.expand(len(x), 1, 1, -1) for of_step in of_steps] for of_steps in angles]
+    cos, sin = (torch.cat(of_steps, -2) for of_steps in angles)
+    h = torch.cat(xs, 1)
+    if rms is not None:
+        h = normalized(h, torch.tensor(all_rms)[:, None], attn.norm.weight)
+    return replace(ctx, cos=cos, sin=sin), h
 
 
 # ------------------------------------------------------------------------------------------ a captured step
