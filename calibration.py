@@ -12,13 +12,13 @@ from support import parallel
 from support.batches import Batch, common_beginning, pack
 from support.data import PLAIN_PROMPT, Sample, pieces
 
-TRAINING_SAMPLES = 24                                # read by the calibration, beside text of the model's own
-PROMPTS = 8 * TRAINING_SAMPLES                       # instead, where gates read prompts: one decision each
-LOGITS = 0.5, 0.25, 0.12, 0, -0.12, -0.25, -0.5      # of the thresholds that are measured first
-STRIDE = 4                                           # these, at token level, on one text of so many
-ERROR = 0.003                                        # of the capacity, that is small enough
-ATTEMPTS = 12                                        # to come so near
-NEIGHBOURS = 0.3                                     # difference of capacities from which a line is no guide
+TRAINING_SAMPLES = 24                                # read, beside text that the model wrote
+PROMPTS = 8 * TRAINING_SAMPLES                       # instead, where a gate decides once per prompt
+LOGITS = 0.5, 0.25, 0.12, 0, -0.12, -0.25, -0.5      # of the thresholds of the first curve
+STRIDE = 4                                           # at token level, that curve is of every fourth text
+ERROR = 0.003                                        # of the capacity, below which the search ends
+ATTEMPTS = 12                                        # at most: thresholds that the search measures
+NEIGHBOURS = 0.3                                     # difference of capacities below which it interpolates
 
 
 @torch.no_grad()
@@ -57,8 +57,8 @@ def calibration_batches(gates_read_prompts, samples, own_ids, tokens, stride=1):
 
 
 def shifted(curve, exact, least):
-    """A curve {threshold's logit: capacity} with the value `exact` at 0. The share s of open gates changes
-    everywhere by as many sqrt(s (1 - s)), so that where all are open, or closed, they stay so."""
+    """A curve {threshold's logit: capacity}, moved to the value `exact` at 0. If there the share s0 of open
+    gates changes by e, a share s changes by e sqrt(s (1 - s)) / sqrt(s0 (1 - s0)): 0 and 1 stay."""
     shares = {logit: (c - least) / (1 - least) for logit, c in curve.items()}
     spreads = {logit: math.sqrt(max(0.0, s * (1 - s))) for logit, s in shares.items()}
     excess = (exact - curve[0]) / (1 - least)
@@ -77,7 +77,7 @@ def calibrate(model, samples, own_ids, capacity, tokens):
     other text opens other gates. First a curve of thresholds, from which `load_routers` reads other
     capacities: at token level estimated on every fourth text, see `shifted`. Then, on all texts, false
     position between the two nearest thresholds, or bisection where these are far apart in capacity. An
-    estimate is relied on once: what all texts give may lie elsewhere.
+    estimate may be off, so each is a bound of one attempt only.
     """
     model.eval()
     skips = list(mindskips(model).values())
@@ -116,7 +116,8 @@ def calibrate(model, samples, own_ids, capacity, tokens):
         for attempt in range(ATTEMPTS):
             if abs(exact[nearest()] - capacity) < ERROR:
                 break
-            end = 4.0 if attempt < 4 and not {-4.0, 4.0} & {*exact} else 16.0
+            is_near = attempt < 4 and exact.keys().isdisjoint((-4.0, 4.0))
+            end = 4.0 if is_near else 16.0
             known = estimates | exact | {-end: 1.0, end: least}          # there all are open, or closed
             low = max(logit for logit, c in known.items() if c >= capacity)
             high = min(logit for logit, c in known.items() if c <= capacity)
@@ -127,8 +128,8 @@ def calibrate(model, samples, own_ids, capacity, tokens):
                 break
             bar.total += size(full) if attempt else 0
             exact[logit] = measure(logit, full)
-            for relied_on in low, high:
-                estimates.pop(relied_on, None)
+            for bound in low, high:
+                estimates.pop(bound, None)
     set_threshold(nearest())
     if abs(exact[nearest()] - capacity) > 0.02:
         print(f"calibration: capacity is {exact[nearest()]:.3f}, not {capacity}: no threshold was found that"

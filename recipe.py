@@ -1,9 +1,9 @@
 """What a tuning run is made of, as values: PAPER, the published recipe, and DEFAULT, ours.
 
 A Recipe is data: `train_router.py --recipe paper|default` takes one of the two, and a flag such as --loss or
---steps replaces one value of it. DEFAULT has other forms for other granularities, losses and methods: see
-`default_for`. The small objects that a run needs besides are here too: the ramp, the penalty on capacity, the
-text that the model writes. docs/METHOD.md says why each is as it is.
+--steps replaces one value of it. DEFAULT has other forms for other values of some flags: see `default_for`.
+The small objects that a run needs besides are here too: the ramp, the penalty on capacity, the text that the
+model writes. docs/METHOD.md says why each is as it is.
 
 Method "harm" (harm.py) takes no gradient: the KL that closing each gate adds is measured, and the routers are
 fitted to it by ridge regression.
@@ -22,8 +22,8 @@ from support.files import InputError
 from support.own_text import write_text
 
 OWN_TEXTS, OWN_TOKENS = 288, 256      # texts that the model writes, and tokens of each
-NOT_LEARNED = 24                      # the first ones only calibrate; the next 40 are learned from too
 CALIBRATION_TEXTS, CALIBRATION_TOKENS = 64, 128       # the first ones, and tokens of each, set the threshold
+NOT_LEARNED = 24                      # the first ones of those; all others are learned from
 
 
 # ---------------------------------------------------------------------------------------------- regularizers
@@ -50,26 +50,27 @@ class Recipe:
     loss: str                           # of losses.LOSSES
     train: str                          # what trains: "routers", "bias" or "all"
     method: str                         # "ramp" or "straight-through": gradient of the gates; "harm": harm.py
-    # below: method "harm" reads falls_until, learns_own_text, calibrates, and steps to tokens_cuda
-    regularizer: callable               # (model, lambda, target capacity) -> what is added to the loss
-    penalty: float                      # lambda, the penalty on capacity, at first
-    moves_penalty: bool                 # whether lambda follows the capacity, by dual ascent
     falls_until: float                  # the target falls from 1 to --capacity over this share of the steps
     learns_own_text: bool               # whether text that the model writes is learned from too
     calibrates: bool                    # whether the threshold is moved afterwards
+    # where gradients are taken, not with method "harm":
+    regularizer: callable               # (model, lambda, target capacity) -> what is added to the loss
+    penalty: float                      # lambda, the penalty on capacity, at first
+    moves_penalty: bool                 # whether lambda follows the capacity, by dual ascent
     lr: float                           # peak learning rate of the routers
     betas: tuple                        # of AdamW, without weight decay
     warmup: float                       # share of the steps over which the learning rate rises
     final_lr: float                     # share of the peak where the cosine ends
     clip: float | None                  # norm that gradients are clipped to
+    ramp_widths: tuple = (0.5, 0.1)     # in logits, first and last
+    bias_lr: float | None = None        # peak learning rate of the routers' biases, if another
+    model_lr: float = 1e-5              # of the model's weights, if they train
+    # with every method:
     steps: int | None = None            # None: as many as `epochs` need
     epochs: int = 1
     step_samples: int | None = None     # samples per step; None: --accumulate batches of --tokens tokens
     tokens_cpu: int = 512               # tokens per batch, where --tokens does not say
     tokens_cuda: int = 16384
-    ramp_widths: tuple = (0.5, 0.1)     # in logits, first and last
-    bias_lr: float | None = None        # peak learning rate of the routers' biases, if another
-    model_lr: float = 1e-5              # of the model's weights, if they train
 
     def learning_rate(self, step, steps, peak):
         """A linear warm-up, then a cosine down to final_lr."""
@@ -172,14 +173,12 @@ class Penalty:
     it, level <- max(0, level + 0.5 e), and the value, with which a step is penalized, answers at once: value
     = max(0, level + 10 e)."""
 
-    def __init__(self, first, moves=True):
+    def __init__(self, first):
         self.level = self.value = first
-        self.moves = moves
 
     def update(self, excess):
-        if self.moves:
-            self.level = max(0.0, self.level + 0.5 * excess)
-            self.value = max(0.0, self.level + 10 * excess)
+        self.level = max(0.0, self.level + 0.5 * excess)
+        self.value = max(0.0, self.level + 10 * excess)
 
 
 def own_text(model, recipe, samples, seed, path=None):

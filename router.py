@@ -23,6 +23,7 @@ The gate of a sequence reads the mean over its prompt (pool="all": over the whol
 on.
 """
 import json
+import math
 from contextlib import contextmanager
 from functools import partial
 
@@ -53,7 +54,7 @@ class LinearRouter(nn.Linear):
         self.scope, self.pool = scope, pool
         nn.init.zeros_(self.weight)
         if bias:
-            nn.init.ones_(self.bias)         # sigmoid(1) = 0.73, above the threshold
+            nn.init.ones_(self.bias)         # score sigmoid(1) = 0.73; MindSkip adds the threshold's logit
 
     def pooled(self, h, ctx):
         """What the gate reads, from h = norm(x) (B, T, C): each token's h, or its mean, float32 (B, C)."""
@@ -72,12 +73,11 @@ class LinearRouter(nn.Linear):
 #   __init__(n_embd, scope, pool), and the attribute pool
 #   pooled(h, ctx)       what it reads of h = norm(x) (B, T, C): (B, T, ...), at sequence level (B, ...)
 #   forward(read)        the logit of the score, (..., 1)
-# (LinearRouter itself, but no subclass, is asked by skipping.run_single in place of these where it serves)
-# and may have
+# (skipping.run_single computes the same of a LinearRouter, but no subclass, without calling these) and may
+# have
 #   attach(sublayer)     called once, for parameters whose shapes depend on the sublayer
-#   merge(skip, x, y, score, is_open)    at token level: the residual stream (B, T, C) after the gate, from x
-#       before it and y = x + f(h), to which MindSkip has not applied the gate; but in model.eval() a closed
-#       token was not computed, and its y is x
+#   merge(skip, x, y, score, is_open)    at token level, in place of x + g * f(h): the residual stream (B, T,
+#       C) after the sublayer, from y = x + f(h); in model.eval() y = x where a token is closed
 GATES = {
     "linear": LinearRouter,                             # open at first
     "unbiased": partial(LinearRouter, bias=False),      # the paper's: every score is 0.5 at first, just open
@@ -105,6 +105,8 @@ class MindSkip(nn.Module):
         self.kv = kv
         self.sublayer, self.threshold, self.gate_name = sublayer, threshold, gate
         router = GATES[gate](n_embd, self.scope, pool)
+        if isinstance(router, LinearRouter) and router.bias is not None:
+            router.bias.data += math.log(threshold / (1 - threshold))        # open at first, at any threshold
         if hasattr(router, "attach"):
             router.attach(sublayer)
         self.router = router.to(next(sublayer.parameters()).device)
@@ -128,6 +130,7 @@ class MindSkip(nn.Module):
 
     def forward(self, x, ctx, h=None):
         if self.bypass:
+            self.note(1, 1)
             return self.sublayer(x, ctx, h)
         if ctx.captured:
             return skipping.run_captured(self, x, ctx)
@@ -157,7 +160,7 @@ class MindSkip(nn.Module):
         """Whether skipping.run_single serves for a step's x (B, 1, C): inference of one row on a CPU, by the
         linear router, with keys of all tokens."""
         is_plain = type(self.router) is LinearRouter and self.kv == "all" and not self.training
-        return is_plain and len(x) == 1 and x.device.type == "cpu"
+        return is_plain and len(x) == 1 and x.device.type == "cpu" and x.dtype != torch.float64
 
     def score(self, h, ctx):
         """How much the sublayer is wanted, 0 to 1, float32: (B,) or (B, T); h = norm(x), (B, T, C)."""
@@ -170,6 +173,9 @@ class MindSkip(nn.Module):
         n_seen = sum(ctx.host_lengths) if self.scope == "token" else len(ctx.host_lengths)
         if ctx.decoding:
             n_open, n_seen = self.opened + n_open, self.seen + n_seen
+        self.note(n_open, n_seen, gates)
+
+    def note(self, n_open, n_seen, gates=None):
         vars(self).update(opened=n_open, seen=n_seen, gates=gates)       # nn.Module's own way takes 15 us
 
     def run_gated(self, x, ctx, h, score, is_open):
@@ -259,6 +265,8 @@ def add_routers(model, granularity="attn_token", layers="all", threshold=0.5, po
             raise InputError(f"{name} {value!r} is not known here; choose one of {', '.join(known)}")
     if kv == "open" and granularity not in KV_OPEN:
         raise InputError(f"kv 'open': only for {' and '.join(KV_OPEN)}, not for {granularity}")
+    if not 0 < threshold < 1:
+        raise InputError(f"threshold {threshold}: should lie between 0 and 1, as scores do")
     chosen = parse_layers(layers, model.config.n_layer)
     remove_routers(model)
     model.requires_grad_(False)
@@ -295,8 +303,8 @@ def open_shares(model):
 
 
 def capacity(model, routed=False):
-    """Overall capacity: the mean gate of all layers in the last forward pass (after `generate`: since its
-    prompt), which is the share that ran; of soft gates in training. routed=True: of layers with a router."""
+    """Overall capacity: the mean gate of all layers in the last forward pass; in training of soft gates;
+    after `generate` since its prompt, of rows that ended too. routed=True: of layers with a router."""
     shares = open_shares(model)
     n_layer = len(shares) if routed and shares else model.config.n_layer
     return float(torch.as_tensor(overall_capacity(shares, n_layer)).detach())
@@ -333,11 +341,12 @@ def threshold_for(capacity, meta, path):
     between the two of the calibration that lie around it."""
     if capacity is None:
         return float(meta["threshold"])
+    # capacity falls as the threshold rises, also among pairs of equal capacity
     table = sorted(json.loads(meta["calibration"]), key=lambda pair: (pair[1], -pair[0]))
     if not table:
         raise InputError(f"{path}: was not calibrated, as its recipe does not, or its run did not finish;"
                          " leave out --capacity")
-    thresholds, capacities = zip(*table)             # of equal capacities each end beside its neighbour
+    thresholds, capacities = zip(*table)
     if not capacities[0] <= capacity <= capacities[-1]:
         raise InputError(f"{path}: its calibration has capacities from {capacities[0]:.3f} to"
                          f" {capacities[-1]:.3f}, not {capacity}; ask for one of these, or tune for it")

@@ -62,7 +62,7 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
     penalty of its own, and that of a step is the mean over its batches. run: a Run, which says what steps
     remain and keeps what they give; teacher: see losses.backward."""
     optimizer = make_optimizer(model, recipe)
-    penalties = [Penalty(recipe.penalty, recipe.moves_penalty) for _ in range(n_kinds)]
+    penalties = [Penalty(recipe.penalty) for _ in range(n_kinds)]
     if run.checkpoint:
         restore(model, optimizer, penalties, run)
     model.train()
@@ -95,7 +95,7 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
         measured = parallel.gathered(measured)
         for kind, penalty in enumerate(penalties):
             capacities = [value for its_kind, value in measured if its_kind == kind]
-            if capacities:                           # a step need not hold every kind
+            if capacities and recipe.moves_penalty:  # a step need not hold every kind
                 penalty.update(fmean(capacities) - target)
 
         run.log(step, loss=loss, target=target, capacity=fmean(value for _, value in measured),
@@ -179,9 +179,9 @@ def parse_arguments():
                    help="gradient of the gates: a ramp's or the score's; or harm: regression, no gradient")
     p.add_argument("--steps", type=count)
     p.add_argument("--epochs", type=count, help="instead, with --recipe paper: how often each sample is seen")
-    p.add_argument("--max-samples", type=count, help="the first ones of --data, to tune on (default: all)")
+    p.add_argument("--max-samples", type=count, help="to tune on; of one --data the first (default: all)")
     p.add_argument("--clip", type=rate, help="norm that gradients are clipped to; 0: not at all")
-    p.add_argument("--lr", type=rate, help="learning rate of the routers, at sequence level of their weights")
+    p.add_argument("--lr", type=rate, help="peak learning rate of the routers, not with --method harm")
     p.add_argument("--penalty", type=rate, help="lambda, the penalty on capacity, to begin with")
     p.add_argument("--pool", choices=("prompt", "all"), help="what the gate of a sequence reads")
     p.add_argument("--kv", choices=("all", "open"), help="which tokens have keys and values, at token level")

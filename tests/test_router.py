@@ -1,5 +1,6 @@
 """The gate, the routed sublayer and what skipping saves, against float64 references and brute force."""
 import gc
+import math
 import weakref
 
 import pytest
@@ -436,6 +437,9 @@ def test_capacity_counts_layers_without_a_router_as_open(tiny):
         model(tokens())
     assert capacity(model) == 0.5 and capacity(model, routed=True) == 0
     assert float(overall_capacity(open_shares(model), 4)) == 0.5 and routed_share(0.5, 2, 4) == 0
+    with torch.no_grad(), dense(model):
+        model(tokens())
+    assert capacity(model) == 1                                      # of the last pass
 
 
 def test_routers_stay_float32_in_a_bfloat16_model(tiny):
@@ -565,9 +569,22 @@ def test_add_routers_refuses(tiny):
         add_routers(model, "attn_token", pool="max")
     with pytest.raises(InputError, match="layers 0 to 3"):
         add_routers(model, "attn_token", "2-9")
+    for threshold in 0.0, 1.0, 1.5, math.nan:
+        with pytest.raises(InputError, match="threshold"):
+            add_routers(model, "attn_token", threshold=threshold)
     with pytest.raises(InputError, match="no routers"):
         save_routers(model, "unused")
     assert not any(isinstance(m, MindSkip) for m in model.modules())
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.5, 0.8, 0.99])
+def test_new_gates_are_open_at_any_threshold(threshold, tiny):
+    model = add_routers(Llama.from_pretrained(tiny), "attn_token", threshold=threshold)
+    model(tokens())
+    assert capacity(model) == 1
+    for skip in mindskips(model).values():
+        logit = math.log(threshold / (1 - threshold))
+        assert float(skip.router.bias.detach()) == pytest.approx(1 + logit)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
