@@ -22,6 +22,7 @@ from torch import nn
 
 from support.attention import additive_mask, attention, store
 from support.cuda import fused
+from support.data import PLAIN_PROMPT
 from support.files import InputError, read_list, read_value
 from support.graph import stepper
 from support.kernels import Linear, recomputed, rms_norm
@@ -70,7 +71,9 @@ class Config:
                              f" head_dim {head_dim} do not fit together")
         rope_theta, rope_scaling = read_rope(hf, where, head_dim // 2)
         n_layer = size("num_hidden_layers", high=1000)
-        has_rope = read_list(hf, where, "no_rope_layers", int) if family == "smollm3" else []
+        has_rope = read_list(hf, where, "no_rope_layers", int) if family == "smollm3" else [1] * n_layer
+        if len(has_rope) < n_layer:
+            raise InputError(f"{where}: no_rope_layers has {len(has_rope)} entries for {n_layer} layers")
         return cls(
             n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd,
             intermediate=size("intermediate_size"), vocab_size=size("vocab_size"), head_dim=head_dim,
@@ -134,8 +137,7 @@ class Cache:
                              f" {size:.2f} GiB; lower the batch, the prompt or max_new_tokens") from e
         for memory, new in (self.k[layer], k), (self.v[layer], v):
             memory[:, :, :T] = new
-            if T < self.max_tokens:
-                memory[:, :, T:] = 0                 # masked until written, but garbage could be NaN
+            memory[:, :, T:] = 0                     # masked until written, but garbage could be NaN
         return k, v
 
     def store_step(self, layer, k, v, ctx):
@@ -170,12 +172,7 @@ class Context:
     captured: bool = False                       # decoding: in a CUDA graph, which cannot ask the host
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, n, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n))
-        self.eps = eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
 
@@ -196,7 +193,7 @@ class Attention(nn.Module):
         self.o = Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x, ctx, h=None):
-        """(B, T, C) to (B, T, C); h: norm(x), where it is there already, also of tokens before those of x."""
+        """(B, T, C) to (B, T, C); h: norm(x), if computed; may begin with tokens that waited (skipping)."""
         h = self.norm(x) if h is None else h
         y = split_heads(self.qkv(h), self.head_dim)                           # (B, H + 2K, T, D)
         qk, v = y[:, :-self.n_kv_head], y[:, -self.n_kv_head:]
@@ -298,7 +295,7 @@ class Llama(nn.Module):
                              f" {self.config.vocab_size}; is this tokenizer the model's own?")
         lengths = checked([T] * B if lengths is None else lengths, "lengths", B, T, idx.device)
         if prompt_lengths is None:
-            prompt_lengths = lengths.clamp(max=64)   # plain text: its beginning stands in for a prompt
+            prompt_lengths = lengths.clamp(max=PLAIN_PROMPT)      # its beginning stands in for a prompt
         else:
             prompt_lengths = checked(prompt_lengths, "prompt_lengths", B, lengths, idx.device)
         window, mask = self.config.sliding_window, None
@@ -367,8 +364,10 @@ class Llama(nn.Module):
         the context. `self.cache` keeps the cache.
         """
         B, T = idx.shape
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens should be at least 1; it is {max_new_tokens}")
+        for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("temperature", temperature, 0),
+                                   ("top_k", top_k or 1, 1)):
+            if not value >= least:
+                raise InputError(f"{name} should be at least {least}; it is {value}")
         if T + max_new_tokens > self.config.max_context:
             raise InputError(f"{T} prompt tokens and {max_new_tokens} new ones do not fit the model's context"
                              f" of {self.config.max_context}; shorten one of them")

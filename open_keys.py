@@ -15,7 +15,7 @@ from support.attention import additive_mask
 from support.cuda import is_asynchronous, to_device, to_host
 
 GROWTH = 64         # columns by which a cache of open tokens grows
-SHAPES = 128        # numbers of gathered columns on CUDA, a multiple: cuDNN plans each new shape
+SHAPES = 128        # gathered columns on CUDA are filled up to a multiple: cuDNN plans each new shape
 
 
 def run_open_only(skip, x, ctx, h, is_open):

@@ -1,5 +1,6 @@
 """The dense model, against transformers."""
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -160,6 +161,9 @@ def test_out_of_memory_names_the_cache_and_what_to_lower(tiny, monkeypatch):
     ("empty", dict(idx=torch.zeros(1, 0, dtype=torch.int64))),
     ("context", dict(idx=torch.zeros(1, 500, dtype=torch.int64), max_new_tokens=13)),
     ("max_new_tokens", dict(idx=torch.zeros(1, 5, dtype=torch.int64), max_new_tokens=0)),
+    ("temperature", dict(idx=torch.zeros(1, 5, dtype=torch.int64), temperature=-1.0)),
+    ("temperature", dict(idx=torch.zeros(1, 5, dtype=torch.int64), temperature=math.nan)),
+    ("top_k", dict(idx=torch.zeros(1, 5, dtype=torch.int64), temperature=1.0, top_k=-1)),
     ("lengths", dict(idx=torch.zeros(2, 5, dtype=torch.int64), lengths=torch.tensor([5, 6]))),
     ("lengths", dict(idx=torch.zeros(2, 5, dtype=torch.int64), lengths=torch.tensor([5]))),
 ])
@@ -180,6 +184,7 @@ def test_forward_refuses_more_than_the_context(tiny):
     ("partial_rotary_factor", 0.75, "partial_rotary_factor"),
     ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.75}, "partial"),
     ("hidden_act", "gelu", "gelu"),
+    ("no_rope_layers", [1, 0], "no_rope_layers has 2 entries for 4 layers"),
     ("hidden_size", None, "hidden_size"),
     ("intermediate_size", 64, r"gate_proj.*\(96, 48\).*\(64, 48\)"),
     ("num_hidden_layers", 3, r"layers\.3\."),
@@ -189,6 +194,8 @@ def test_config_that_does_not_fit_is_refused_by_name(key, value, named, tiny, tm
     shutil.copytree(tiny, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     config[key] = value
+    if key == "no_rope_layers":
+        config["model_type"] = "smollm3"
     if value is None:
         del config[key]
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
