@@ -143,9 +143,6 @@ class Result:
     def __init__(self, model):
         self.tasks, self.text, self.keep, self.usage = {}, None, {}, Usage(model)
 
-    def has_run(self):
-        return bool(self.tasks or self.text)
-
     def entry(self):
         """As the JSON file has it."""
         capacity = self.usage.summary()["capacity"] if self.tasks else self.text["capacity"]
@@ -157,7 +154,7 @@ def save(results, args):
     """Write --json: the (first) routed model's entry, or the dense one's, with the other variants' beside
     it."""
     if args.json:                                    # all processes make it, the first writes it
-        entries = {variant: result.entry() for variant, result in results.items() if result.has_run()}
+        entries = {variant: result.entry() for variant, result in results.items() if result.keep}
         first = entries.pop(list(entries)[1 if args.routers else 0])
         entries |= {"routers": args.routers_entry} if args.routers else {}
         if parallel.is_first():
@@ -304,7 +301,7 @@ def main():
         dtype = torch.float32                                          # scores are compared with others'
     tasks = {name: read_task(name, args.data_dir, args.num_fewshot, args.limit) for name in args.tasks}
     tok = Tokenizer.from_pretrained(args.model)
-    model = Llama.from_pretrained(args.model, device, dtype)
+    model = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False)
     samples = read_samples(args.text, tok, model.config.max_context, args.piece)[0] if args.text else []
     samples = samples[-args.last:] if args.last else samples
     if args.text and not samples:

@@ -1,4 +1,5 @@
 """Text that a model writes, kept in a file: it takes minutes where the machine has no bfloat16."""
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ def write_text(model, n, n_tokens, seed, path=None):
     if ids is not None and ids.shape == (n, n_tokens) and int(ids.max()) < n_vocab:
         return ids.to(device)
     torch.manual_seed(seed)
-    groups = torch.randint(n_vocab, (n, 1), device=device).split(rows_that_fit(model, n, n_tokens))
+    n_rows = min(parallel.gathered([rows_that_fit(model, n, n_tokens)]))     # with --shard all work in step
+    groups = torch.randint(n_vocab, (n, 1), device=device).split(n_rows)
     with tqdm(total=len(groups) * (n_tokens - 1), desc="the model writes", unit="token", leave=False) as bar:
         def show_step(token):
             bar.update()
@@ -41,10 +43,8 @@ def write_text(model, n, n_tokens, seed, path=None):
     release(model)
     ids = parallel.from_first(torch.cat(texts)).to(device)
     if path and path != SHIPPED and parallel.is_first():
-        try:
+        with suppress(InputError):           # a cache that cannot be written is done without
             write_file(path, safetensors_bytes({"ids": ids.cpu().int()}))
-        except InputError:           # a cache that cannot be written is done without
-            pass
     return ids
 
 

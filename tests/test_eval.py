@@ -10,7 +10,7 @@ from conftest import is_one_sentence, open_gates_at_random, train_tokenizer, wri
 
 import eval as evaluation
 import scoring
-from model import Llama
+from model import Block, Llama
 from router import GRANULARITIES, add_routers, save_routers, trace
 from scoring import Usage, rows_of, size
 from support import written
@@ -385,6 +385,14 @@ def test_a_text_in_pieces(tiny, call, tmp_path):
         pieces = [min(piece, n - i) for n in lengths for i in range(0, n, piece)]
         scored = sum(max(0, n - 64) for n in pieces)
         assert status == 0 and json.loads((tmp_path / "o.json").read_text())["text"]["tokens"] == scored
+
+
+def test_a_dense_text_is_run_once(tiny, call, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a text of some words " * 60)
+    passes, forward = [], Block.forward
+    monkeypatch.setattr(Block, "forward", lambda *a: passes.append(a[0]) or forward(*a))
+    call(evaluation.main, "--model", tiny, "--text", tmp_path / "a.txt", "--last", 1, "--piece", 128)
+    assert len(passes) == 4
 
 
 def test_without_arguments(tiny, call):

@@ -26,6 +26,8 @@ def test_as_many_rows_at_once_as_fit(tiny, monkeypatch):
     monkeypatch.setattr(Llama, "generate", lambda self, first, *a, **k: rows.append(len(first))
                         or generate(self, first, *a, **k))
     assert write_text(model, 5, 20, 3).shape == (5, 20) and rows == [2, 2, 1]
+    monkeypatch.setattr(own_text.parallel, "gathered", lambda fitting: [*fitting, 3, 1])
+    assert write_text(model, 3, 20, 3).shape == (3, 20) and rows[3:] == [1, 1, 1]    # what fits everywhere
 
 
 def test_a_file_that_does_not_fit_is_written_anew(tiny, tmp_path):
