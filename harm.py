@@ -27,7 +27,7 @@ def measure(model, batch):
     """
     skips = mindskips(model)
     ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
-    row = torch.arange(len(batch.idx), device=batch.idx.device)[:, None].expand_as(batch.scored)[batch.scored]
+    row = batch.scored.nonzero()[:, 0]                                        # (N,), each token's sequence
     with dense(model):
         x = run_layers(model.layers, model.embed(batch.idx), ctx)
         log_p = log_probabilities(model, x[batch.scored])                     # (N, V)
@@ -123,14 +123,14 @@ def tune(model, source, recipe, capacity, run):
         for (_, batch), counts in parallel.share(next(source)):
             harm, inputs, is_open, sequence_kl = measure(model, batch)
             if counts:
-                open_share, batch_kl = float(is_open.float().mean()), float(sequence_kl.sum())
-                rows.append((harm.cpu(), inputs.cpu(), batch_kl, len(batch.targets), open_share))
-        harms, read, kls, n_tokens, open_shares = zip(*parallel.gathered(rows))
+                n_open, batch_kl = int(is_open.sum()), float(sequence_kl.sum())
+                rows.append((harm.cpu(), inputs.cpu(), batch_kl, len(batch.targets), n_open))
+        harms, read, kls, n_tokens, n_open = zip(*parallel.gathered(rows))
         state["harm"] = torch.cat([state["harm"], *map(torch.as_tensor, harms)])
         state["inputs"] = torch.cat([state["inputs"], *map(torch.as_tensor, read)])
         run.check_finite(step, sum(kls))
         fit(model, state["harm"], state["inputs"], target, biases_only)
-        share = sum(open_shares) / len(open_shares)
+        share = sum(n_open) / (n_gates * sum(map(len, harms)))
         capacity_before = overall_capacity([share] * n_gates, model.config.n_layer)
         run.log(step, loss=sum(kls) / sum(n_tokens), capacity=capacity_before, target=target)
         if run.is_due(step):

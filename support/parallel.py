@@ -151,9 +151,11 @@ def from_first(ids):
 
 
 def sum_gradients(parameters):
-    """Add up each parameter's gradients over the processes."""
-    if processes.world > 1:
-        for parameter in parameters:
+    """Add up each parameter's gradients over the processes. A parameter that no batch used gets zeros."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if processes.world > 1:
             dist.all_reduce(parameter.grad)
 
 

@@ -1,10 +1,13 @@
 """Harm against removing and forcing by hand, the regression against its closed form."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import open_gates_at_random
 
-from harm import RIDGE, fit, measure
+from harm import RIDGE, fit, measure, tune
 from model import Llama
+from recipe import BY_HARM
 from router import add_routers, capacity, dense, mindskips
 from support.batches import Batch
 from support.data import DEFAULT_DATA, read_samples
@@ -83,6 +86,16 @@ def test_fit_is_ridge_regression_with_the_capacity_asked_for(share, tiny):
     assert float((logits >= 0).double().mean()) == pytest.approx(share, abs=0.005)
     unit = (predicted.max() - predicted.min()) / (logits.max() - logits.min())
     assert ((predicted - predicted.mean()) - (logits - logits.mean()) * unit).abs().max() < 1e-4
+
+
+def test_the_capacity_of_a_step_counts_every_sequence(tiny, groups):
+    model, logged = add_routers(Llama.from_pretrained(tiny), "attn_sequence"), []
+    open_gates_at_random(model)
+    shares = [measure(model, batch)[2].float().mean(1).sum() for batch in groups]
+    run = SimpleNamespace(checkpoint=None, n_steps=1, steps=lambda: [0], is_due=lambda step: False,
+                          check_finite=lambda step, loss: None, log=lambda step, **row: logged.append(row))
+    tune(model, iter([[(0, batch) for batch in groups]]), BY_HARM, 0.5, run)
+    assert logged[0]["capacity"] == pytest.approx(float(sum(shares)) / 5) and 0 < logged[0]["capacity"] < 1
 
 
 def test_biases_alone_are_the_same_for_every_sequence(tiny):
