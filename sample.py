@@ -47,12 +47,8 @@ def generate(model, tok, ids, args):
 def show_layers(gates, n_layer):
     """What ran at sequence level, one mark per layer. gates: see router.trace."""
     print("layers 0 to", n_layer - 1, "for this prompt (█ ran, · skipped, = has no router)\n")
-    for i in range(n_layer):
-        mark = "="
-        if i in gates:
-            mark = "█" if bool(gates[i][0]) else "·"
-        print(mark, end="")
-    print()
+    marks = ["·█"[int(gates[i][0])] if i in gates else "=" for i in range(n_layer)]
+    print("".join(marks))
 
 
 def show_map(gates, n_layer, prompt, width):

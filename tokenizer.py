@@ -110,8 +110,8 @@ class TiktokenFile:
 class Tokenizer:
     """encode(text) -> ids, decode(ids) -> text.
 
-    special: {text: id} of the special tokens; bos_id: what a text begins with, or None; eos_id, eos_ids: the
-    token that ends a text, or None, and all that may.
+    special: {text: id} of the special tokens; bos_id: what a text begins with, or None, and the same as a
+    list, bos_ids; eos_id, eos_ids: the token that ends a text, or None, and all that may.
     """
 
     def __init__(self, file, config):
@@ -126,6 +126,7 @@ class Tokenizer:
         self.bos_id = file.opening_id()
         if adds_bos is not None:
             self.bos_id = self.special.get(bos, config.get("bos_token_id")) if adds_bos else None
+        self.bos_ids = [] if self.bos_id is None else [self.bos_id]
         self.template = ChatTemplate.of(config.get("chat_template"), self.special, marks)
 
     @classmethod
@@ -139,11 +140,6 @@ class Tokenizer:
         with told(f"{checkpoint.path}: its tokenizer cannot be read by `tokenizers`; get it again"):
             file = TokenizersFile(found["json"], [mark(config, key) for key in SPECIAL_TOKENS])
         return cls(file, config)
-
-    @property
-    def bos_ids(self):
-        """What a text begins with: [bos_id], or []."""
-        return [] if self.bos_id is None else [self.bos_id]
 
     def encode(self, text, special=True):
         """Token ids of a string, nothing added. special=False reads special tokens as plain text."""

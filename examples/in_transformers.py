@@ -118,7 +118,10 @@ class Gate:
 
 
 def main():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise InputError("transformers is not installed; pip install transformers") from None
     if len(sys.argv) != 4:
         raise InputError("give a model (a Hugging Face folder or hub id), a router file and a text")
     name, path, text = sys.argv[1:]

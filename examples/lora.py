@@ -65,11 +65,7 @@ def add_lora(model, rank, alpha):
     for linear in linear_layers(model):
         parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank, alpha / rank))
     for skip in mindskips(model).values():
-        skip.estimator = fixed_gate
-
-
-def fixed_gate(score, threshold):
-    return (score >= threshold).to(score.dtype)
+        skip.estimator = lambda score, threshold: (score >= threshold).to(score.dtype)
 
 
 def merge(model):

@@ -69,3 +69,6 @@ def test_the_script(tiny, router_file, tmp_path, monkeypatch, capsys):
         with pytest.raises(InputError) as e:
             in_transformers.main()
         assert is_one_sentence(str(e.value)) and named in str(e.value)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match="not installed"):
+        in_transformers.main()
