@@ -58,7 +58,8 @@ def calibration_batches(gates_read_prompts, samples, own_ids, tokens, stride=1):
 
 def shifted(curve, exact, least):
     """A curve {threshold's logit: capacity}, moved to the value `exact` at 0. If there the share s0 of open
-    gates changes by e, a share s changes by e sqrt(s (1 - s)) / sqrt(s0 (1 - s0)): 0 and 1 stay."""
+    gates changes by e, a share s changes by e sqrt(s (1 - s)) / sqrt(s0 (1 - s0)): 0 and 1 stay, and all if
+    s0 is one of these."""
     shares = {logit: (c - least) / (1 - least) for logit, c in curve.items()}
     spreads = {logit: math.sqrt(max(0.0, s * (1 - s))) for logit, s in shares.items()}
     excess = (exact - curve[0]) / (1 - least)

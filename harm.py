@@ -125,12 +125,12 @@ def tune(model, source, recipe, capacity, run):
             if counts:
                 n_open, batch_kl = int(is_open.sum()), float(sequence_kl.sum())
                 rows.append((harm.cpu(), inputs.cpu(), batch_kl, len(batch.targets), n_open))
-        harms, read, kls, n_tokens, n_open = zip(*parallel.gathered(rows))
+        harms, read, kls, n_tokens, open_counts = zip(*parallel.gathered(rows))
         state["harm"] = torch.cat([state["harm"], *map(torch.as_tensor, harms)])
         state["inputs"] = torch.cat([state["inputs"], *map(torch.as_tensor, read)])
         run.check_finite(step, sum(kls))
         fit(model, state["harm"], state["inputs"], target, biases_only)
-        share = sum(n_open) / (n_gates * sum(map(len, harms)))
+        share = sum(open_counts) / (n_gates * sum(map(len, harms)))
         capacity_before = overall_capacity([share] * n_gates, model.config.n_layer)
         run.log(step, loss=sum(kls) / sum(n_tokens), capacity=capacity_before, target=target)
         if run.is_due(step):

@@ -364,10 +364,11 @@ class Llama(nn.Module):
         the context. `self.cache` keeps the cache.
         """
         B, T = idx.shape
-        for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("temperature", temperature, 0),
-                                   ("top_k", top_k or 1, 1)):
-            if not value >= least:
-                raise InputError(f"{name} should be at least {least}; it is {value}")
+        for name, value in ("max_new_tokens", max_new_tokens), ("top_k", top_k or 1):
+            if value < 1:
+                raise InputError(f"{name} should be at least 1; it is {value}")
+        if not temperature >= 0:
+            raise InputError(f"temperature should be at least 0; it is {temperature}")
         if T + max_new_tokens > self.config.max_context:
             raise InputError(f"{T} prompt tokens and {max_new_tokens} new ones do not fit the model's context"
                              f" of {self.config.max_context}; shorten one of them")
@@ -438,7 +439,7 @@ class Llama(nn.Module):
 
 def sample(logits, temperature=0.0, top_k=None):
     """One token id per row, (B,), from logits (B, V)."""
-    if temperature == 0:
+    if temperature < 1e-6:                          # the limit, without dividing by next to nothing
         return logits.max(-1).indices               # argmax, but that is slow in bfloat16 on CPUs
     logits = logits.float() / temperature
     if top_k:

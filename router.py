@@ -54,7 +54,7 @@ class LinearRouter(nn.Linear):
         self.scope, self.pool = scope, pool
         nn.init.zeros_(self.weight)
         if bias:
-            nn.init.ones_(self.bias)         # score sigmoid(1) = 0.73; MindSkip adds the threshold's logit
+            nn.init.ones_(self.bias)         # score sigmoid(1) = 0.73; for higher thresholds MindSkip adds
 
     def pooled(self, h, ctx):
         """What the gate reads, from h = norm(x) (B, T, C): each token's h, or its mean, float32 (B, C)."""
@@ -80,7 +80,7 @@ class LinearRouter(nn.Linear):
 #       C) after the sublayer, from y = x + f(h); in model.eval() y = x where a token is closed
 GATES = {
     "linear": LinearRouter,                             # open at first
-    "unbiased": partial(LinearRouter, bias=False),      # the paper's: every score is 0.5 at first, just open
+    "unbiased": partial(LinearRouter, bias=False),      # the paper's: scores are 0.5 at first, just open
 }
 
 
@@ -105,8 +105,8 @@ class MindSkip(nn.Module):
         self.kv = kv
         self.sublayer, self.threshold, self.gate_name = sublayer, threshold, gate
         router = GATES[gate](n_embd, self.scope, pool)
-        if isinstance(router, LinearRouter) and router.bias is not None:
-            router.bias.data += math.log(threshold / (1 - threshold))        # open at first, at any threshold
+        if isinstance(router, LinearRouter) and router.bias is not None and 0.5 < threshold < 1:
+            router.bias.data += math.log(threshold / (1 - threshold))        # so that new gates are open
         if hasattr(router, "attach"):
             router.attach(sublayer)
         self.router = router.to(next(sublayer.parameters()).device)
@@ -265,8 +265,8 @@ def add_routers(model, granularity="attn_token", layers="all", threshold=0.5, po
             raise InputError(f"{name} {value!r} is not known here; choose one of {', '.join(known)}")
     if kv == "open" and granularity not in KV_OPEN:
         raise InputError(f"kv 'open': only for {' and '.join(KV_OPEN)}, not for {granularity}")
-    if not 0 < threshold < 1:
-        raise InputError(f"threshold {threshold}: should lie between 0 and 1, as scores do")
+    if not 0 <= threshold <= 1:
+        raise InputError(f"threshold {threshold}: should be from 0 to 1, as scores are")
     chosen = parse_layers(layers, model.config.n_layer)
     remove_routers(model)
     model.requires_grad_(False)

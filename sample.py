@@ -47,7 +47,9 @@ def generate(model, tok, ids, args):
 def show_layers(gates, n_layer):
     """What ran at sequence level, one mark per layer. gates: see router.trace."""
     print("layers 0 to", n_layer - 1, "for this prompt (█ ran, · skipped, = has no router)\n")
-    marks = ["·█"[int(gates[i][0])] if i in gates else "=" for i in range(n_layer)]
+    marks = ["="] * n_layer
+    for i, (is_open, *_) in gates.items():
+        marks[i] = "█" if is_open else "·"
     print("".join(marks))
 
 
@@ -89,8 +91,6 @@ def main():
     p.add_argument("--top-k", type=number(int, 1))
     p.add_argument("--plain", action="store_true", help="continue the prompt as text, not as a chat")
     args = p.parse_args()
-    if args.temperature < 1e-6:                     # the limit, without dividing by next to nothing
-        args.temperature = 0.0
     if args.capacity is not None and not args.routers:
         raise InputError("--capacity needs --routers, whose decisions it changes")
     device, dtype = device_and_dtype(args.device, args.dtype)

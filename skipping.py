@@ -29,7 +29,7 @@ from support.attention import additive_mask, attention_of_some
 from support.cuda import fused, is_asynchronous, only_for, to_device, to_host
 from support.kernels import logit_of_token, normalized, root_mean_square
 
-WAITING = 32        # such steps, at most, of a generation
+WAITING = 32        # steps, at most, whose keys and values are computed in one product
 MOSTLY_OPEN = 0.5   # open share of a step's rows from which all are computed: weights are read once for all
 NEARLY_OPEN = 0.9   # open share of a prompt's tokens from which all are computed: gathering costs a tenth
 GATHERED_FROM = 2**37   # B * T * C * (T + C) of a prompt on CUDA, below which run_all is faster
@@ -207,7 +207,7 @@ def rotate_some(q, cos, sin, at):
 # A step of generation in which no token is open lets its keys and values wait in the cache: they are computed
 # in one product with those of the next step that has open tokens, or when WAITING steps wait.
 def wait(attn, waiting, x, rms, ctx):
-    """Let a step's keys and values wait."""
+    """Let a step's keys and values wait. x: where rms is None, h = norm(x)."""
     if len(waiting) < WAITING - 1:
         waiting.append((x, rms, ctx.cos, ctx.sin))
     else:
@@ -216,13 +216,14 @@ def wait(attn, waiting, x, rms, ctx):
 
 def with_waiting(attn, waiting, x, rms, ctx):
     """A step, joined with those that wait: a Context with the angles of all, and h (B, n, C) of all, its own
-    last. Then nothing waits."""
-    xs, all_rms, *angles = zip(*waiting, (x, rms, ctx.cos, ctx.sin))
+    last. Then nothing waits. x: where rms is None, h = norm(x)."""
+    waiting.append((x, rms, ctx.cos, ctx.sin))
+    xs, all_rms, cos, sin = zip(*waiting)
     waiting.clear()
     if ctx.cos.dim() == 4:                                # (B, 1, 1, D), but of earlier steps perhaps (1, D)
-        angles = [[of_step.expand(len(x), 1, 1, -1) for of_step in of_steps] for of_steps in angles]
-    cos, sin = (torch.cat(of_steps, -2) for of_steps in angles)
-    h = torch.cat(xs, 1)
+        cos = [of_step.expand(len(x), 1, 1, -1) for of_step in cos]
+        sin = [of_step.expand(len(x), 1, 1, -1) for of_step in sin]
+    cos, sin, h = torch.cat(cos, -2), torch.cat(sin, -2), torch.cat(xs, 1)
     if rms is not None:
         h = normalized(h, torch.tensor(all_rms)[:, None], attn.norm.weight)
     return replace(ctx, cos=cos, sin=sin), h

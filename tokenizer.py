@@ -158,8 +158,8 @@ class Tokenizer:
             return self.file.decode([int(i) for i in ids])
 
     def encode_chat(self, messages):
-        """Token ids of a chat, and for each whether it belongs to an assistant's answer (its end mark
-        included).
+        """Token ids of a chat, and for each whether it belongs to an assistant's answer, with what the
+        template writes at its end.
 
         messages: [{"role", "content"}, ...]. If the last is not the assistant's, the answer is opened, to be
         generated. A special token in a message is text. InputError where the template refuses the chat.

@@ -297,7 +297,7 @@ def fetch_smollm2():
     layout.
     """
     folder = cache_folder() / "smollm2-135m"
-    if is_converted(folder):
+    if (folder / "config.json").exists():
         return folder
     with locked(folder.with_suffix(".lock")):
         for temporary in folder.glob(".*.tmp"):         # of processes that were killed
@@ -305,16 +305,11 @@ def fetch_smollm2():
         if not (folder / SMOLLM2_FILE).exists():
             print(f"fetching smollm2-135m (93 MB) into {folder} ...", file=sys.stderr)
             write_file(folder / SMOLLM2_FILE, download_smollm2())
-        if not is_converted(folder):                    # else another process was sooner
+        if not (folder / "config.json").exists():       # else another process was sooner
             source = GGUF(folder / SMOLLM2_FILE, f"delete {folder}, and it is fetched again")
+            source.meta.pop("tokenizer.chat_template", None)      # a system message: see data/README.md
             write_folder(folder, source, {name: source.tensor(name) for name in sorted(source.names)})
     return folder
-
-
-def is_converted(folder):
-    """Whether a folder is what fetch_smollm2 makes; before the chat template was read, it made another."""
-    last, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
-    return last.exists() and tokenizer.exists() and b'"chat_template"' in tokenizer.read_bytes()
 
 
 def download_smollm2():

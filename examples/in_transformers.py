@@ -120,7 +120,7 @@ class Gate:
 def main():
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
+    except ModuleNotFoundError:
         raise InputError("transformers is not installed; pip install transformers") from None
     if len(sys.argv) != 4:
         raise InputError("give a model (a Hugging Face folder or hub id), a router file and a text")

@@ -134,7 +134,8 @@ class GGUF(Checkpoint):
         config = {f"{key}_token": tokens[ids[key]] for key in ("bos", "eos") if ids[key] is not None}
         ends = [ids[key] for key in ("eos", "eot", "eom") if ids[key] is not None]
         config["eos_token_ids"] = list(dict.fromkeys(ends))
-        config["chat_template"] = read_value(meta, self.path, "tokenizer.chat_template", str, None)
+        if "tokenizer.chat_template" in meta:
+            config["chat_template"] = read_value(meta, self.path, "tokenizer.chat_template", str)
         config["add_bos_token"] = read_value(meta, where, "add_bos_token", bool, pre == "llama-bpe")
         spec = {"version": "1.0", "added_tokens": added, "pre_tokenizer": GGUF_PRE_TOKENIZERS[pre],
                 "model": bpe, "decoder": BYTE_LEVEL,

@@ -3,9 +3,10 @@ and process 0 alone prints and writes.
 
     torchrun --nproc-per-node 2 train_router.py
 
-With one process, and without torchrun, nothing here does anything. With several, each calls `gathered`, and
-the functions that use it, in the same order. What is gathered goes as JSON from host to host, by gloo, which
-notices a process that ended; gradients and the weights of `shard` go from device to device, by NCCL on CUDA.
+With one process, and without torchrun, nothing here does anything, but that `sum_gradients` fills gaps. With
+several, each calls `gathered`, and the functions that use it, in the same order. What is gathered goes as
+JSON from host to host, by gloo, which notices a process that ended; gradients and the weights of `shard` go
+from device to device, by NCCL on CUDA.
 """
 import json
 import os
@@ -151,7 +152,8 @@ def from_first(ids):
 
 
 def sum_gradients(parameters):
-    """Add up each parameter's gradients over the processes. A parameter that no batch used gets zeros."""
+    """Add up each parameter's gradients over the processes. One that no batch used gets zeros, so that AdamW
+    has a state of each, to save."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

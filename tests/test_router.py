@@ -225,6 +225,23 @@ def test_generate_equals_recomputing_with_the_prompts_decision(granularity, fami
     assert used == pytest.approx(opened / total, abs=1e-6)
 
 
+def test_steps_that_wait_while_a_window_fills(tmp_path):
+    """Rows of equal length share their angles until the window is full; from then on each has its own."""
+    write_tiny(tmp_path, "Mistral with a window")
+    model, idx = routed(tmp_path, "attn_token"), tokens(B=2, T=6)
+    is_open = torch.tensor([1.0] * 6 + [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1])        # of each position
+    assert 6 < model.config.sliding_window < 6 + 7                               # steps wait on both sides
+    for skip in mindskips(model).values():
+        skip.override = lambda score, ctx: is_open[ctx.end - 1 if ctx.decoding else 0].expand_as(score)
+    out, columns = model.generate(idx, 12), idx
+    for skip in mindskips(model).values():
+        skip.override = lambda score, ctx: is_open[:score.shape[1]].expand_as(score)
+    with torch.no_grad():
+        for _ in range(12):
+            columns = torch.cat((columns, model(columns)[:, -1:].argmax(-1)), 1)
+    assert torch.equal(out, columns)
+
+
 @pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence"])
 def test_cache_holds_what_runs_and_no_more(granularity, tiny):
     model = routed(tiny, granularity)
@@ -279,10 +296,11 @@ def test_keys_and_values_of_closed_steps_wait(granularity, tiny, monkeypatch):
     or after WAITING steps, and changes no token."""
     model, idx = routed(tiny, granularity, layers="1-3"), tokens()
     whole, products, decisions = model.generate(idx, 20, lengths=LENGTHS), [], []
-    monkeypatch.setattr(skipping, "WAITING", 3)
-    assert torch.equal(model.generate(idx, 20, lengths=LENGTHS), whole)
-    monkeypatch.setattr(skipping, "WAITING", 1)                             # none waits
-    assert torch.equal(model.generate(idx, 20, lengths=LENGTHS), whole)
+    row = model.generate(idx[:1], 20)
+    for waiting in 3, 1:                                                    # 1: none waits
+        monkeypatch.setattr(skipping, "WAITING", waiting)
+        assert torch.equal(model.generate(idx, 20, lengths=LENGTHS), whole)
+        assert torch.equal(model.generate(idx[:1], 20), row)
     monkeypatch.setattr(skipping, "WAITING", 5)
     skip = mindskips(model)[2]
     skip.override = lambda score, ctx: torch.full_like(score, decisions[-1] if ctx.decoding else 1.0)
@@ -569,7 +587,7 @@ def test_add_routers_refuses(tiny):
         add_routers(model, "attn_token", pool="max")
     with pytest.raises(InputError, match="layers 0 to 3"):
         add_routers(model, "attn_token", "2-9")
-    for threshold in 0.0, 1.0, 1.5, math.nan:
+    for threshold in -0.1, 1.5, math.nan:
         with pytest.raises(InputError, match="threshold"):
             add_routers(model, "attn_token", threshold=threshold)
     with pytest.raises(InputError, match="no routers"):
@@ -577,14 +595,14 @@ def test_add_routers_refuses(tiny):
     assert not any(isinstance(m, MindSkip) for m in model.modules())
 
 
-@pytest.mark.parametrize("threshold", [0.01, 0.5, 0.8, 0.99])
-def test_new_gates_are_open_at_any_threshold(threshold, tiny):
+@pytest.mark.parametrize("threshold", [0.0, 0.01, 0.5, 0.8, 0.99])
+def test_new_linear_gates_are_open_at_any_threshold(threshold, tiny):
     model = add_routers(Llama.from_pretrained(tiny), "attn_token", threshold=threshold)
     model(tokens())
     assert capacity(model) == 1
+    expected = 1 + max(0.0, math.log(threshold / (1 - threshold)) if threshold else 0.0)
     for skip in mindskips(model).values():
-        logit = math.log(threshold / (1 - threshold))
-        assert float(skip.router.bias.detach()) == pytest.approx(1 + logit)
+        assert float(skip.router.bias.detach()) == pytest.approx(expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -21,7 +21,16 @@ import sample
 import train_router
 from model import Llama
 from recipe import DEFAULT, Penalty, choose
-from router import GRANULARITIES, add_routers, load_routers, mindskips, save_routers, straight_through
+from router import (
+    GATES,
+    GRANULARITIES,
+    LinearRouter,
+    add_routers,
+    load_routers,
+    mindskips,
+    save_routers,
+    straight_through,
+)
 from scoring import evaluate
 from support import batches
 from support.batches import Batch, pack
@@ -101,8 +110,17 @@ def meta_of(path):
     return safe_open(str(path), "pt").metadata()
 
 
+class Unused(LinearRouter):
+    """A gate with a parameter that nothing reads."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.spare = torch.nn.Parameter(torch.ones(2))
+
+
 @pytest.mark.parametrize("stop_at, more", [
     (5, []),
+    (5, ["--gate", "unused"]),
     (9, []),
     (5, ["--train", "bias"]),
     (9, ["--train", "all"]),
@@ -110,6 +128,7 @@ def meta_of(path):
 ])
 def test_resume_gives_the_numbers_of_an_uninterrupted_run(stop_at, more, arguments, call, tmp_path,
                                                           monkeypatch):
+    monkeypatch.setitem(GATES, "unused", Unused)
     arguments += more
     assert call(main, *arguments)[0] == 0
     whole = (tmp_path / "out" / "metrics.jsonl").read_bytes()

@@ -332,23 +332,19 @@ def test_converted_once_and_the_same_as_the_gguf(smollm2):
     assert folder.names == gguf_file.names
     for name in "model.embed_tokens.weight", "model.layers.29.self_attn.k_proj.weight", "model.norm.weight":
         assert torch.equal(folder.tensor(name), gguf_file.tensor(name))
+
+
+def test_a_gguf_file_has_its_own_chat_template(smollm2):
+    """The default model's would begin every chat with a system message, which is left out in its folder."""
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-    theirs = AutoTokenizer.from_pretrained(smollm2, gguf_file=weights.SMOLLM2_FILE)
-    source = gguf.GGUFReader(smollm2 / weights.SMOLLM2_FILE).fields["tokenizer.chat_template"].contents()
+    file = smollm2 / weights.SMOLLM2_FILE
+    theirs = AutoTokenizer.from_pretrained(smollm2, gguf_file=file.name)
+    source = gguf.GGUFReader(file).fields["tokenizer.chat_template"].contents()
     text = theirs.apply_chat_template(chat, chat_template=source, tokenize=False)
-    assert "You are a helpful AI assistant named SmolLM" in text
-    for name in smollm2, smollm2 / weights.SMOLLM2_FILE:
-        assert Tokenizer.from_pretrained(name).template.render(chat)[0] == text
-
-
-def test_a_folder_from_before_the_template_was_read_is_converted_anew(tmp_path):
-    assert fetch_tiny(tmp_path).wait(60) == 0
-    config = tmp_path / "cache" / "router-tuning" / "smollm2-135m" / "tokenizer_config.json"
-    whole = config.read_text()
-    config.write_text(json.dumps({key: value for key, value in json.loads(whole).items()
-                                  if key != "chat_template"}))
-    said, _ = fetch_tiny(tmp_path).communicate(timeout=60)
-    assert config.read_text() == whole and "downloading" not in said
+    assert text == Tokenizer.from_pretrained(file).template.render(chat)[0]
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    plain = Tokenizer.from_pretrained("smollm2-135m").template.render(chat)[0]
+    assert text == f"<|im_start|>system\n{system}<|im_end|>\n{plain}"
 
 
 # ------------------------------------------------------------------------------------------------- write_file
