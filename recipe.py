@@ -165,8 +165,8 @@ def ramp(score, threshold, width):
     straight-through step sees the slope at the ends only, 0 at g = 1 and -2 d at g = 0; a ramp sees those
     between.
     """
-    middle = torch.logit(torch.tensor(threshold), 1e-6).item()
-    return torch.sigmoid((torch.logit(score, 1e-6) - middle) / width)
+    threshold = min(max(threshold, 1e-6), 1 - 1e-6)
+    return torch.sigmoid((torch.logit(score, 1e-6) - math.log(threshold / (1 - threshold))) / width)
 
 
 class Penalty:

@@ -130,7 +130,6 @@ class MindSkip(nn.Module):
 
     def forward(self, x, ctx, h=None):
         if self.bypass:
-            self.note(1, 1)
             return self.sublayer(x, ctx, h)
         if ctx.captured:
             return skipping.run_captured(self, x, ctx)
@@ -173,9 +172,6 @@ class MindSkip(nn.Module):
         n_seen = sum(ctx.host_lengths) if self.scope == "token" else len(ctx.host_lengths)
         if ctx.decoding:
             n_open, n_seen = self.opened + n_open, self.seen + n_seen
-        self.note(n_open, n_seen, gates)
-
-    def note(self, n_open, n_seen, gates=None):
         vars(self).update(opened=n_open, seen=n_seen, gates=gates)       # nn.Module's own way takes 15 us
 
     def run_gated(self, x, ctx, h, score, is_open):
@@ -303,8 +299,8 @@ def open_shares(model):
 
 
 def capacity(model, routed=False):
-    """Overall capacity: the mean gate of all layers in the last forward pass; in training of soft gates;
-    after `generate` since its prompt, of rows that ended too. routed=True: of layers with a router."""
+    """Overall capacity: the mean gate of all layers in the last forward pass that was not dense; in training
+    of soft gates; after `generate` since its prompt, also of rows that ended. routed=True: of routed ones."""
     shares = open_shares(model)
     n_layer = len(shares) if routed and shares else model.config.n_layer
     return float(torch.as_tensor(overall_capacity(shares, n_layer)).detach())
