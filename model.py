@@ -439,7 +439,7 @@ class Llama(nn.Module):
 
 def sample(logits, temperature=0.0, top_k=None):
     """One token id per row, (B,), from logits (B, V)."""
-    if temperature < 1e-6:                          # the limit, without dividing by next to nothing
+    if temperature < 1e-6:                          # the limit at 0, without dividing by next to nothing
         return logits.max(-1).indices               # argmax, but that is slow in bfloat16 on CPUs
     logits = logits.float() / temperature
     if top_k:

@@ -54,7 +54,7 @@ class LinearRouter(nn.Linear):
         self.scope, self.pool = scope, pool
         nn.init.zeros_(self.weight)
         if bias:
-            nn.init.ones_(self.bias)         # score sigmoid(1) = 0.73; for higher thresholds MindSkip adds
+            nn.init.ones_(self.bias)         # sigmoid(1) = 0.73; above a threshold of 0.5 MindSkip adds to it
 
     def pooled(self, h, ctx):
         """What the gate reads, from h = norm(x) (B, T, C): each token's h, or its mean, float32 (B, C)."""
@@ -80,7 +80,7 @@ class LinearRouter(nn.Linear):
 #       C) after the sublayer, from y = x + f(h); in model.eval() y = x where a token is closed
 GATES = {
     "linear": LinearRouter,                             # open at first
-    "unbiased": partial(LinearRouter, bias=False),      # the paper's: scores are 0.5 at first, just open
+    "unbiased": partial(LinearRouter, bias=False),      # the paper's: scores of 0.5 at first, just open
 }
 
 
@@ -157,7 +157,7 @@ class MindSkip(nn.Module):
 
     def is_single(self, x):
         """Whether skipping.run_single serves for a step's x (B, 1, C): inference of one row on a CPU, by the
-        linear router, with keys of all tokens."""
+        linear router, with keys of all tokens, not in float64."""
         is_plain = type(self.router) is LinearRouter and self.kv == "all" and not self.training
         return is_plain and len(x) == 1 and x.device.type == "cpu" and x.dtype != torch.float64
 

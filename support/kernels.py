@@ -188,7 +188,7 @@ def root_mean_square(x, eps):
 
 
 def normalized(x, rms, weight):
-    """rms_norm of one token, whose root mean square is known."""
+    """rms_norm of tokens whose root mean square, one number or (n, 1), is known."""
     return (x.float() / rms * weight).to(x.dtype)
 
 
