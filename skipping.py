@@ -141,8 +141,9 @@ def run_single(skip, x, ctx):
     norm, routing = skip.norm, ctx.cache.routing
     if skip not in routing["logit"]:
         routing["logit"][skip] = logit_of_token(norm, skip.router.weight, skip.router.bias)
-    rms = root_mean_square(x, norm.eps)
-    score = 0.5 + 0.5 * math.tanh(routing["logit"][skip](x, rms) / 2)    # sigmoid, without overflow
+    token = x.flatten().float()                                          # (C,)
+    rms = root_mean_square(token, norm.eps)
+    score = 0.5 + 0.5 * math.tanh(routing["logit"][skip](token, rms) / 2)    # sigmoid, without overflow
     if skip.override:
         score = skip.override(torch.tensor([[score]]), ctx).item()
     is_open = score >= skip.threshold

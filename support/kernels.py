@@ -177,13 +177,12 @@ def rms_norm(x, weight, eps):
     if x.is_cuda:                            # where PyTorch's kernel keeps one number per token for backward
         return F.rms_norm(x, weight.shape, weight, eps)
     if x.numel() == x.shape[-1] and x.dtype != torch.float64 and not torch.is_grad_enabled():
-        return normalized(x, root_mean_square(x, eps), weight)                   # 5 operations for 10
+        return normalized(x, root_mean_square(x.flatten().float(), eps), weight)     # 5 operations for 10
     return recomputed(F.rms_norm, x, weight.shape, weight, eps)
 
 
 def root_mean_square(x, eps):
-    """sqrt(mean(x^2) + eps) of one token x (1, 1, C) on a CPU, a number."""
-    x = x.flatten().float()
+    """sqrt(mean(x^2) + eps) of one token x, float32 (C,), on a CPU, a number."""
     return math.sqrt(x.dot(x).item() / len(x) + eps)
 
 
@@ -193,8 +192,8 @@ def normalized(x, rms, weight):
 
 
 def logit_of_token(norm, weight, bias=None):
-    """A function of one token x (1, 1, C) on a CPU, and its root mean square: the number logit(norm(x),
+    """A function of one token x, float32 (C,), on a CPU, and its root mean square: the number logit(norm(x),
     weight, bias). With the norm's weight v, w . (v x / rms) is (w v) . x / rms: norm(x) is not needed."""
     folded = (weight * norm.weight.float()).flatten().detach()
     offset = 0.0 if bias is None else bias.item()
-    return lambda x, rms: folded.dot(x.flatten().float()).item() / rms + offset
+    return lambda x, rms: folded.dot(x).item() / rms + offset

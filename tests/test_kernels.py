@@ -101,7 +101,9 @@ def test_norm_and_logit_of_one_token_against_float64(has_bias, dtype):
     with torch.no_grad():
         exact = x.double() / (x.double().square().mean() + 1e-2).sqrt() * norm.weight.double()
         y = norm(x)
-        logit = logit_of_token(norm, weight, bias if has_bias else None)(x, root_mean_square(x, norm.eps))
+        token = x.flatten().float()
+        rms = root_mean_square(token, norm.eps)
+        logit = logit_of_token(norm, weight, bias if has_bias else None)(token, rms)
     assert y.dtype == dtype
     assert torch.allclose(y.double(), exact, rtol=4 * torch.finfo(dtype).eps)
     expected = weight.double() @ exact.flatten() + bias
