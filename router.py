@@ -320,10 +320,12 @@ def save_routers(model, path, calibration=None, **notes):
     skips = mindskips(model)
     if not skips:
         raise InputError("save_routers: the model has no routers; add_routers first")
-    first = next(iter(skips.values()))
+    first, thresholds = next(iter(skips.values())), {float(skip.threshold) for skip in skips.values()}
+    if len(thresholds) > 1:
+        raise InputError(f"save_routers: a file has one threshold; these are {sorted(thresholds)[:3]} ...")
     meta = {"gate": first.gate_name, "granularity": f"{first.part}_{first.scope}",
             "layers": ",".join(map(str, skips)), "pool": first.router.pool, "kv": first.kv,
-            "threshold": repr(first.threshold), "model": json.dumps(shape_of(model)),
+            "threshold": repr(*thresholds), "model": json.dumps(shape_of(model)),
             "calibration": json.dumps(sorted(calibration or [])), **notes}
     tensors = {}
     for i, skip in skips.items():
@@ -340,8 +342,8 @@ def threshold_for(capacity, meta, path):
     # capacity falls as the threshold rises, also among pairs of equal capacity
     table = sorted(json.loads(meta["calibration"]), key=lambda pair: (pair[1], -pair[0]))
     if not table:
-        raise InputError(f"{path}: was not calibrated, as its recipe does not, or its run did not finish;"
-                         " leave out --capacity")
+        raise InputError(f"{path}: has no calibration, since its recipe does none, its run did not finish, or"
+                         " the model was trained after it; leave out --capacity")
     thresholds, capacities = zip(*table)
     if not capacities[0] <= capacity <= capacities[-1]:
         raise InputError(f"{path}: its calibration has capacities from {capacities[0]:.3f} to"

@@ -3,6 +3,7 @@ import gc
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from conftest import bound, in_float64, is_one_sentence, write_tiny
@@ -545,8 +546,20 @@ def test_the_threshold_is_a_dial(tiny, tmp_path):
         load_routers(model, path, asked)          # between the near ends of what is equal
         assert [gate.threshold for gate in mindskips(model).values()] == pytest.approx([threshold] * 4)
     save_routers(model, path)
-    with pytest.raises(InputError, match="was not calibrated"):
+    with pytest.raises(InputError, match="has no calibration"):
         load_routers(model, path, 0.5)
+
+
+def test_thresholds_of_a_router_file(tiny, tmp_path):
+    """Of whatever type of number, and one for all layers."""
+    path = tmp_path / "r.safetensors"
+    for threshold in np.float64(0.5), np.float32(0.75), torch.tensor(0.625):
+        save_routers(routed(tiny, "attn_token", threshold=threshold), path)
+        assert float(load_routers(Llama.from_pretrained(tiny), path)["threshold"]) == float(threshold)
+    model = routed(tiny, "attn_token")
+    mindskips(model)[1].threshold = 0.6
+    with pytest.raises(InputError, match="one threshold"):
+        save_routers(model, path)
 
 
 def test_router_file_of_another_model(tiny, tmp_path):
