@@ -117,6 +117,12 @@ class SoftGates(Recipe):
         if self.gate not in ("gated", "flexidepth"):
             raise InputError(f"--gate {self.gate}: this recipe trains gates between 0 and 1, which only gated"
                              " and flexidepth have in inference too; name train_router for ours")
+        if self.kv == "open":
+            raise InputError("--kv open: in training a gate between 0 and 1 hides part of a key, in inference"
+                             " all or nothing; leave it out, or name train_router for our recipe")
+        if self.method != "straight-through":
+            raise InputError(f"--method {self.method}: this recipe's gates are their scores; leave it out, or"
+                             " name train_router for our recipe")
 
     def gate_estimator(self, step, steps):
         return lambda score, threshold: score

@@ -337,6 +337,7 @@ def test_its_gates_under_our_recipe(arguments, call, tmp_path):
     (["--granularity", "mlp_token"], "block_token"), (["--layers", "2-9"], "layers 0 to 3"),
     (["--gate", "gated", "--granularity", "attn_sequence"], "attn_sequence"),
     (["--gate", "adapter"], "--gate adapter"), (["--gate", "linear"], "--gate linear"),
+    (["--kv", "open"], "--kv open"), (["--method", "ramp"], "--method ramp"),
     (["--data", "none.jsonl"], "none.jsonl"), (["--gate", "last_token"], "last_token"),
 ])
 def test_what_is_refused(flags, named, arguments, call):
