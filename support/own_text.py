@@ -16,7 +16,8 @@ SHIPPED = Path(__file__).parent.parent / "data" / "own_text.safetensors"      # 
 
 
 def own_text_file(model_name, seed, weights_hash):
-    """Where the text of a model is kept: that of the default one ships, others' are in the user's cache."""
+    """Where the text of a model is kept: that of the default one ships, others' are in the user's cache, with
+    the number of texts and of their tokens added to the name."""
     if model_name == "smollm2-135m" and seed == 0:
         return SHIPPED
     return cache_folder() / "own_text" / f"{weights_hash}-{seed}.safetensors"
@@ -24,9 +25,11 @@ def own_text_file(model_name, seed, weights_hash):
 
 def write_text(model, n, n_tokens, seed, path=None):
     """Token ids (n, n_tokens) that the model writes after random first tokens; from the file `path` if it has
-    these, or the beginnings of what ships, else written, and kept there. Several processes read and write the
-    same, process 0's."""
+    these (see own_text_file), or the beginnings of what ships, else written, and kept there. Several
+    processes read and write the same, process 0's."""
     device, n_vocab = model.embed.weight.device, model.config.vocab_size
+    if path and path != SHIPPED:
+        path = path.with_stem(f"{path.stem}-{n}x{n_tokens}")
     ids = parallel.from_first(read_ids(path) if path else None)
     if ids is not None and path == SHIPPED:
         ids = ids[:n, :n_tokens]

@@ -12,12 +12,12 @@ def test_what_was_written_is_kept_and_read(tiny, tmp_path, monkeypatch):
     model, path = Llama.from_pretrained(tiny), tmp_path / "kept" / "text.safetensors"
     ids = write_text(model, 5, 20, 3, path)
     assert ids.shape == (5, 20) and torch.equal(ids, write_text(model, 5, 20, 3)) and model.cache is None
-    assert torch.equal(load(path.read_bytes())["ids"].long(), ids)
-    with monkeypatch.context() as patch:
-        patch.setattr(Llama, "generate", None)                      # it is read
-        assert torch.equal(write_text(model, 5, 20, 3, path), ids)
-    fewer = write_text(model, 2, 20, 3)                             # not the first two, and so not read there
-    assert torch.equal(write_text(model, 2, 20, 3, path), fewer) and not torch.equal(fewer, ids[:2])
+    assert torch.equal(load(path.with_stem("text-5x20").read_bytes())["ids"].long(), ids)
+    fewer = write_text(model, 2, 20, 3, path)                       # not the first two, and kept beside them
+    assert torch.equal(write_text(model, 2, 20, 3), fewer) and not torch.equal(fewer, ids[:2])
+    monkeypatch.setattr(Llama, "generate", None)                    # both are read
+    assert torch.equal(write_text(model, 5, 20, 3, path), ids)
+    assert torch.equal(write_text(model, 2, 20, 3, path), fewer)
 
 
 def test_as_many_rows_at_once_as_fit(tiny, monkeypatch):
@@ -36,9 +36,9 @@ def test_a_file_that_does_not_fit_is_written_anew(tiny, tmp_path):
     for content in (b"", b"x" * 100, save({"other": torch.ones(3)}), save({"ids": torch.ones(4)}),
                     save({"ids": torch.full((4, 10), 320)}), save({"ids": torch.ones(3, 10).int()}),
                     save({"ids": torch.full((4, 10), -1)}), save({"ids": torch.ones(4, 9).int()})):
-        path.write_bytes(content)
+        path.with_stem("text-4x10").write_bytes(content)
         assert torch.equal(write_text(model, 4, 10, 0, path), expected)
-        assert torch.equal(read_ids(path), expected)
+        assert torch.equal(read_ids(path.with_stem("text-4x10")), expected)
     (tmp_path / "file").write_text("")                               # a folder that cannot be
     assert torch.equal(write_text(model, 4, 10, 0, tmp_path / "file" / "text.safetensors"), expected)
 
