@@ -69,7 +69,7 @@ def records(text, path):
                                  " line") from None
 
 
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}      # what "conversations" call them
+ROLES = {"human": "user", **dict.fromkeys(["gpt", "bot", "chatgpt", "bing", "bard"], "assistant")}
 FORMS = {     # name: the fields that tell it, the first that a record has all of
     "chat": ["messages"], "conversations": ["conversations"], "instruction": ["instruction"],
     "prompt": ["prompt", "completion"], "context": ["context", "response"], "text": ["text"]}
@@ -122,8 +122,14 @@ def messages_of(record, form, where):
             name = field(m, role, where)
             if m.get("tool_calls") or name in ("tool", "function", "function_call"):
                 raise InputError(f"{where}: has tool calls, which are not supported; take such chats out")
-            messages.append({"role": ROLES.get(name, name), "content": field(m, content, where)})
-        return messages
+            if m.get("weight") == 0:
+                raise InputError(f"{where}: has a message of weight 0; all answers are learned from, so take"
+                                 " such chats out")
+            name = ROLES.get(name, name)
+            if name not in ("system", "user", "assistant"):
+                raise InputError(f"{where}: has a message of {name!r:.40}; roles are system, user, assistant")
+            messages.append({"role": name, "content": field(m, content, where)})
+        return opening(record, messages, where) + messages
     if form == "instruction":                                            # Alpaca, or Dolly
         dolly = "output" not in record and "response" in record
         extra, answer = ("context", "response") if dolly else ("input", "output")
@@ -132,8 +138,24 @@ def messages_of(record, form, where):
             question += "\n\n" + field(record, extra, where)
     else:
         question, answer = field(record, FORMS[form][0], where), FORMS[form][1]
-    answer = field(record, answer, where)
+    messages = turn(question, field(record, answer, where))
+    return opening(record, messages, where) + messages
+
+
+def turn(question, answer):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def opening(record, messages, where):
+    """What a record says before its own messages: its "system", and the pairs of its "history"."""
+    before = []
+    if record.get("system") and (not messages or messages[0]["role"] != "system"):
+        before.append({"role": "system", "content": field(record, "system", where)})
+    for pair in record.get("history") or []:
+        if not isinstance(pair, list) or list(map(type, pair)) != [str, str]:
+            raise InputError(f"{where}: its history should be a list of pairs, [question, answer]")
+        before += turn(*pair)
+    return before
 
 
 def plain_samples(text, tok, size):

@@ -83,12 +83,33 @@ def test_every_form_of_a_record(tok, tmp_path, capsys):
     assert len(read_samples(path, tok, 512)[0]) >= 1 and "1 as text" in capsys.readouterr().err
 
 
+def test_what_stands_before_a_record(tok, tmp_path):
+    """A system message and earlier turns, as Alpaca's and ShareGPT's descendants have them."""
+    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"},
+             {"role": "assistant", "content": "A"}, {"role": "user", "content": "Q"},
+             {"role": "assistant", "content": "B"}]
+    said = [{"from": m["role"], "value": m["content"]} for m in turns[1:]]
+    said[0]["from"], said[1]["from"], said[3]["from"] = "human", "chatgpt", "bing"
+    records = [{"messages": turns}, {"system": "S", "conversations": said},
+               {"system": "S", "messages": turns}, {"system": "S", "messages": turns[1:], "history": []},
+               {"system": "S", "history": [["U", "A"]], "instruction": "Q", "output": "B"}]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    samples, _ = read_samples(path, tok, 512)
+    assert len(samples) == len(records) and all(sample == samples[0] for sample in samples)
+    assert tok.decode(samples[0].ids).startswith("<|im_start|>system\nS")
+
+
 @pytest.mark.parametrize("record, named", [
     ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "line 1: has tool calls"),
     ({"messages": [{"role": "tool", "content": "a"}]}, "tool calls"),
     ({"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}, "line 1: a part of 'content'"),
     ({"conversations": [{"from": "gpt"}]}, "'value'"), ({"prompt": "a"}, "'instruction'"),
     ({"instruction": "a", "output": None}, "'output'"),
+    ({"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "weight 0"),
+    ({"messages": [{"role": "Chat", "content": "a"}]}, "'Chat'"),
+    ({"instruction": "a", "output": "b", "history": [["a", 1]]}, "its history"),
+    ({"instruction": "a", "output": "b", "system": {"a": 1}}, "'system'"),
 ])
 def test_records_that_are_refused(record, named, tok, tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps(record))
