@@ -1,11 +1,11 @@
 """What it costs to close a gate, measured, and gates at sequence level that predict it.
 
 The harm of a gate to a sequence is KL(dense || gate closed) - KL(dense || gate open) in nats, summed over the
-sequence's answer, the other gates as they stand. At a price of lambda per gate it is best to close those
-whose harm is below lambda: so a router has to predict the harm, and its threshold is the price (both as
-square roots, see `fit`). Where a gate decides once for a whole sequence, a batch holds only a handful of
-decisions, and a gradient through so few is mostly noise. There the harm is measured, with one run of its
-layer and those above for each gate, and its square root is predicted by ridge regression.
+sequence's answer, gates below as they stand, gates above as they then decide. At a price of lambda per gate
+it is best to close those whose harm is below lambda: so a router has to predict the harm, and its threshold
+is the price (both as square roots, see `fit`). Where a gate decides once for a whole sequence, a batch holds
+only a handful of decisions, and a gradient through so few is mostly noise. There the harm is measured, with
+one run of its layer and those above for each gate, and its square root is predicted by ridge regression.
 """
 import torch
 
@@ -108,8 +108,7 @@ def fit(model, harm, inputs, capacity, biases_only=False):
 
 def tune(model, source, recipe, capacity, run):
     """Tuning by regression: each step measures what closing every gate costs the sequences of its batches,
-    the others as they stand, and fits the routers to all that was measured. Arguments as in
-    train_router.tune."""
+    see `measure`, and fits the routers to all that was measured. Arguments as in train_router.tune."""
     model.eval()
     n_gates, biases_only = len(mindskips(model)), recipe.train == "bias"
     state = {"harm": torch.zeros(0, n_gates), "inputs": torch.zeros(0, n_gates, model.config.n_embd)}
