@@ -30,7 +30,7 @@ import harm
 import losses
 from calibration import calibrate
 from model import Llama
-from recipe import RECIPES, Penalty, check_harm, choose, make_source, own_text
+from recipe import RECIPES, Penalty, check_harm, choose, excess_penalty, make_source, own_text
 from router import (
     GATES,
     GRANULARITIES,
@@ -181,7 +181,8 @@ def parse_arguments():
     p.add_argument("--epochs", type=count, help="instead, with --recipe paper: how often each sample is seen")
     p.add_argument("--max-samples", type=count, help="to tune on (default: all); of several --data a mixture")
     p.add_argument("--clip", type=rate, help="norm that gradients are clipped to; 0: not at all")
-    p.add_argument("--lr", type=rate, help="peak rate (of sequences' gates: their weights'); not of harm")
+    p.add_argument("--lr", type=rate, help="peak rate of the routers (of sequences' gates: of their weights)")
+    p.add_argument("--model-lr", type=rate, help="peak rate of the model's weights, with --train all")
     p.add_argument("--penalty", type=rate, help="lambda, the penalty on capacity, to begin with")
     p.add_argument("--pool", choices=("prompt", "all"), help="what the gate of a sequence reads")
     p.add_argument("--kv", choices=("all", "open"), help="which tokens have keys and values, at token level")
@@ -203,13 +204,17 @@ def parse_arguments():
 def make_recipe(args, n_samples, model):
     """The Recipe of the flags; its values, and what follows from them, are written into args. Refuses what
     does not go together."""
-    keys = "gate", "loss", "train", "method", "lr", "penalty", "pool", "kv", "steps", "epochs", "clip"
+    keys = ("gate", "loss", "train", "method", "lr", "model_lr", "penalty", "pool", "kv", "steps", "epochs",
+            "clip")
     recipe = choose(args.recipe, args.granularity, **{key: getattr(args, key) for key in keys})
-    router = GATES[recipe.gate](1, args.granularity.split("_")[1], recipe.pool)      # to ask what kind it is
+    router = GATES[recipe.gate](model.config.n_embd, args.granularity.split("_")[1], recipe.pool)
+    check_capacity(args, recipe, model.config.n_layer)
     if recipe.method == "harm":
         check_harm(args, recipe, router)
     if recipe.train == "bias" and getattr(router, "bias", None) is None:
         raise InputError(f"--train bias: gates of the kind {recipe.gate!r} have none; add --gate linear")
+    if args.model_lr is not None and recipe.train != "all":
+        raise InputError("--model-lr: only with --train all, where the model's weights learn; leave it out")
     if args.init:
         recipe = replace(recipe, falls_until=0.0)                # its routers have closed gates already
     if args.epochs and recipe.steps:
@@ -232,12 +237,13 @@ def make_recipe(args, n_samples, model):
     return recipe
 
 
-def check_capacity(args, n_layer):
-    """Refuse an impossible capacity before the tuning."""
+def check_capacity(args, recipe, n_layer):
+    """Refuse an impossible capacity before the tuning, and one that the recipe aims at but cannot have."""
+    is_aim = recipe.calibrates or recipe.penalty and recipe.regularizer is excess_penalty
     n_free = n_layer - len(parse_layers(args.layers, n_layer))
     if not 0 < args.capacity <= 1:
         raise InputError(f"--capacity should be above 0 and at most 1; it is {args.capacity}")
-    if args.capacity < n_free / n_layer:
+    if is_aim and args.capacity < n_free / n_layer:
         raise InputError(f"--capacity {args.capacity}: {n_free} of {n_layer} layers have no router and always"
                          f" run, so the least possible is {n_free / n_layer:.3f}; raise it, or add --layers")
 
@@ -297,14 +303,13 @@ def report(result, recipe, args):
 def main():
     parallel.start()
     args = parse_arguments()
-    check_output(args.model, args.out)
+    check_output(args.model, args.out, args.init)
     device, dtype = device_and_dtype(args.device, args.dtype)
     tok = Tokenizer.from_pretrained(args.model)
     tok.template.today = FIXED_DATE
     model = Llama.from_pretrained(args.model, "cpu" if args.shard else device, dtype)
     for whole in model.embed, model.norm, model.head:          # with --shard the layers follow below
         whole.to(device)
-    check_capacity(args, model.config.n_layer)
     train_set, test_set = read_data(args, tok, model.config.max_context)
     recipe = make_recipe(args, len(train_set), model)
     path = Path(args.out) / "routers.safetensors"

@@ -21,23 +21,29 @@ from support.files import InputError, check_destinations, lock, open_safetensors
 
 FILES = "metrics.jsonl", "checkpoint.safetensors", "routers.safetensors"
 SAME_ON_RESUME = ("model", "dtype", "seed", "data", "data_weights", "init", "granularity", "layers",
-                  "capacity", "recipe", "gate", "train", "loss", "method", "steps", "lr", "penalty", "clip",
-                  "tokens", "accumulate", "pool", "kv", "held_out")
+                  "capacity", "recipe", "gate", "train", "loss", "method", "steps", "lr", "model_lr",
+                  "penalty", "clip", "tokens", "accumulate", "pool", "kv", "held_out")
 
 
-def check_output(model, out):
-    """Refuse a folder `out` that cannot be written, or in which a run would write over the model it reads."""
+def check_output(model, out, init=None):
+    """Refuse a folder `out` that cannot be written, or in which a run would write over what it reads: its
+    model, or the router file that it begins with."""
     source, target = (Path(os.path.realpath(os.path.expanduser(path))) for path in (model, out))
     if source in (target, target / "model"):
         raise InputError(f"--out {out}: the run would write over its model, {model}; choose another folder")
+    if init and Path(os.path.realpath(init)) == target / "routers.safetensors":
+        raise InputError(f"--init {init}: the run would write over it, and --resume would miss it; give"
+                         " another --out")
     check_destinations(*(target / name for name in (*FILES, "model/config.json")))
 
 
 def weights_hash(model):
-    """A hash of a model's configuration and of 256 numbers of each of its tensors."""
+    """A hash of a model's configuration and of 256 numbers of each of its tensors, of different columns."""
     weights = hashlib.sha256(repr(model.config).encode())
     for name, weight in model.named_parameters():
-        some = weight.detach().flatten()[::max(1, weight.numel() // 256)]
+        n = weight.numel()
+        at = torch.linspace(0, n - 1, min(n, 256), dtype=torch.float64).long().to(weight.device)
+        some = weight.detach().flatten()[at]
         weights.update(f"{name} {tuple(weight.shape)}".encode())
         weights.update(some.float().cpu().numpy().tobytes())
     return weights.hexdigest()[:16]
@@ -97,6 +103,7 @@ class Run:
         self.metrics, self.path, self.routers = (self.out / name for name in FILES)
         self.id = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         self.start, self.checkpoint, self.signal = 0, None, 0
+        self.slower = "lower --model-lr" if args.train == "all" else "lower --lr"       # as advice
         if args.resume and not self.path.exists():
             raise InputError(f"--resume: there is no {self.path}; run without --resume")
         self.file = self.open_metrics()
@@ -106,6 +113,9 @@ class Run:
         elif self.path.exists() and not self.is_finished():
             raise InputError(f"--out {args.out}: holds a run that is not finished; go on with --resume, or"
                              " give another --out")
+        elif args.train != "all" and (self.out / "model" / "config.json").exists():
+            raise InputError(f"--out {args.out}: has the model that a run with --train all trained, to which"
+                             " new routers would not belong; move it away, or give another --out")
         self.lines = self.lines_to_keep()
 
     def open_metrics(self):
@@ -142,11 +152,15 @@ class Run:
     def lines_to_keep(self):
         """Those of metrics.jsonl that tell of the steps which the checkpoint has."""
         self.file.seek(0)
-        lines = self.file.read().splitlines(keepends=True)[:self.start]
-        for line in lines:
-            if json_of(line, dict, f"{self.metrics}: a line").get("run") != self.id:
+        lines = []
+        for line in self.file.read().splitlines(keepends=True)[:self.start]:
+            entry = json_of(line, {"step": (0, math.inf)}, f"{self.metrics}: a line")
+            if entry.get("run") != self.id:
                 raise InputError(f"--resume: {self.metrics} has lines of another run than {self.path}; move"
                                  " it away, or give another --out")
+            if entry["step"] >= self.start:          # earlier ones were lost
+                break
+            lines.append(line)
         return lines
 
     def load(self):
@@ -174,7 +188,7 @@ class Run:
         tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         for key, tensor in tensors.items():
             if not tensor.isfinite().all():
-                raise InputError(f"step {step}: {key} is no longer finite; lower --lr{self.kept()}")
+                raise InputError(f"step {step}: {key} is no longer finite; {self.slower}{self.kept()}")
         meta = {"step": str(step + 1), "arguments": json.dumps(self.settings)}
         self.save_result()
         write_file(self.path, safetensors_bytes(tensors, metadata=meta))
@@ -211,7 +225,9 @@ class Run:
 
     def check_finite(self, step, loss):
         if not math.isfinite(loss):
-            advice = "lower --lr or use --dtype float32" if step else "use --dtype float32 or another model"
+            advice = "use --dtype float32 or another model"
+            if step:
+                advice = f"{self.slower} or use --dtype float32"
             raise InputError(f"step {step}: the loss is {loss}; {advice}{self.kept()}")
 
     def kept(self):

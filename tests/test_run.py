@@ -16,7 +16,7 @@ from conftest import is_one_sentence, write_data
 from safetensors.torch import load_file, save_file
 
 import train_router
-from support.run import FILES
+from support.run import FILES, weights_hash
 from train_router import main
 
 ROOT = Path(train_router.__file__).parent
@@ -226,6 +226,19 @@ def other_weights(arguments, folder):
     save_file(tensors, folder / "model" / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (96, 576), (1024, 256)])
+def test_the_hash_of_weights_sees_most_columns(shape):
+    """A stride that is a multiple of the width would read a single one."""
+    layer = torch.nn.Linear(shape[1], shape[0], bias=False)
+    layer.config = None
+    layer.weight.data.zero_()
+    hashes = set()
+    for column in range(0, shape[1], shape[1] // 16):
+        layer.weight.data[:, column:column + shape[1] // 16] = 1.0
+        hashes.add(weights_hash(layer))
+    assert len(hashes) == 16
+
+
 def fewer_layers(arguments, folder):
     config = json.loads((folder / "model" / "config.json").read_text())
     (folder / "model" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
@@ -281,6 +294,16 @@ def test_metrics_that_were_lost_do_not_matter(unfinished, call, tmp_path):
     assert call(main, *unfinished, "--resume")[0] == 0
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 3, 4, 5]
+
+
+def test_a_step_that_was_logged_but_not_saved_is_logged_once(unfinished, call, tmp_path):
+    """Also where earlier lines were lost: which are kept follows from their steps, not from how many."""
+    path = tmp_path / "out" / "metrics.jsonl"
+    last = json.loads(path.read_text().splitlines()[-1])
+    path.write_text("".join(json.dumps(last | {"step": step}) + "\n" for step in (1, 2)))
+    assert call(main, *unfinished, "--resume")[0] == 0
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("change, named", [

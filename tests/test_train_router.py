@@ -105,6 +105,27 @@ def test_the_whole_model_trains_and_is_kept(granularity, arguments, call, tmp_pa
     assert again["kl"] == pytest.approx(held_out["kl"], rel=1e-4) and again["loss"] != held_out["dense_loss"]
     assert again["dense_loss"] == pytest.approx(evaluate(before, groups)["loss"], rel=1e-5)
 
+    status, said = call(main, *arguments)            # new routers would stand beside a model not theirs
+    assert status == 1 and is_one_sentence(said) and "--train all" in said
+
+
+def test_learning_rate_of_the_model(arguments, call, tiny, tmp_path):
+    assert call(main, *arguments, "--train", "all", "--steps", 1, "--model-lr", 1e-3)[0] == 0
+    trained, before = Llama.from_pretrained(tmp_path / "out" / "model"), Llama.from_pretrained(tiny)
+    moved = [float((p - q).abs().max().detach()) for p, q in zip(trained.parameters(), before.parameters())]
+    assert max(moved) == pytest.approx(1e-3, rel=0.01)               # AdamW's first step is the rate
+    status, said = call(main, *arguments, "--model-lr", 1e-3, "--out", tmp_path / "other")
+    assert status == 1 and is_one_sentence(said) and "--train all" in said
+
+
+def test_an_aim_that_nothing_aims_at_is_not_refused(arguments, call):
+    """The paper's capacity acts through lambda alone, which is 0."""
+    few = [*arguments, "--recipe", "paper", "--layers", 3, "--epochs", 1]
+    few = [word for i, word in enumerate(few) if "--steps" not in few[max(0, i - 1):i + 1]]
+    assert call(main, *few)[0] == 0
+    status, said = call(main, *few, "--penalty", 0.1, "--out", "other")
+    assert status == 1 and is_one_sentence(said) and "0.750" in said
+
 
 def meta_of(path):
     return safe_open(str(path), "pt").metadata()
@@ -294,6 +315,17 @@ def test_a_run_does_not_write_over_its_model(out, arguments, call, tiny, tmp_pat
     status, said = call(main, *arguments, "--model", model, "--out", out, "--train", "all")
     assert status == 1 and "write over its model" in said and is_one_sentence(said)
     assert {path: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_a_run_does_not_write_over_the_routers_that_it_begins_with(arguments, call, tiny, tmp_path):
+    """By whatever path; --resume would miss them."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    save_routers(add_routers(Llama.from_pretrained(tiny), "attn_token"), tmp_path / "out/routers.safetensors")
+    before = (tmp_path / "out" / "routers.safetensors").read_bytes()
+    status, said = call(main, *arguments, "--init", tmp_path / "link" / "routers.safetensors")
+    assert status == 1 and "write over it" in said and is_one_sentence(said)
+    assert (tmp_path / "out" / "routers.safetensors").read_bytes() == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
