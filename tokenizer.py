@@ -44,8 +44,9 @@ class TokenizersFile:
         self.inner = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self.inner.no_truncation()
         self.inner.no_padding()
+        there = {token.content for token in self.inner.get_added_tokens_decoder().values()}
         known = [text for text in marks if text and self.inner.token_to_id(text) is not None]
-        self.inner.add_special_tokens(known)
+        self.inner.add_special_tokens([text for text in known if text not in there])
         added = self.inner.get_added_tokens_decoder()                                # {id: AddedToken}
         self.spec, self.special = spec, {token.content: i for i, token in added.items() if token.special}
         self.id_of = {}                          # ids that stand for others, see `renamed`
@@ -118,14 +119,10 @@ class Tokenizer:
         """file: a TokenizersFile or a TiktokenFile; config: dict, the keys of a tokenizer_config.json."""
         self.file, self.special = file, file.special
         marks = {key: mark(config, key) for key in SPECIAL_TOKENS}
-        bos, eos = marks["bos_token"], marks["eos_token"]
-        ends = [self.special.get(eos), *config["eos_token_ids"]]
+        ends = [self.special.get(marks["eos_token"]), *config["eos_token_ids"]]
         self.eos_ids = list(dict.fromkeys(i for i in ends if i is not None))
         self.eos_id = self.eos_ids[0] if self.eos_ids else None
-        adds_bos = config.get("add_bos_token")
         self.bos_id = file.opening_id()
-        if adds_bos is not None:
-            self.bos_id = self.special.get(bos, config.get("bos_token_id")) if adds_bos else None
         self.bos_ids = [] if self.bos_id is None else [self.bos_id]
         self.template = ChatTemplate.of(config.get("chat_template"), self.special, marks)
 

@@ -192,8 +192,6 @@ class Folder(Checkpoint):
             for named in read_list(config, where, "chat_template", dict):
                 read_value(named, where, "name", str)
                 read_value(named, where, "template", str)
-        read_value(config, where, "add_bos_token", bool, None)
-        read_value(config, where, "bos_token_id", int, None, -1, LARGEST_ID)
         for key in SPECIAL_TOKENS:
             token = read_value(config, where, key, (str, dict), None)
             if isinstance(token, dict):

@@ -1,5 +1,6 @@
 """llama.cpp's files, translated to what a Hugging Face folder has: names of tensors, keys of config.json, a
 tokenizer.json."""
+import math
 import re
 import reprlib
 from pathlib import Path
@@ -37,6 +38,28 @@ def sequence(*steps):
 def split(regex):
     cut = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
     return sequence(cut, BYTE_LEVEL | {"use_regex": False})
+
+
+def llama3_rope(factors, theta):
+    """The rope_scaling of Llama 3.1 to 3.3 whose divisors of frequencies are these factors (D/2,), or None;
+    see model.rope_frequencies. (transformers knows no other factors.)"""
+    turns = 8192 / (2 * math.pi) * theta ** -(torch.arange(len(factors)) / len(factors))
+    ramp, factor = ((turns - 1) / 3).clamp(0, 1), factors.max()
+    if factor <= 1 or not torch.allclose(1 / (ramp + (1 - ramp) / factor), factors, rtol=1e-4):
+        return None
+    return {"rope_type": "llama3", "factor": float(factor), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}
+
+
+def begins_with(tokens, i):
+    """The post-processor that puts token i before a text; None without one."""
+    if i is None:
+        return None
+    token = tokens[i]
+    before, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    return {"type": "TemplateProcessing", "single": [before, text], "pair": [before, text, second],
+            "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]}}}
 
 
 GGUF_PRE_TOKENIZERS = {   # as a tokenizer.json says it
@@ -84,9 +107,10 @@ class GGUF(Checkpoint):
             return {"rope_type": kind, "factor": factor}
         if "rope_freqs.weight" not in self.names:
             return None
-        factors = self.tensor("rope_freqs.weight")   # Llama 3.1's: a divisor of each pair's frequency
+        factors = self.tensor("rope_freqs.weight").flatten()       # divisors of the pairs' frequencies
         del self.stored["rope_freqs.weight"]
-        return {"rope_type": "factors", "factors": factors.flatten().tolist()}
+        theta = read_value(self.meta, self.path, f"{rope}.freq_base", float, 10000.0)
+        return llama3_rope(factors, theta) or {"rope_type": "factors", "factors": factors.tolist()}
 
     @staticmethod
     def rename(name):
@@ -116,7 +140,7 @@ class GGUF(Checkpoint):
     def tokenizer(self):
         where = f"{self.path}: tokenizer.ggml"
         meta = {key.removeprefix("tokenizer.ggml."): value for key, value in self.meta.items()}
-        model, pre = meta.get("model"), read_value(meta, where, "pre", str, "gpt-2")
+        model, pre = meta.get("model"), read_value(meta, where, "pre", str, None)
         if model != "gpt2" or pre not in GGUF_PRE_TOKENIZERS:
             raise InputError(f"{self.path}: its tokenizer, {model!r:.40} with pre-tokenizer {pre!r:.40}, is"
                              " not supported; use a folder with the model's tokenizer.json")
@@ -136,8 +160,9 @@ class GGUF(Checkpoint):
         config["eos_token_ids"] = list(dict.fromkeys(ends))
         if "tokenizer.chat_template" in meta:
             config["chat_template"] = read_value(meta, self.path, "tokenizer.chat_template", str)
-        config["add_bos_token"] = read_value(meta, where, "add_bos_token", bool, pre == "llama-bpe")
+        adds_bos = read_value(meta, where, "add_bos_token", bool, pre == "llama-bpe")
         spec = {"version": "1.0", "added_tokens": added, "pre_tokenizer": GGUF_PRE_TOKENIZERS[pre],
                 "model": bpe, "decoder": BYTE_LEVEL,
-                "normalizer": {"type": "NFC"} if pre == "qwen2" else None}
+                "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+                "post_processor": begins_with(tokens, ids["bos"]) if adds_bos else None}
         return {"config": config, "json": spec}

@@ -10,13 +10,13 @@ import tokenizers
 from conftest import CORPUS, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from support.gguf import LLAMA3_SPLIT as LLAMA3
 from support.gguf import QWEN2_SPLIT as QWEN2
 from tokenizer import LLAMA3_SPECIAL, Tokenizer
-from weights import InputError
+from weights import InputError, open_checkpoint, write_folder
 
 PIECES = ["the", "The", " quick", "ing", "'s", "'ll", "I'VE", "don't", " ", "  ", "   ", "\t", "\n", "\r\n",
           "\n\n ", "0", "7", "42", "1234", "3.14", "x1", "é", "e\u0301", "ñ", "ß", "Ω", "Жук", "漢字", "かな",
@@ -143,11 +143,40 @@ def test_sentencepiece(tmp_path):
     theirs.decoder = tokenizers.decoders.Metaspace()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>"])
     theirs.train_from_iterator(CORPUS, trainer)
-    folder_with(tmp_path, json.loads(theirs.to_str()), {"bos_token": "<s>", "add_bos_token": True})
+    folder_with(tmp_path, json.loads(theirs.to_str()), {"bos_token": "<s>"})
     ours = Tokenizer.from_pretrained(tmp_path)
-    assert ours.encode("The quick fox") == theirs.encode("The quick fox").ids and ours.bos_id == 1
+    assert ours.encode("The quick fox") == theirs.encode("The quick fox").ids and ours.bos_id is None
     assert ours.decode(ours.encode("The quick fox")) == "The quick fox"
     assert ours.encode("<s>") == [1] and ours.encode("<s>", special=False) != [1]
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "Qwen2TokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("flag", [False, True, None])
+def test_what_a_text_begins_with(flag, begins, kind, tmp_path):
+    """As in transformers the post-processor of a tokenizer.json says it, also against add_bos_token."""
+    theirs = train_tokenizer()
+    if begins:
+        theirs.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    config = {"bos_token": "<|im_start|>", "tokenizer_class": kind}
+    if flag is not None:
+        config["add_bos_token"] = flag
+    folder_with(tmp_path, json.loads(theirs.to_str()), config)
+    ours, reference = Tokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.bos_ids + ours.encode("The fox") == reference("The fox").input_ids
+    assert ours.bos_id == (1 if begins else None)
+
+
+def test_marks_keep_what_the_file_says_of_them(tmp_path):
+    """Such as the space that they take: Phi-4's added tokens strip both sides."""
+    spec = json.loads(train_tokenizer().to_str())
+    for token in spec["added_tokens"]:
+        token |= {"lstrip": True, "rstrip": True}
+    folder_with(tmp_path, spec, {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"})
+    ours, reference = Tokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in "the fox <|im_end|>\n<|im_start|> jumps", " <|endoftext|> a":
+        assert ours.encode(text) == reference(text, add_special_tokens=False).input_ids
 
 
 def llama3_folder(tmp_path):
@@ -194,6 +223,8 @@ def test_tokenizer_of_a_gguf(pre, tmp_path):
     w.close()
     ours = Tokenizer.from_pretrained(tmp_path / "m.gguf")
     assert (ours.bos_id, ours.eos_id) == (1 if pre == "llama-bpe" else None, 2)
+    write_folder(tmp_path / "folder", open_checkpoint(tmp_path / "m.gguf"), {})
+    assert Tokenizer.from_pretrained(tmp_path / "folder").bos_id == ours.bos_id
     for text in strings(800, seed=2):
         assert ours.encode(text) == theirs.encode(text).ids, repr(text)
 
@@ -285,7 +316,6 @@ def test_tokenizer_files_that_are_refused(change, named, tmp_path):
     ({"chat_template": 3}, "chat_template"),
     ({"pad_token": {"content": 1}}, "content should be text"),
     ({"chat_template": [{"name": 1}, 2]}, "chat_template"),
-    ({"add_bos_token": "false"}, "add_bos_token"),
 ])
 def test_tokenizer_configs_that_are_refused(config, named, tmp_path):
     with pytest.raises(InputError, match=named):
@@ -293,7 +323,7 @@ def test_tokenizer_configs_that_are_refused(config, named, tmp_path):
 
 
 def test_null_is_absent(tmp_path):
-    nothing = dict.fromkeys(("add_bos_token", "bos_token", "eos_token", "chat_template", "pad_token"))
+    nothing = dict.fromkeys(("bos_token", "eos_token", "chat_template", "pad_token"))
     tok = Tokenizer.from_pretrained(folder_with(tmp_path, json.loads(train_tokenizer().to_str()), nothing))
     assert tok.bos_id is None and tok.encode_chat([{"role": "user", "content": "a"}])[0][0] == 1
 
