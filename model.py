@@ -28,7 +28,9 @@ from support.graph import stepper
 from support.kernels import Linear, recomputed, rms_norm
 from weights import checkpoint_parts, open_checkpoint, read_rope, write_folder
 
-FAMILIES = "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"     # model_type in config.json
+FAMILIES = {            # model_type in config.json: values that it may leave out, where they are not Llama's
+    "llama": {}, "mistral": {"sliding_window": 4096}, "phi3": {"rms_norm_eps": 1e-5}, "qwen2": {},
+    "qwen3": {}, "smollm3": {"rope_theta": 2e6, "tie_word_embeddings": True}}
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,12 @@ class Config:
     @classmethod
     def from_hf(cls, hf, where="config.json"):
         """Config from the keys of a Hugging Face config.json. Refuses, by name, what would be loaded half."""
-        read = partial(read_value, hf, where)
-        size = partial(read, kind=int, low=1, high=2**24)
-        family = read("model_type", str)
+        family = read_value(hf, where, "model_type", str)
         if family not in FAMILIES:
             raise InputError(f"{where}: model_type {family!r} is not supported; {', '.join(FAMILIES)} are")
+        hf = FAMILIES[family] | hf
+        read = partial(read_value, hf, where)
+        size = partial(read, kind=int, low=1, high=2**24)
         for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"),
                            ("use_sliding_window", False), ("partial_rotary_factor", 1.0)):
             if read(key, type(plain), plain) != plain:
@@ -112,8 +115,7 @@ def rotate(x, cos, sin):
 
 
 class Cache:
-    """Keys and values of a running generation. A layer's memory is allocated when the layer first writes
-    it."""
+    """Keys and values of a running generation; a layer's memory is allocated when it first writes."""
 
     def __init__(self, config, max_tokens):
         self.max_tokens = max_tokens                 # per row

@@ -40,6 +40,24 @@ def test_logits_equal_transformers(family, tmp_path):
         assert len(list(tmp_path.glob("*.safetensors"))) > 3
 
 
+@pytest.mark.parametrize("family, key", [
+    ("SmolLM3", "tie_word_embeddings"), ("SmolLM3", "rope_parameters"), ("Phi-3", "rms_norm_eps"),
+    ("Phi-3", "sliding_window"), ("Mistral with a window", "sliding_window"), ("Qwen2", "rope_parameters"),
+])
+def test_what_a_config_leaves_out_is_its_familys_default(family, key, tmp_path, monkeypatch):
+    """Files that transformers 4 or a hand wrote lack what equals a default."""
+    monkeypatch.setitem(FAMILIES, "SmolLM3", FAMILIES["SmolLM3"] | {"tie_word_embeddings": True})
+    write_tiny(tmp_path, family)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path)
+    idx = torch.randint(0, 320, (2, 150))
+    with torch.no_grad():
+        expected = reference(idx).logits
+        assert (Llama.from_pretrained(tmp_path)(idx) - expected).abs().max() < bound(expected, 96)
+
+
 def test_real_model_equals_transformers_reading_the_same_gguf(smollm2):
     reference = AutoModelForCausalLM.from_pretrained(smollm2, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
     idx = torch.randint(0, 49152, (2, 100))
