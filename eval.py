@@ -185,6 +185,9 @@ def run_task(name, questions, shots, setters, results, model, tok, args):
         if variant == "shuffled" and task.stop:      # other gates write other texts, of other lengths
             continue
         set_up()
+        if variant == "routed" and task.stop:        # no scores are kept to be shuffled, as that takes time
+            for skip in mindskips(model).values():
+                skip.override = None
         usage, start, result = Usage(model), time.perf_counter(), results[variant]
         scores, n, note = answer(name, questions, model, tok, args.tokens, (usage, result.usage))
         seconds, n_tokens, result.tasks[name] = time.perf_counter() - start, n_tokens + n, scores

@@ -80,7 +80,8 @@ def short(path):
 
 
 def kind_of(granularity, kv):
-    return granularity if kv == "all" or not granularity.endswith("token") else f"{granularity}, kv {kv}"
+    has_kv = granularity in ("attn_token", "block_token")                # router.KV_OPEN
+    return f"{granularity}, kv {kv}" if has_kv and kv != "all" else granularity
 
 
 def routers_names(evaluations, benches):

@@ -57,10 +57,13 @@ def kl(figure, evaluations):
 
 
 def accuracy(figure, evaluations):
-    points = {}
-    for name, table in named_tables(evaluations, routers_names(evaluations, [])):
-        metrics = [scores_of[TASKS[task].metric] for task, scores_of in table["tasks"].items()]
-        if metrics:
+    """The mean over the tasks that all variants of an evaluation have."""
+    points, names = {}, routers_names(evaluations, [])
+    for scores in evaluations:
+        tables = list(named_tables([scores], names))
+        shared = set.intersection(*(set(table["tasks"]) for _, table in tables))
+        for name, table in tables if shared else []:
+            metrics = [table["tasks"][task][TASKS[task].metric] for task in sorted(shared)]
             points.setdefault(name, []).append((table["capacity"], 100 * sum(metrics) / len(metrics)))
     if not points:
         return False

@@ -159,6 +159,13 @@ def test_a_child_that_is_killed_costs_no_more_than_its_figure(monkeypatch):
     assert bench.peak_in_child(SimpleNamespace(), "prefill", 1, 8, 0) is None
 
 
+def test_transformers_beside_another_family_is_refused(call, tmp_path):
+    """A plain Llama of its shape is another model, without the biases that take time."""
+    write_tiny(tmp_path, "Qwen2")
+    status, said = call(bench.main, "--model", tmp_path, "--against", "transformers", "--context", 40)
+    assert status == 1 and is_one_sentence(said) and "plain Llama" in said
+
+
 def test_a_model_that_does_not_fit_is_refused_before_it_is_made(call, monkeypatch):
     monkeypatch.setattr(bench, "free_bytes", lambda device: 8 * 2**30)
     monkeypatch.setattr(bench, "random_model", None)

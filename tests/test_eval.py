@@ -11,7 +11,7 @@ from conftest import is_one_sentence, open_gates_at_random, train_tokenizer, wri
 import eval as evaluation
 import scoring
 from model import Block, Llama
-from router import GRANULARITIES, add_routers, save_routers, trace
+from router import GRANULARITIES, add_routers, mindskips, save_routers, trace
 from scoring import Usage, rows_of, size
 from support import written
 from support.batches import Batch, common_beginning, pack
@@ -277,8 +277,16 @@ def test_long_prompts_lose_their_beginning(tok, question_files):
 
 
 def test_written_answers_are_not_shuffled(tiny, question_files, call, tmp_path, monkeypatch):
-    """Other gates write other texts, of other lengths, for which there are no decisions to deal."""
+    """Other gates write other texts, of other lengths, for which there are no decisions to deal. None are
+    kept of the routed model, whose steps are as free as without --shuffled."""
     monkeypatch.setattr(written, "LONGEST", 24)
+    generate, overrides = Llama.generate, []
+
+    def watched(model, *args, **options):
+        overrides.extend(skip.override for skip in mindskips(model).values())
+        return generate(model, *args, **options)
+
+    monkeypatch.setattr(Llama, "generate", watched)
     model = Llama.from_pretrained(tiny)
     with_gates(model, "attn_token")
     save_routers(model, tmp_path / "r.safetensors")
@@ -288,6 +296,7 @@ def test_written_answers_are_not_shuffled(tiny, question_files, call, tmp_path, 
     assert status == 0, said
     table = json.loads((tmp_path / "o.json").read_text())
     assert list(table["tasks"]) == ["gsm8k", "rte"] and list(table["shuffled"]["tasks"]) == ["rte"]
+    assert overrides and set(overrides) == {None}
 
 
 # ----------------------------------------------------------------------------------------------- side by side

@@ -5,6 +5,7 @@ import pytest
 from conftest import is_one_sentence
 
 import eval as evaluation
+from router import GRANULARITIES
 from support import measurements, plot
 from support.data import DEFAULT_DATA
 from support.tasks import QUESTIONS
@@ -52,6 +53,23 @@ BENCH = {"machine": {"kv": "all"}, "rows": [
 
 def evaluated(capacity, kl):
     return SCORES | {"text": {"file": "c4/x.jsonl", "capacity": capacity, "kl": kl}}
+
+
+def test_accuracy_is_of_the_tasks_that_all_have():
+    """The shuffled model writes no answers, so gsm8k is left out of all means."""
+    rte = {"rte": {"acc": 0.6, "acc_norm": None}}
+    both = rte | {"gsm8k": {"acc": 0.2}}
+    scores = SCORES | {"tasks": both, "dense": SCORES | {"tasks": both},
+                       "shuffled": SCORES | {"tasks": rte}}
+    figure = plot.new_figure(8)
+    plot.accuracy(figure, [scores])
+    assert {tuple(line.get_ydata()) for line in figure.axes[0].lines} == {(60.0,)}
+
+
+def test_kinds_of_gates():
+    """Open keys are of attention's gates at token level; bench.py times others with keys of all."""
+    kinds = [measurements.kind_of(granularity, "open") for granularity in GRANULARITIES]
+    assert [kind for kind in kinds if "open" in kind] == ["attn_token, kv open", "block_token, kv open"]
 
 
 def test_speedup_at_equal_harm(call, tmp_path):
