@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import recipe
 from model import Llama
 from router import add_routers, mindskips, save_routers
 from support.data import read_samples
@@ -124,6 +125,13 @@ def router_file(tiny, tmp_path):
         return tmp_path / "r.safetensors"
 
     return write
+
+
+@pytest.fixture(autouse=True)
+def few_own_texts(monkeypatch):
+    """A model writes 96 texts of 128 tokens to learn from, a sixth of what it should, which takes seconds."""
+    monkeypatch.setattr(recipe, "OWN_TEXTS", 96)
+    monkeypatch.setattr(recipe, "OWN_TOKENS", 128)
 
 
 @pytest.fixture(autouse=True)

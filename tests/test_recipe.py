@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 import calibration
 import losses
+import recipe
 import train_router
 from calibration import calibrate, calibration_batches, measured_capacity, shifted
 from model import Llama
@@ -243,9 +244,10 @@ def test_the_model_writes_text_to_learn_from(granularity, tiny, samples):
     held, own = own_text(model, choose("default", granularity), samples, seed=3)
     again, same = own_text(model, choose("default", granularity), samples, seed=3)
     assert torch.equal(held, again) and own == same and held.shape == (64, 128)
-    assert sum(len(s.ids) for s in own) == 264 * 256 and all(all(s.answer) for s in own)
+    n, n_tokens = recipe.OWN_TEXTS - recipe.NOT_LEARNED, recipe.OWN_TOKENS
+    assert sum(len(s.ids) for s in own) == n * n_tokens and all(all(s.answer) for s in own)
     answer = sum(sum(s.answer) for s in samples) // len(samples)
-    assert max(len(s.ids) for s in own) == (256 if granularity == "attn_token" else answer)
+    assert max(len(s.ids) for s in own) == (n_tokens if granularity == "attn_token" else answer)
     assert len({tuple(s.ids) for s in own}) == len(own)
     if granularity == "attn_token":
         assert [s.ids[:128] for s in own[:40]] == held[24:].tolist()

@@ -152,7 +152,7 @@ def test_a_model_that_runs_on_them(family, everywhere, tmp_path):
     ("block_token", "open", 3), ("mlp_token", "all", 3)])
 def test_captured_steps_that_run_on_them(granularity, kv, rows, everywhere, tmp_path, monkeypatch):
     """All but the capture itself: gates decide on the device, and what they close is not read."""
-    monkeypatch.setitem(FAMILIES, "grouped queries", dict(head_dim=16, num_hidden_layers=3))
+    monkeypatch.setitem(FAMILIES, "grouped queries", dict(head_dim=16, num_hidden_layers=2))
     monkeypatch.setattr(skipping, "GATHERED_FROM", 0)
     write_tiny(tmp_path)
     model, idx = routed(tmp_path, granularity, kv=kv).to(DEVICE), IDX[:rows]
