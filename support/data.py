@@ -87,10 +87,10 @@ def sample_of(record, where, tok, piece):
     if form == "text":
         return form, plain_samples(field(record, "text", where), tok, piece)
     messages = messages_of(record, form, where)
-    if not any(m["role"] == "assistant" for m in messages):
-        raise InputError(f"{where}: none of its messages has the role 'assistant'")
-    while messages[-1]["role"] != "assistant":
+    while messages and messages[-1]["role"] != "assistant":
         messages.pop()
+    if not messages:
+        return form, []                              # nothing to learn from
     try:
         ids, answer = tok.encode_chat(messages)
     except InputError as e:

@@ -119,11 +119,12 @@ def test_records_that_are_refused(record, named, tok, tmp_path):
 
 def test_what_has_nothing_to_learn_from_is_counted(tok, tmp_path, capsys):
     rows = [{"text": "short"}, {"prompt": "x " * 200, "completion": "cut off"},
-            {"prompt": "a", "completion": "b"}]
+            {"prompt": "a", "completion": "b"}, {"conversations": []},
+            {"messages": [{"role": "user", "content": "unanswered"}]}]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     samples, _ = read_samples(tmp_path / "d.jsonl", tok, 100)
     said = capsys.readouterr().err
-    assert len(samples) == 1 and "1 as text, 2 as prompt; 2 have nothing to learn from" in said
+    assert len(samples) == 1 and "1 as conversations, 1 as chat; 4 have nothing to learn from" in said
     silent = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     tok.template = ChatTemplate.of(silent, tok.special, {})                # it shows no answers
     (tmp_path / "d.jsonl").write_text((json.dumps(rows[2]) + "\n") * 3)
@@ -186,7 +187,6 @@ def test_long_samples_are_cut_and_counted(tok, tmp_path):
     (b'{"instruction": "a"}', "line 1: lacks the field 'output'"),
     (b'{"instruction": "a", "input": 3, "output": "b"}', "'input'"),
     (b'{"output": "b"}', "'instruction'"),
-    (b'{"messages": []}', "assistant"),
     (b'{"messages": [{"role": "assistant"}]}', "'content'"),
     (b'{"messages": "hi"}', "'messages'"),
     (b'{"text": 3}', "'text'"),
