@@ -94,7 +94,8 @@ class Run:
     args: those of train_router.py; settings: see settings_of, their hash is the run's id; save_result: called
     without arguments before each checkpoint is written. A finished run in the folder, whose router file says
     what it gave on held-out text, is replaced. InputError where the folder cannot be written, is another
-    run's, or has a checkpoint of a run that is not finished or, with --resume, of one with other settings.
+    run's, or has a checkpoint of a run that is not finished or, with --resume, of one with other settings,
+    or without --train all a model that such a run trained.
     """
 
     def __init__(self, args, settings, save_result):
