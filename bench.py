@@ -170,7 +170,12 @@ def peak(args, phase, batch, context, i):
 
 
 def check_fit(config, args):
-    """InputError, before anything is allocated, where the model or the context will not fit."""
+    """InputError, before anything is allocated, where the model or the context will not fit, or transformers'
+    plain Llama is no match for the model."""
+    is_plain = not (config.qkv_bias or config.qk_norm or config.no_rope or config.sliding_window)
+    if "transformers" in args.against and not is_plain:
+        raise InputError("--against transformers: builds a plain Llama, which this model is not; leave it"
+                         " out")
     there, need = free_bytes(args.device), needed(config, args)
     if there and need > there:
         raise InputError(f"{args.model}, batch {max(args.batch)}, context {max(args.context)}: needs about"

@@ -28,7 +28,7 @@ from support.graph import stepper
 from support.kernels import Linear, recomputed, rms_norm
 from weights import checkpoint_parts, open_checkpoint, read_rope, write_folder
 
-FAMILIES = {            # model_type in config.json: values that it may leave out, where they are not Llama's
+FAMILIES = {     # model_type in config.json: what it means if left out, where another model would load unseen
     "llama": {}, "mistral": {"sliding_window": 4096}, "phi3": {"rms_norm_eps": 1e-5}, "qwen2": {},
     "qwen3": {}, "smollm3": {"rope_theta": 2e6, "tie_word_embeddings": True}}
 

@@ -320,12 +320,12 @@ def save_routers(model, path, calibration=None, **notes):
     skips = mindskips(model)
     if not skips:
         raise InputError("save_routers: the model has no routers; add_routers first")
-    first, thresholds = next(iter(skips.values())), {float(skip.threshold) for skip in skips.values()}
-    if len(thresholds) > 1:
-        raise InputError(f"save_routers: a file has one threshold; these are {sorted(thresholds)[:3]} ...")
+    first = next(iter(skips.values()))
+    if len({float(skip.threshold) for skip in skips.values()}) > 1:
+        raise InputError("save_routers: a file has one threshold, and these gates have several; set one")
     meta = {"gate": first.gate_name, "granularity": f"{first.part}_{first.scope}",
             "layers": ",".join(map(str, skips)), "pool": first.router.pool, "kv": first.kv,
-            "threshold": repr(*thresholds), "model": json.dumps(shape_of(model)),
+            "threshold": repr(float(first.threshold)), "model": json.dumps(shape_of(model)),
             "calibration": json.dumps(sorted(calibration or [])), **notes}
     tensors = {}
     for i, skip in skips.items():

@@ -252,9 +252,6 @@ class Transformers(Variant):
         c, args = self.whole.config, self.args
         if hasattr(args, "theirs"):
             return
-        if c.qkv_bias or c.qk_norm or c.no_rope or c.sliding_window:
-            raise InputError("--against transformers: builds a plain Llama, which this model is not; leave it"
-                             " out")
         try:
             from transformers import AutoModelForCausalLM, LlamaConfig
         except ImportError:

@@ -48,7 +48,8 @@ class TokenizersFile:
         known = [text for text in marks if text and self.inner.token_to_id(text) is not None]
         self.inner.add_special_tokens([text for text in known if text not in there])
         added = self.inner.get_added_tokens_decoder()                                # {id: AddedToken}
-        self.spec, self.special = spec, {token.content: i for i, token in added.items() if token.special}
+        is_special = {i: token.special or token.content in known for i, token in added.items()}
+        self.spec, self.special = spec, {added[i].content: i for i in added if is_special[i]}
         self.id_of = {}                          # ids that stand for others, see `renamed`
 
     def renamed(self, names):
@@ -69,7 +70,8 @@ class TokenizersFile:
         return self.inner.decode(ids, skip_special_tokens=False)
 
     def opening_id(self):
-        """The token that its post-processor puts before a text, or None."""
+        """The token that its post-processor puts before a text, or None. As in transformers 5, add_bos_token
+        of tokenizer_config.json says nothing."""
         ids, plain = self.inner.encode("a").ids, self.inner.encode("a", add_special_tokens=False).ids
         return ids[0] if ids[:1] != plain[:1] else None
 

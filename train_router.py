@@ -181,7 +181,7 @@ def parse_arguments():
     p.add_argument("--epochs", type=count, help="instead, with --recipe paper: how often each sample is seen")
     p.add_argument("--max-samples", type=count, help="to tune on (default: all); of several --data a mixture")
     p.add_argument("--clip", type=rate, help="norm that gradients are clipped to; 0: not at all")
-    p.add_argument("--lr", type=rate, help="peak rate of the routers (of sequences' gates: of their weights)")
+    p.add_argument("--lr", type=rate, help="peak rate of the routers (of sequences' gates: their weights)")
     p.add_argument("--model-lr", type=rate, help="peak rate of the model's weights, with --train all")
     p.add_argument("--penalty", type=rate, help="lambda, the penalty on capacity, to begin with")
     p.add_argument("--pool", choices=("prompt", "all"), help="what the gate of a sequence reads")
@@ -207,7 +207,8 @@ def make_recipe(args, n_samples, model):
     keys = ("gate", "loss", "train", "method", "lr", "model_lr", "penalty", "pool", "kv", "steps", "epochs",
             "clip")
     recipe = choose(args.recipe, args.granularity, **{key: getattr(args, key) for key in keys})
-    router = GATES[recipe.gate](model.config.n_embd, args.granularity.split("_")[1], recipe.pool)
+    scope = args.granularity.split("_")[1]
+    router = GATES[recipe.gate](model.config.n_embd, scope, recipe.pool)         # to ask what kind it is
     check_capacity(args, recipe, model.config.n_layer)
     if recipe.method == "harm":
         check_harm(args, recipe, router)
@@ -239,7 +240,8 @@ def make_recipe(args, n_samples, model):
 
 def check_capacity(args, recipe, n_layer):
     """Refuse an impossible capacity before the tuning, and one that the recipe aims at but cannot have."""
-    is_aim = recipe.calibrates or recipe.penalty and recipe.regularizer is excess_penalty
+    pays_excess = recipe.penalty and recipe.regularizer is excess_penalty
+    is_aim = recipe.calibrates or recipe.moves_penalty or pays_excess
     n_free = n_layer - len(parse_layers(args.layers, n_layer))
     if not 0 < args.capacity <= 1:
         raise InputError(f"--capacity should be above 0 and at most 1; it is {args.capacity}")

@@ -122,14 +122,15 @@ def messages_of(record, form, where):
             name = field(m, role, where)
             if m.get("tool_calls") or name in ("tool", "function", "function_call"):
                 raise InputError(f"{where}: has tool calls, which are not supported; take such chats out")
-            if m.get("weight") == 0:
-                raise InputError(f"{where}: has a message of weight 0; all answers are learned from, so take"
-                                 " such chats out")
             name = ROLES.get(name, name)
             if name not in ("system", "user", "assistant"):
-                raise InputError(f"{where}: has a message of {name!r:.40}; roles are system, user, assistant")
+                raise InputError(f"{where}: has a message of {name!r:.40}; roles are system, user,"
+                                 " assistant (or human, gpt)")
+            if name == "assistant" and m.get("weight") == 0:
+                raise InputError(f"{where}: has an answer of weight 0; all answers are learned from, so take"
+                                 " such chats out")
             messages.append({"role": name, "content": field(m, content, where)})
-        return opening(record, messages, where) + messages
+        return with_system(record, messages, where)
     if form == "instruction":                                            # Alpaca, or Dolly
         dolly = "output" not in record and "response" in record
         extra, answer = ("context", "response") if dolly else ("input", "output")
@@ -138,24 +139,24 @@ def messages_of(record, form, where):
             question += "\n\n" + field(record, extra, where)
     else:
         question, answer = field(record, FORMS[form][0], where), FORMS[form][1]
-    messages = turn(question, field(record, answer, where))
-    return opening(record, messages, where) + messages
+    messages = []
+    for pair in field(record, "history", where, list) if record.get("history") else []:
+        if not isinstance(pair, list) or list(map(type, pair)) != [str, str]:
+            raise InputError(f"{where}: its history should be a list of pairs, [question, answer]")
+        messages += turn(*pair)
+    messages += turn(question, field(record, answer, where))
+    return with_system(record, messages, where)
 
 
 def turn(question, answer):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def opening(record, messages, where):
-    """What a record says before its own messages: its "system", and the pairs of its "history"."""
-    before = []
-    if record.get("system") and (not messages or messages[0]["role"] != "system"):
-        before.append({"role": "system", "content": field(record, "system", where)})
-    for pair in record.get("history") or []:
-        if not isinstance(pair, list) or list(map(type, pair)) != [str, str]:
-            raise InputError(f"{where}: its history should be a list of pairs, [question, answer]")
-        before += turn(*pair)
-    return before
+def with_system(record, messages, where):
+    """A chat that begins with the record's "system" message, if it has one and the chat none of its own."""
+    if not record.get("system") or messages and messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": field(record, "system", where)}, *messages]
 
 
 def plain_samples(text, tok, size):

@@ -43,11 +43,12 @@ def split(regex):
 def llama3_rope(factors, theta):
     """The rope_scaling of Llama 3.1 to 3.3 whose divisors of frequencies are these factors (D/2,), or None;
     see model.rope_frequencies. (transformers knows no other factors.)"""
+    factor = max(factors.tolist(), default=1.0)
     turns = 8192 / (2 * math.pi) * theta ** -(torch.arange(len(factors)) / len(factors))
-    ramp, factor = ((turns - 1) / 3).clamp(0, 1), factors.max()
+    ramp = ((turns - 1) / 3).clamp(0, 1)
     if factor <= 1 or not torch.allclose(1 / (ramp + (1 - ramp) / factor), factors, rtol=1e-4):
         return None
-    return {"rope_type": "llama3", "factor": float(factor), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192}
 
 

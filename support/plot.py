@@ -57,16 +57,16 @@ def kl(figure, evaluations):
 
 
 def accuracy(figure, evaluations):
-    """The mean over the tasks that all variants of an evaluation have."""
-    points, names = {}, routers_names(evaluations, [])
-    for scores in evaluations:
-        tables = list(named_tables([scores], names))
-        shared = set.intersection(*(set(table["tasks"]) for _, table in tables))
-        for name, table in tables if shared else []:
-            metrics = [table["tasks"][task][TASKS[task].metric] for task in sorted(shared)]
-            points.setdefault(name, []).append((table["capacity"], 100 * sum(metrics) / len(metrics)))
-    if not points:
+    """The mean over the tasks that all variants of all evaluations have."""
+    tables = named_tables(evaluations, routers_names(evaluations, []))
+    tables = [(name, table) for name, table in tables if table["tasks"]]
+    shared = set.intersection(*(set(table["tasks"]) for _, table in tables)) if tables else set()
+    if not shared:
         return False
+    points = {}
+    for name, table in tables:
+        metrics = [table["tasks"][task][TASKS[task].metric] for task in sorted(shared)]
+        points.setdefault(name, []).append((table["capacity"], 100 * sum(metrics) / len(metrics)))
     against_capacity(figure.subplots(), points, "mean score of the tasks, %")
 
 

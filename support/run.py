@@ -38,12 +38,11 @@ def check_output(model, out, init=None):
 
 
 def weights_hash(model):
-    """A hash of a model's configuration and of 256 numbers of each of its tensors, of different columns."""
+    """A hash of a model's configuration and of 256 numbers of each of its tensors."""
     weights = hashlib.sha256(repr(model.config).encode())
     for name, weight in model.named_parameters():
-        n = weight.numel()
-        at = torch.linspace(0, n - 1, min(n, 256), dtype=torch.float64).long().to(weight.device)
-        some = weight.detach().flatten()[at]
+        at = torch.arange(256, dtype=torch.float64) * 0.6180339887498949 % 1     # spread, also over columns
+        some = weight.detach().flatten()[(at * weight.numel()).long().to(weight.device)]
         weights.update(f"{name} {tuple(weight.shape)}".encode())
         weights.update(some.float().cpu().numpy().tobytes())
     return weights.hexdigest()[:16]
@@ -94,8 +93,8 @@ class Run:
     args: those of train_router.py; settings: see settings_of, their hash is the run's id; save_result: called
     without arguments before each checkpoint is written. A finished run in the folder, whose router file says
     what it gave on held-out text, is replaced. InputError where the folder cannot be written, is another
-    run's, or has a checkpoint of a run that is not finished or, with --resume, of one with other settings,
-    or without --train all a model that such a run trained.
+    run's, or has a checkpoint of a run that is not finished or, with --resume, of one with other settings;
+    and where it has a model, which only a run with --train all replaces.
     """
 
     def __init__(self, args, settings, save_result):
@@ -104,7 +103,7 @@ class Run:
         self.metrics, self.path, self.routers = (self.out / name for name in FILES)
         self.id = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         self.start, self.checkpoint, self.signal = 0, None, 0
-        self.slower = "lower --model-lr" if args.train == "all" else "lower --lr"       # as advice
+        self.slower = "lower --lr and --model-lr" if args.train == "all" else "lower --lr"       # as advice
         if args.resume and not self.path.exists():
             raise InputError(f"--resume: there is no {self.path}; run without --resume")
         self.file = self.open_metrics()
@@ -115,8 +114,8 @@ class Run:
             raise InputError(f"--out {args.out}: holds a run that is not finished; go on with --resume, or"
                              " give another --out")
         elif args.train != "all" and (self.out / "model" / "config.json").exists():
-            raise InputError(f"--out {args.out}: has the model that a run with --train all trained, to which"
-                             " new routers would not belong; move it away, or give another --out")
+            raise InputError(f"--out {args.out}: holds a model, as runs with --train all leave one, to which"
+                             " new routers would not belong; move its folder away, or give another --out")
         self.lines = self.lines_to_keep()
 
     def open_metrics(self):

@@ -1,7 +1,7 @@
 """Answers that the model writes, and their scores, as lm-evaluation-harness 0.4.13 defines them for GSM8K.
 
 A repetition_penalty of generation_config.json, as Qwen2.5 has one, is not applied; transformers, and so the
-harness, applies it to the likeliest tokens too.
+harness, applies it in greedy decoding too.
 """
 import re
 

@@ -90,7 +90,8 @@ def test_what_stands_before_a_record(tok, tmp_path):
              {"role": "assistant", "content": "B"}]
     said = [{"from": m["role"], "value": m["content"]} for m in turns[1:]]
     said[0]["from"], said[1]["from"], said[3]["from"] = "human", "chatgpt", "bing"
-    records = [{"messages": turns}, {"system": "S", "conversations": said},
+    weighted = [m | {"weight": int(m["role"] == "assistant")} for m in turns]
+    records = [{"messages": turns}, {"messages": weighted}, {"system": "S", "conversations": said},
                {"system": "S", "messages": turns}, {"system": "S", "messages": turns[1:], "history": []},
                {"system": "S", "history": [["U", "A"]], "instruction": "Q", "output": "B"}]
     path = tmp_path / "d.jsonl"
@@ -106,9 +107,10 @@ def test_what_stands_before_a_record(tok, tmp_path):
     ({"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}, "line 1: a part of 'content'"),
     ({"conversations": [{"from": "gpt"}]}, "'value'"), ({"prompt": "a"}, "'instruction'"),
     ({"instruction": "a", "output": None}, "'output'"),
-    ({"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "weight 0"),
+    ({"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "answer of weight 0"),
     ({"messages": [{"role": "Chat", "content": "a"}]}, "'Chat'"),
     ({"instruction": "a", "output": "b", "history": [["a", 1]]}, "its history"),
+    ({"instruction": "a", "output": "b", "history": 5}, "'history'"),
     ({"instruction": "a", "output": "b", "system": {"a": 1}}, "'system'"),
 ])
 def test_records_that_are_refused(record, named, tok, tmp_path):

@@ -1,5 +1,6 @@
 """The text that a model writes, and the file that keeps it."""
 import torch
+from conftest import OWN_TEXT
 from safetensors.torch import load, save
 
 from model import Llama
@@ -47,7 +48,7 @@ def test_the_text_that_ships(tmp_path, monkeypatch):
     """288 texts of 256 tokens, whose first tokens are those of seed 0, and which read as text."""
     ids = read_ids(own_text.SHIPPED)
     torch.manual_seed(0)
-    assert torch.equal(ids[:, :1], torch.randint(49152, (288, 1))) and ids.shape == (288, 256)
+    assert torch.equal(ids[:, :1], torch.randint(49152, (288, 1))) and ids.shape == OWN_TEXT
     text = Tokenizer.from_pretrained("smollm2-135m").decode(ids[3].tolist())
     assert len(text.split()) > 100
     assert own_text_file("smollm2-135m", 0, "abc") == own_text.SHIPPED

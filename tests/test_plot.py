@@ -62,8 +62,10 @@ def test_accuracy_is_of_the_tasks_that_all_have():
     scores = SCORES | {"tasks": both, "dense": SCORES | {"tasks": both},
                        "shuffled": SCORES | {"tasks": rte}}
     figure = plot.new_figure(8)
-    plot.accuracy(figure, [scores])
-    assert {tuple(line.get_ydata()) for line in figure.axes[0].lines} == {(60.0,)}
+    plot.accuracy(figure, [scores, SCORES | {"tasks": both, "capacity": 0.6}, SCORES | {"tasks": {}}])
+    assert {value for line in figure.axes[0].lines for value in line.get_ydata()} == {60.0}
+    other = SCORES | {"tasks": {"piqa": {"acc": 0.5, "acc_norm": 0.5}}}
+    assert plot.accuracy(plot.new_figure(8), [scores, other]) is False
 
 
 def test_kinds_of_gates():

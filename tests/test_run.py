@@ -225,7 +225,7 @@ def other_weights(arguments, folder):
     save_file(tensors, folder / "model" / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (96, 576), (1024, 256)])
+@pytest.mark.parametrize("shape", [(64, 64), (96, 576), (1024, 256), (510, 64)])
 def test_the_hash_of_weights_sees_most_columns(shape):
     """A stride that is a multiple of the width would read a single one."""
     layer = torch.nn.Linear(shape[1], shape[0], bias=False)

@@ -168,15 +168,19 @@ def test_what_a_text_begins_with(flag, begins, kind, tmp_path):
     assert ours.bos_id == (1 if begins else None)
 
 
-def test_marks_keep_what_the_file_says_of_them(tmp_path):
-    """Such as the space that they take: Phi-4's added tokens strip both sides."""
+@pytest.mark.parametrize("special", [True, False])
+def test_marks_keep_what_the_file_says_of_them(special, tmp_path):
+    """Such as the space that they take: Phi-4's added tokens strip both sides. They are special in any
+    case."""
     spec = json.loads(train_tokenizer().to_str())
     for token in spec["added_tokens"]:
-        token |= {"lstrip": True, "rstrip": True}
+        token |= {"lstrip": True, "rstrip": True, "special": special}
     folder_with(tmp_path, spec, {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"})
     ours, reference = Tokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     for text in "the fox <|im_end|>\n<|im_start|> jumps", " <|endoftext|> a":
         assert ours.encode(text) == reference(text, add_special_tokens=False).input_ids
+    assert (ours.eos_id, ours.special["<|im_start|>"]) == (2, 1)
+    assert not {1, 2} & {*ours.encode("<|im_start|>a<|im_end|>", special=False)}
 
 
 def llama3_folder(tmp_path):
