@@ -28,9 +28,8 @@ from support.graph import stepper
 from support.kernels import Linear, recomputed, rms_norm
 from weights import checkpoint_parts, open_checkpoint, read_rope, write_folder
 
-FAMILIES = {     # model_type in config.json: what it means if left out, where another model would load unseen
-    "llama": {}, "mistral": {"sliding_window": 4096}, "phi3": {"rms_norm_eps": 1e-5}, "qwen2": {},
-    "qwen3": {}, "smollm3": {"rope_theta": 2e6, "tie_word_embeddings": True}}
+FAMILIES = {"llama": {}, "mistral": {"sliding_window": 4096}, "phi3": {"rms_norm_eps": 1e-5}, "qwen2": {},
+            "qwen3": {}, "smollm3": {"rope_theta": 2e6, "tie_word_embeddings": True}}       # see from_hf
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Config:
         family = read_value(hf, where, "model_type", str)
         if family not in FAMILIES:
             raise InputError(f"{where}: model_type {family!r} is not supported; {', '.join(FAMILIES)} are")
-        hf = FAMILIES[family] | hf
+        hf = FAMILIES[family] | hf               # what a family means by keys that its file leaves out
         read = partial(read_value, hf, where)
         size = partial(read, kind=int, low=1, high=2**24)
         for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"),

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from losses import reads_dense
-from router import LinearRouter, dense, open_shares, overall_capacity, routed_share, straight_through
+from router import GATES, LinearRouter, dense, open_shares, overall_capacity, routed_share, straight_through
 from support.batches import Batch, alternating, epochs
 from support.data import pieces
 from support.files import InputError
@@ -131,9 +131,27 @@ def can_measure_harm(granularity, loss, train):
     return granularity.endswith("sequence") and loss == "kl" and train != "all"
 
 
+def check_flags(args, recipe, n_embd):
+    """Refuse flags of train_router.py that do not go together, or that the recipe would not read."""
+    router = GATES[recipe.gate](n_embd, args.granularity.split("_")[1], recipe.pool)      # to see its kind
+    if recipe.method == "harm":
+        check_harm(args, recipe, router)
+    if recipe.train == "bias" and getattr(router, "bias", None) is None:
+        raise InputError(f"--train bias: gates of the kind {recipe.gate!r} have none; add --gate linear")
+    if args.model_lr is not None and recipe.train != "all":
+        raise InputError("--model-lr: only with --train all, where the model's weights learn; leave it out")
+    if args.pool and args.granularity.endswith("token"):
+        raise InputError("--pool: only for gates of sequences; one of a token reads that token; leave it out")
+    if args.epochs and recipe.steps:
+        raise InputError("--epochs: only with --recipe paper, whose steps have so many samples each, and not"
+                         " beside --steps; give --steps alone")
+    if recipe.step_samples and args.accumulate > 1:
+        raise InputError(f"--accumulate: not with --recipe {recipe.name}, whose steps have"
+                         f" {recipe.step_samples} samples each; leave it out")
+
+
 def check_harm(args, recipe, router):
-    """Refuse what method "harm" cannot do, and flags that it would not read. args: those of train_router.py;
-    router: one of the recipe's gate."""
+    """Refuse what method "harm" cannot do; router: one of the recipe's gate."""
     is_linear = type(router).forward is LinearRouter.forward and router.bias is not None
     if not (is_linear and can_measure_harm(args.granularity, recipe.loss, recipe.train)):
         raise InputError("--method harm: only for linear gates at sequence level, with a bias, --loss kl and"

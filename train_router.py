@@ -30,7 +30,7 @@ import harm
 import losses
 from calibration import calibrate
 from model import Llama
-from recipe import RECIPES, Penalty, check_harm, choose, excess_penalty, make_source, own_text
+from recipe import RECIPES, Penalty, check_flags, choose, excess_penalty, make_source, own_text
 from router import (
     GATES,
     GRANULARITIES,
@@ -207,23 +207,10 @@ def make_recipe(args, n_samples, model):
     keys = ("gate", "loss", "train", "method", "lr", "model_lr", "penalty", "pool", "kv", "steps", "epochs",
             "clip")
     recipe = choose(args.recipe, args.granularity, **{key: getattr(args, key) for key in keys})
-    scope = args.granularity.split("_")[1]
-    router = GATES[recipe.gate](model.config.n_embd, scope, recipe.pool)         # to ask what kind it is
     check_capacity(args, recipe, model.config.n_layer)
-    if recipe.method == "harm":
-        check_harm(args, recipe, router)
-    if recipe.train == "bias" and getattr(router, "bias", None) is None:
-        raise InputError(f"--train bias: gates of the kind {recipe.gate!r} have none; add --gate linear")
-    if args.model_lr is not None and recipe.train != "all":
-        raise InputError("--model-lr: only with --train all, where the model's weights learn; leave it out")
+    check_flags(args, recipe, model.config.n_embd)
     if args.init:
         recipe = replace(recipe, falls_until=0.0)                # its routers have closed gates already
-    if args.epochs and recipe.steps:
-        raise InputError("--epochs: only with --recipe paper, whose steps have so many samples each, and not"
-                         " beside --steps; give --steps alone")
-    if recipe.step_samples and args.accumulate > 1:
-        raise InputError(f"--accumulate: not with --recipe {recipe.name}, whose steps have"
-                         f" {recipe.step_samples} samples each; leave it out")
     if not recipe.step_samples:
         args.accumulate *= parallel.processes.world
     for key in keys:

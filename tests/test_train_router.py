@@ -288,7 +288,7 @@ def test_a_price_moves_once_a_step_by_the_mean_of_its_batches(tiny, monkeypatch)
     (["--layers", "2-4"], "layers 0 to 3"),
     (["--layers", "last:9"], "layers 0 to 3"),
     (["--steps", 0], "--steps"),
-    (["--epochs", 2], "only with --recipe paper"),
+    (["--epochs", 2], "only with --recipe paper"), (["--pool", "all"], "only for gates of sequences"),
     (["--recipe", "paper", "--epochs", 2], "not beside --steps"),           # which `arguments` has
     (["--max-samples", 0], "--max-samples"),
     (["--method", "harm"], "only for linear gates at sequence level"),
