@@ -109,6 +109,7 @@ class MindSkip(nn.Module):
             router.bias.data += math.log(threshold / (1 - threshold))        # so that new gates are open
         if hasattr(router, "attach"):
             router.attach(sublayer)
+        self.is_plain = type(router) is LinearRouter and kv == "all"     # see is_single
         self.router = router.to(next(sublayer.parameters()).device)
         self.merges = hasattr(router, "merge")
         if self.merges and self.scope == "sequence":
@@ -158,8 +159,9 @@ class MindSkip(nn.Module):
     def is_single(self, x):
         """Whether skipping.run_single serves for a step's x (B, 1, C): inference of one row on a CPU, by the
         linear router, with keys of all tokens, not in float64."""
-        is_plain = type(self.router) is LinearRouter and self.kv == "all" and not self.training
-        return is_plain and len(x) == 1 and x.device.type == "cpu" and x.dtype != torch.float64
+        if not self.is_plain or self.training:
+            return False
+        return len(x) == 1 and x.device.type == "cpu" and x.dtype != torch.float64
 
     def score(self, h, ctx):
         """How much the sublayer is wanted, 0 to 1, float32: (B,) or (B, T); h = norm(x), (B, T, C)."""

@@ -15,14 +15,17 @@ a running generation has to know of earlier tokens is kept in its cache, in cach
     open rows     indices, on the host, of the rows whose prompt opened the gate
     waiting       [(x, rms, cos, sin)] of steps that no token opened, whose keys and values are not yet
                   computed: of run_single x and its root mean square, else h and None
-    logit         of run_single: the function that logit_of_token gives
+    single        of run_single: a Single
     open keys     an OpenKeys (open_keys.py)
     is open, decisions, n open      of a captured step, on the device: see run_captured, next_slot
 """
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from model import merge_heads, rotate, split_heads
 from support.attention import additive_mask, attention_of_some
@@ -135,26 +138,43 @@ def run_step(skip, x, ctx, h, is_open):
     return run_gathered(skip, x, ctx, h, at, counts, keys_values(attn, all_ctx, all_h))
 
 
+class Single(NamedTuple):
+    """What run_single reads of a MindSkip, looked up once per generation: between two products of megabytes
+    each look through an nn.Module takes microseconds."""
+    sublayer: nn.Module
+    attn: nn.Module | None
+    norm_weight: torch.Tensor
+    eps: float
+    logit: Callable
+    waiting: list
+
+    @classmethod
+    def of(cls, skip, waiting):
+        norm, router = skip.norm, skip.router
+        logit = logit_of_token(norm, router.weight, router.bias)
+        return cls(skip.sublayer, skip.attn, norm.weight, norm.eps, logit, waiting)
+
+
 def run_single(skip, x, ctx):
     """The same of one row on a CPU, where each operation, however small, takes time: the host decides, by two
     dot products, of which one is the norm's."""
-    norm, routing = skip.norm, ctx.cache.routing
-    if skip not in routing["logit"]:
-        routing["logit"][skip] = logit_of_token(norm, skip.router.weight, skip.router.bias)
+    singles = ctx.cache.routing["single"]
+    if skip not in singles:
+        singles[skip] = Single.of(skip, ctx.cache.routing["waiting"].setdefault(skip, []))
+    sublayer, attn, norm_weight, eps, logit, waiting = singles[skip]
     token = x.flatten().float()                                          # (C,)
-    rms = root_mean_square(token, norm.eps)
-    score = 0.5 + 0.5 * math.tanh(routing["logit"][skip](token, rms) / 2)    # sigmoid, without overflow
+    rms = root_mean_square(token, eps)
+    score = 0.5 + 0.5 * math.tanh(logit(token, rms) / 2)                 # sigmoid, without overflow
     if skip.override:
         score = skip.override(torch.tensor([[score]]), ctx).item()
     is_open = score >= skip.threshold
     if skip.trace is not None:
         skip.trace.append(torch.tensor([[is_open]]))
     skip.count(int(is_open), ctx)
-    attn, waiting = skip.attn, routing["waiting"].setdefault(skip, [])
     if is_open and waiting:
-        return skip.sublayer(x, *with_waiting(attn, waiting, x, rms, ctx))
+        return sublayer(x, *with_waiting(attn, waiting, x, rms, ctx))
     if is_open:
-        return skip.sublayer(x, ctx, normalized(x, rms, norm.weight))
+        return sublayer(x, ctx, normalized(x, rms, norm_weight))
     if attn:
         wait(attn, waiting, x, rms, ctx)
     return x
