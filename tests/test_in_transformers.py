@@ -42,7 +42,7 @@ def test_what_cannot_be_attached(tiny, router_file, tmp_path):
     save_routers(ours, tmp_path / "open.safetensors")
     with pytest.raises(InputError, match="kv 'open'"):
         in_transformers.attach_routers(theirs, tmp_path / "open.safetensors")
-    with pytest.raises(InputError, match="not calibrated"):
+    with pytest.raises(InputError, match="no calibration"):
         in_transformers.attach_routers(theirs, router_file("attn_token"), capacity=0.5)
     handles = in_transformers.attach_routers(theirs, router_file("attn_sequence"))
     idx, mask = torch.randint(3, 320, (2, 9)), torch.ones(2, 9, dtype=torch.int64)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import is_one_sentence, open_gates_at_random
+from conftest import OWN_TEXT, is_one_sentence, open_gates_at_random
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
+import recipe
 from model import Llama
 from router import add_routers, save_routers
 from support.parallel import LOST
@@ -101,8 +102,11 @@ def arguments(arguments, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     folder = tmp_path / "cache" / "router-tuning" / "own_text"
     folder.mkdir(parents=True)
-    text = {"ids": torch.randint(320, (288, 256)).int()}
-    save_file(text, folder / f"{weights_hash(Llama.from_pretrained(tiny))}-0.safetensors")
+    n, n_tokens = OWN_TEXT                               # as the processes of torchrun have it
+    monkeypatch.setattr(recipe, "OWN_TEXTS", n)
+    monkeypatch.setattr(recipe, "OWN_TOKENS", n_tokens)
+    text = {"ids": torch.randint(320, OWN_TEXT).int()}
+    save_file(text, folder / f"{weights_hash(Llama.from_pretrained(tiny))}-0-{n}x{n_tokens}.safetensors")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield [*arguments, "--steps", 4, "--save-every", 1]
