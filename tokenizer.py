@@ -48,8 +48,9 @@ class TokenizersFile:
         known = [text for text in marks if text and self.inner.token_to_id(text) is not None]
         self.inner.add_special_tokens([text for text in known if text not in there])
         added = self.inner.get_added_tokens_decoder()                                # {id: AddedToken}
-        is_special = {i: token.special or token.content in known for i, token in added.items()}
-        self.spec, self.special = spec, {added[i].content: i for i in added if is_special[i]}
+        self.special = {token.content: i for i, token in added.items()
+                        if token.special or token.content in known}
+        self.spec = spec
         self.id_of = {}                          # ids that stand for others, see `renamed`
 
     def renamed(self, names):

@@ -154,7 +154,8 @@ def turn(question, answer):
 
 def with_system(record, messages, where):
     """A chat that begins with the record's "system" message, if it has one and the chat none of its own."""
-    if not record.get("system") or messages and messages[0]["role"] == "system":
+    has_own = messages and messages[0]["role"] == "system"
+    if has_own or not record.get("system"):
         return messages
     return [{"role": "system", "content": field(record, "system", where)}, *messages]
 

@@ -103,7 +103,6 @@ class Run:
         self.metrics, self.path, self.routers = (self.out / name for name in FILES)
         self.id = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         self.start, self.checkpoint, self.signal = 0, None, 0
-        self.slower = "lower --lr and --model-lr" if args.train == "all" else "lower --lr"       # as advice
         if args.resume and not self.path.exists():
             raise InputError(f"--resume: there is no {self.path}; run without --resume")
         self.file = self.open_metrics()
@@ -188,7 +187,7 @@ class Run:
         tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         for key, tensor in tensors.items():
             if not tensor.isfinite().all():
-                raise InputError(f"step {step}: {key} is no longer finite; {self.slower}{self.kept()}")
+                raise InputError(f"step {step}: {key} is no longer finite; {self.slower()}{self.kept()}")
         meta = {"step": str(step + 1), "arguments": json.dumps(self.settings)}
         self.save_result()
         write_file(self.path, safetensors_bytes(tensors, metadata=meta))
@@ -227,8 +226,12 @@ class Run:
         if not math.isfinite(loss):
             advice = "use --dtype float32 or another model"
             if step:
-                advice = f"{self.slower} or use --dtype float32"
+                advice = f"{self.slower()} or use --dtype float32"
             raise InputError(f"step {step}: the loss is {loss}; {advice}{self.kept()}")
+
+    def slower(self):
+        """What to do where a step was too large."""
+        return "lower --lr and --model-lr" if self.args.train == "all" else "lower --lr"
 
     def kept(self):
         """The end of a refusal: what is left of the run."""
