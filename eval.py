@@ -97,24 +97,11 @@ def make_variants(model, tok, args, device):
     settings["weights of hash"] = weights_hash(model)
     if args.routers:
         for name, capacity in named("routed", args.capacity).items():
-            load = setters[name] = partial(load_routers, model, args.routers, capacity)
-            meta = load()                                            # a bad file is told before the work
+            setters[name] = partial(load_routers, model, args.routers, capacity)
+            meta = setters[name]()                                   # a bad file is told before the work
         settings["routers of hash"] = file_hash(args.routers)
         args.routers_entry = routers_entry(args.routers, meta)
     parallel.check_same(settings)
-    if args.shuffled:
-        shuffle = Shuffle(args.seed)
-
-        def routed():
-            load()
-            shuffle.kept.clear()
-            override_real(model, shuffle.keep)
-
-        def shuffled():
-            load()
-            shuffle.mix()
-            override_real(model, shuffle.deal)
-        setters |= {"routed": routed, "shuffled": shuffled}
     if args.static:
         if max(args.static) > model.config.n_layer:
             n_layer = model.config.n_layer
@@ -134,6 +121,22 @@ def make_variants(model, tok, args, device):
             setters[name] = partial(static, layers)
             print(f"{name}: the model without the attention of {layers}, of least harm on {args.static_data}")
     return setters
+
+
+def with_shuffled(setters, model, seed):
+    """The variants, and "shuffled": each layer's decisions of the routed one, for other tokens."""
+    shuffle, load = Shuffle(seed), setters["routed"]
+
+    def routed():
+        load()
+        shuffle.kept.clear()
+        override_real(model, shuffle.keep)
+
+    def shuffled():
+        load()
+        shuffle.mix()
+        override_real(model, shuffle.deal)
+    return setters | {"routed": routed, "shuffled": shuffled}
 
 
 # ----------------------------------------------------------------------------------------------------- script
@@ -182,12 +185,7 @@ def run_task(name, questions, shots, setters, results, model, tok, args):
     """Run a task's questions with every variant, and print one line for each; returns the tokens run."""
     task, n_tokens, notes = TASKS[name], 0, []
     for variant, set_up in setters.items():
-        if variant == "shuffled" and task.stop:      # other gates write other texts, of other lengths
-            continue
         set_up()
-        if variant == "routed" and task.stop:        # no scores are kept to be shuffled, as that takes time
-            for skip in mindskips(model).values():
-                skip.override = None
         usage, start, result = Usage(model), time.perf_counter(), results[variant]
         scores, n, note = answer(name, questions, model, tok, args.tokens, (usage, result.usage))
         seconds, n_tokens, result.tasks[name] = time.perf_counter() - start, n_tokens + n, scores
@@ -313,7 +311,9 @@ def main():
         parallel.check_enough(len(questions), name, "questions")
     if args.text:
         parallel.check_enough(len(samples), args.text, "samples")
-    setters = make_variants(model, tok, args, device)
+    unshuffled = setters = make_variants(model, tok, args, device)
+    if args.shuffled:
+        setters = with_shuffled(setters, model, args.seed)
     results = {variant: Result(model) for variant in setters}
     tokens, start = 0, time.perf_counter()
 
@@ -322,7 +322,9 @@ def main():
               f"{'diff.':>9}{'95 %':>7}{'changed':>9}{'KL':>10}{'capacity':>9}{'routed':>8}"
               f"{'seconds':>9}")
     for name, (questions, shots) in tasks.items():
-        tokens += run_task(name, questions, shots, setters, results, model, tok, args)
+        is_written = bool(TASKS[name].stop)          # by other gates a text of another length
+        chosen = unshuffled if is_written else setters
+        tokens += run_task(name, questions, shots, chosen, results, model, tok, args)
         save(results, args)
     show_average({variant: result.tasks for variant, result in results.items()})
     if samples:

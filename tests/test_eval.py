@@ -355,9 +355,9 @@ def test_shuffled_decisions_go_elsewhere_at_every_layers_rate(granularity, tiny,
     with_gates(model, granularity)
     save_routers(model, tmp_path / "r.safetensors")
     samples, _ = evaluation.read_samples(evaluation.DEFAULT_DATA, tok, 512)
-    args = types.SimpleNamespace(routers=tmp_path / "r.safetensors", capacity=[None], shuffled=True,
-                                 static=[], seed=0)
+    args = types.SimpleNamespace(routers=tmp_path / "r.safetensors", capacity=[None], static=[], seed=0)
     found, said = evaluation.make_variants(model, tok, args, "cpu"), {}
+    found = evaluation.with_shuffled(found, model, args.seed)
     for name in "routed", "shuffled", "routed", "shuffled":
         found[name]()
         with trace(model) as decisions:
