@@ -11,7 +11,7 @@ import torch
 
 from losses import kl, log_probabilities
 from model import run_layers
-from router import dense, mindskips, overall_capacity
+from router import dense, mindskips, overall_capacity, trace
 from support import parallel
 
 RIDGE = 20.0        # of the regression, in units of the inputs' mean squared distance from their mean
@@ -36,32 +36,27 @@ def measure(model, batch):
         token_kl = kl(log_probabilities(model, x[batch.scored]), batch.targets, log_p)
         return token_kl.new_zeros(len(batch.idx)).index_add_(0, row, token_kl)
 
-    inputs, is_open = {}, {}
-
-    def watch(i):
-        def hook(router, args, logit):
-            inputs[i] = args[0]
-            is_open[i] = torch.sigmoid(logit) >= skips[i].threshold
-        return skips[i].router.register_forward_hook(hook)
-
-    hooks = [watch(i) for i in skips]
+    inputs = []
+    hooks = [skip.router.register_forward_pre_hook(lambda router, args: inputs.append(args[0]))
+             for skip in skips.values()]
     streams = [model.embed(batch.idx)]                                        # before each layer, (B, T, C)
-    for layer in model.layers:
-        streams.append(layer(streams[-1], ctx))
+    with trace(model) as decisions:
+        for layer in model.layers:
+            streams.append(layer(streams[-1], ctx))
     for hook in hooks:
         hook.remove()
 
-    as_it_is, harm = answers_kl(streams[-1]), []
+    as_it_is, harm, opened = answers_kl(streams[-1]), [], []
     for i, skip in skips.items():
-        opposite = (~is_open[i]).float().squeeze(-1)                          # (B,), or (B, T) at token level
+        is_open, = decisions[i]                                               # (B,), or (B, T) at token level
+        opposite, outer = (~is_open).float(), skip.override
         skip.override = lambda score, ctx, scores=opposite: scores
         flipped = answers_kl(run_layers(model.layers[i:], streams[i], ctx))
-        skip.override = None
-        was_open = is_open[i].flatten(1).any(1)                               # (B,)
+        skip.override = outer
+        was_open = is_open.view(len(is_open), -1).any(1)                      # (B,)
         harm.append(torch.where(was_open, flipped - as_it_is, as_it_is - flipped))
-    inputs = torch.stack(list(inputs.values()), 1)
-    is_open = torch.stack([gate_open.flatten(1).any(1) for gate_open in is_open.values()], 1)
-    return torch.stack(harm, 1), inputs, is_open, as_it_is
+        opened.append(was_open)
+    return torch.stack(harm, 1), torch.stack(inputs, 1), torch.stack(opened, 1), as_it_is
 
 
 def ridge_regression(x, y):
@@ -110,11 +105,13 @@ def tune(model, source, recipe, capacity, run):
     """Tuning by regression: each step measures what closing every gate costs the sequences of its batches,
     see `measure`, and fits the routers to all that was measured. Arguments as in train_router.tune."""
     model.eval()
-    n_gates, biases_only = len(mindskips(model)), recipe.train == "bias"
-    state = {"harm": torch.zeros(0, n_gates), "inputs": torch.zeros(0, n_gates, model.config.n_embd)}
+    skips = list(mindskips(model).values())
+    n_gates, n_read = len(skips), skips[0].router.weight.shape[1]
+    biases_only = recipe.train == "bias"
+    state = {"harm": torch.zeros(0, n_gates), "inputs": torch.zeros(0, n_gates, n_read)}
     if run.checkpoint:
         harm = run.tensor("harm", (None, n_gates))
-        state = {"harm": harm, "inputs": run.tensor("inputs", (*harm.shape, model.config.n_embd))}
+        state = {"harm": harm, "inputs": run.tensor("inputs", (*harm.shape, n_read))}
         fit(model, harm, state["inputs"], float(run.tensor("target", ())), biases_only)
     for step in run.steps():
         target = recipe.target(step, run.n_steps, capacity)

@@ -34,10 +34,12 @@ def overall_penalty(model, penalty, target):
 
 def excess_penalty(model, penalty, target):
     """The paper's: penalty * the sum over routed layers of relu(c - c*), with c the layer's mean gate in the
-    batch and c* the share of open gates that gives the overall capacity."""
+    batch and c* the share of open gates that gives the overall capacity. Of a step in several batches each
+    has its term, and their mean counts."""
     shares = open_shares(model)
     routed_target = routed_share(target, len(shares), model.config.n_layer)
     return penalty * sum(torch.relu(share - routed_target) for share in shares)
+excess_penalty.reads_target = True              # so that --capacity is aimed at, where the penalty is not 0
 
 
 # --------------------------------------------------------------------------------------------------- recipes
@@ -54,7 +56,8 @@ class Recipe:
     learns_own_text: bool               # whether text that the model writes is learned from too
     calibrates: bool                    # whether the threshold is moved afterwards
     # where gradients are taken, not with method "harm":
-    regularizer: callable               # (model, lambda, target capacity) -> what is added to the loss
+    regularizer: callable               # (model, lambda, target capacity) -> what is added to the loss, a
+                                        # tensor in proportion to lambda
     penalty: float                      # lambda, the penalty on capacity, at first
     moves_penalty: bool                 # whether lambda follows the capacity, by dual ascent
     lr: float                           # peak learning rate of the routers
@@ -66,9 +69,10 @@ class Recipe:
     bias_lr: float | None = None        # peak learning rate of the routers' biases, if another
     model_lr: float = 1e-5              # of the model's weights, if they train
     # with every method:
-    steps: int | None = None            # None: as many as `epochs` need
+    steps: int | None = None            # None: as many as `epochs` of `step_samples` need
     epochs: int = 1
-    step_samples: int | None = None     # samples per step; None: --accumulate batches of --tokens tokens
+    step_samples: int | None = None     # samples per step, of the training data alone; None: --accumulate
+                                        # batches of --tokens tokens
     tokens_cpu: int = 512               # tokens per batch, where --tokens does not say
     tokens_cuda: int = 16384
 

@@ -61,17 +61,18 @@ class LinearRouter(nn.Linear):
         if self.scope == "token":
             return h
         if self.pool == "all":
-            return first_mean(h, ctx.lengths, h.shape[1])
-        return first_mean(h, ctx.prompt_lengths, ctx.longest_prompt)
+            return recomputed(first_mean, h, ctx.lengths, h.shape[1])
+        return recomputed(first_mean, h, ctx.prompt_lengths, ctx.longest_prompt)
 
     def forward(self, read):
         """The logit of the score, float32 (..., 1), from what `pooled` gives."""
-        return logit(read, self.weight, self.bias)
+        return recomputed(logit, read, self.weight, self.bias)
 
 
 # Kinds of gate, each by the class of its router. To add one, add its name here. A router has
 #   __init__(n_embd, scope, pool), and the attribute pool
-#   pooled(h, ctx)       what it reads of h = norm(x) (B, T, C): (B, T, ...), at sequence level (B, ...)
+#   pooled(h, ctx)       what it reads of h = norm(x) (B, T, C): at sequence level (B, ...); at token level
+#       (B, T, ...), of each token only its own h, since a step of generation has one token per row
 #   forward(read)        the logit of the score, (..., 1)
 # (skipping.run_single computes the same of a LinearRouter, but no subclass, without calling these) and may
 # have
@@ -116,7 +117,7 @@ class MindSkip(nn.Module):
             raise InputError(f"gate {gate!r}: only for gates of tokens, not for {granularity}")
         self.estimator = straight_through    # (score, threshold) -> the gate in training, with its gradient
         self.override = None                 # (score, ctx) -> the scores to use instead, where a gate decides
-        self.bypass = False                  # True: the dense model; no score is computed
+        self.bypass = False                  # True, see `dense`: no score is computed, nothing is counted
         self.opened = self.seen = None       # sum of the gates since the last prompt, and their number
         self.gates = None                    # after a training pass: each of them, (B,) or (B, T)
         self.trace = None                    # a list: collects the decisions of every pass
@@ -139,7 +140,7 @@ class MindSkip(nn.Module):
         if ctx.decoding and h is None and self.is_single(x):
             return skipping.run_single(self, x, ctx)
         h = self.norm(x) if h is None else h
-        score = recomputed(self.score, h, ctx)                           # (B,), or (B, T) at token level
+        score = self.score(h, ctx)                                       # (B,), or (B, T) at token level
         is_open = score >= self.threshold
         if self.trace is not None:
             self.trace.append(is_open)
@@ -150,6 +151,12 @@ class MindSkip(nn.Module):
             y = run(self, x, ctx, h, is_open)
             return self.router.merge(self, x, y, score, is_open) if self.merges else y
         return skipping.run_sequences(self, x, ctx, h, is_open)
+
+    def _apply(self, fn, recurse=True):
+        """What .to() and its like call: the router goes to another device too, but stays in float32."""
+        self.sublayer._apply(fn)
+        self.router._apply(lambda tensor: tensor.to(fn(tensor).device))
+        return self
 
     @property
     def norm(self):
@@ -254,8 +261,9 @@ def add_routers(model, granularity="attn_token", layers="all", threshold=0.5, po
     """Put a gate before a sublayer of each chosen layer; from then on only the routers' parameters train.
 
     granularity: one of GRANULARITIES; layers: see parse_layers; pool: see LinearRouter; gate: one of GATES;
-    kv: "all", or "open" for attn_token and block_token: which tokens have keys and values. Routers that the
-    model had are replaced. Returns the model. InputError names a value that is not one of these.
+    kv: "all", or "open" for attn_token and block_token: which tokens have keys and values. threshold: above
+    0.5 a gate of the kind "linear" still is open at first, another kind may not be. Routers that the model
+    had are replaced. Returns the model. InputError names a value that is not one of these.
     """
     for name, value, known in (("granularity", granularity, GRANULARITIES), ("pool", pool, ("prompt", "all")),
                                ("gate", gate, GATES), ("kv", kv, ("all", "open"))):
@@ -331,8 +339,8 @@ def save_routers(model, path, calibration=None, **notes):
             "calibration": json.dumps(sorted(calibration or [])), **notes}
     tensors = {}
     for i, skip in skips.items():
-        for name, parameter in skip.router.named_parameters():
-            tensors[f"layers.{i}.{name}"] = parameter.detach().float().cpu().contiguous()
+        for name, tensor in skip.router.state_dict().items():
+            tensors[f"layers.{i}.{name}"] = tensor.float().cpu().clone().contiguous()
     write_file(path, safetensors_bytes(tensors, metadata=meta))
 
 
@@ -371,6 +379,6 @@ def load_routers(model, path, capacity=None):
     except InputError as e:
         raise InputError(f"{path}: {e}") from None
     for i, skip in mindskips(model).items():
-        for name, parameter in skip.router.named_parameters():
-            parameter.data.copy_(tensor_of(file, f"layers.{i}.{name}", parameter.shape, path))
+        for name, tensor in skip.router.state_dict().items():
+            tensor.copy_(tensor_of(file, f"layers.{i}.{name}", tensor.shape, path))
     return meta

@@ -30,7 +30,7 @@ import harm
 import losses
 from calibration import calibrate
 from model import Llama
-from recipe import RECIPES, Penalty, check_flags, choose, excess_penalty, make_source, own_text
+from recipe import RECIPES, Penalty, check_flags, choose, make_source, own_text
 from router import (
     GATES,
     GRANULARITIES,
@@ -129,9 +129,10 @@ def make_optimizer(model, recipe):
 
 # ------------------------------------------------------------------------------------------------- checkpoint
 def tuning_state(model, optimizer, penalties):
-    """{name: tensor} to continue from: what trains, AdamW's moments, the penalties."""
+    """{name: tensor} to continue from: what trains, AdamW's moments, the penalties, a gate's buffers."""
     values = [[penalty.level, penalty.value] for penalty in penalties]
     tensors = {"penalties": torch.tensor(values, dtype=torch.float64)}
+    tensors |= {name: buffer.float() for name, buffer in model.named_buffers()}
     for name, parameter in trained(model).items():
         state = optimizer.state[parameter]
         tensors |= {name: parameter.detach(), f"{name}.m": state["exp_avg"], f"{name}.v": state["exp_avg_sq"]}
@@ -142,6 +143,8 @@ def restore(model, optimizer, penalties, run):
     """The inverse of tuning_state."""
     for penalty, (level, value) in zip(penalties, run.tensor("penalties", (len(penalties), 2)).tolist()):
         penalty.level, penalty.value = level, value
+    for name, buffer in model.named_buffers():
+        buffer.copy_(run.tensor(name, buffer.shape))
     for name, parameter in trained(model).items():
         value, m, v = (run.tensor(key, parameter.shape) for key in (name, f"{name}.m", f"{name}.v"))
         parameter.data.copy_(value)
@@ -227,7 +230,7 @@ def make_recipe(args, n_samples, model):
 
 def check_capacity(args, recipe, n_layer):
     """Refuse an impossible capacity before the tuning, and one that the recipe aims at but cannot have."""
-    pays_excess = recipe.penalty and recipe.regularizer is excess_penalty
+    pays_excess = recipe.penalty and getattr(recipe.regularizer, "reads_target", False)
     is_aim = recipe.calibrates or recipe.moves_penalty or pays_excess
     n_free = n_layer - len(parse_layers(args.layers, n_layer))
     if not 0 < args.capacity <= 1:
@@ -262,7 +265,9 @@ def place_routers(model, recipe, args):
     meta = load_routers(model, args.init)
     layers = parse_layers(args.layers, model.config.n_layer)
     wanted = {"granularity": args.granularity, "layers": ",".join(map(str, layers)), "gate": recipe.gate,
-              "pool": recipe.pool, "kv": recipe.kv}
+              "kv": recipe.kv}
+    if args.granularity.endswith("sequence"):
+        wanted["pool"] = recipe.pool
     for what, value in wanted.items():
         if meta[what] != value:
             raise InputError(f"--init {args.init}: its routers have {what} {meta[what]}, this run {value};"

@@ -53,11 +53,11 @@ def attach_routers(model, path, capacity=None, prompt=None):
     for i in parse_layers(meta["layers"], model.config.num_hidden_layers):
         layer = model.model.layers[i]
         router = GATES[meta["gate"]](model.config.hidden_size, scope, meta["pool"])
-        if hasattr(router, "merge"):
+        if hasattr(router, "merge") or hasattr(router, "attach"):
             raise InputError(f"{path}: gate {meta['gate']!r} does more than to leave out a sublayer, which"
                              " these hooks do not; load the model with model.py instead")
-        for name, parameter in router.named_parameters():
-            parameter.data.copy_(tensor_of(file, f"layers.{i}.{name}", parameter.shape, path))
+        for name, tensor in router.state_dict().items():
+            tensor.copy_(tensor_of(file, f"layers.{i}.{name}", tensor.shape, path))
         gate = Gate(router.to(next(layer.parameters()).device), threshold, prompt, generation)
         sublayer = {"attn": layer.self_attn, "mlp": layer.mlp, "block": layer}[part]
         hooks.append((sublayer, gate.close_block if part == "block" else gate.close))

@@ -4,11 +4,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import open_gates_at_random
+from safetensors.torch import load_file
 
+import train_router
 from harm import RIDGE, fit, measure, tune
 from model import Llama
 from recipe import BY_HARM
-from router import add_routers, capacity, dense, mindskips
+from router import GATES, LinearRouter, add_routers, capacity, close_all, dense, mindskips
 from support.batches import Batch
 from support.data import DEFAULT_DATA, read_samples
 from tokenizer import Tokenizer
@@ -65,6 +67,33 @@ def test_harm_among_mixed_decisions(part, tiny, groups):
             kl.append(answers_kl(reference, run(), batch))
             hook.remove()
         assert (harm[:, n] - (kl[1] - kl[0])).abs().max() < 1e-3 * max(1, float(kl[1].max()))
+
+
+class First(LinearRouter):
+    """A linear gate that reads the prompt's mean and its first token."""
+
+    def __init__(self, n_embd, scope, pool="prompt"):
+        super().__init__(2 * n_embd, scope, pool)
+
+    def pooled(self, h, ctx):
+        return torch.cat((super().pooled(h, ctx), h[:, 0]), -1)
+
+
+def test_gates_that_read_more(tiny, call, tmp_path, monkeypatch):
+    monkeypatch.setitem(GATES, "first", First)
+    flags = "--granularity", "attn_sequence", "--gate", "first", "--steps", 2, "--out", tmp_path / "out"
+    status, said = call(train_router.main, "--model", tiny, "--device", "cpu", *flags)
+    assert status == 0, said
+    assert load_file(tmp_path / "out" / "routers.safetensors")["layers.1.weight"].shape == (1, 96)
+
+
+def test_an_override_is_heard_and_kept(tiny, groups):
+    """What a gate does is what its override says, whatever its router would."""
+    model = add_routers(Llama.from_pretrained(tiny), "attn_sequence")
+    mindskips(model)[1].override = close_all
+    harm, _, is_open, _ = measure(model, groups[0])
+    assert not is_open[:, 1].any() and is_open[:, [0, 2, 3]].all() and harm[:, 1].abs().min() > 0
+    assert mindskips(model)[1].override is close_all
 
 
 @pytest.mark.parametrize("share", [1.0, 0.6, 0.25])

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from examples import in_transformers
 from model import Llama
-from router import GRANULARITIES, add_routers, capacity, load_routers, save_routers
+from router import GATES, GRANULARITIES, LinearRouter, add_routers, capacity, load_routers, save_routers
 from weights import InputError
 
 
@@ -36,12 +36,16 @@ def test_logits_and_tokens_equal_ours(granularity, family, tmp_path):
     assert torch.equal(out, ours.generate(idx[:, :20], 12))
 
 
-def test_what_cannot_be_attached(tiny, router_file, tmp_path):
+def test_what_cannot_be_attached(tiny, router_file, tmp_path, monkeypatch):
     theirs, ours = AutoModelForCausalLM.from_pretrained(tiny), Llama.from_pretrained(tiny)
     add_routers(ours, "attn_token", kv="open")
     save_routers(ours, tmp_path / "open.safetensors")
     with pytest.raises(InputError, match="kv 'open'"):
         in_transformers.attach_routers(theirs, tmp_path / "open.safetensors")
+    monkeypatch.setitem(GATES, "attached", type("Attached", (LinearRouter,), {"attach": print}))
+    save_routers(add_routers(Llama.from_pretrained(tiny), gate="attached"), tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="'attached' does more"):
+        in_transformers.attach_routers(theirs, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="no calibration"):
         in_transformers.attach_routers(theirs, router_file("attn_token"), capacity=0.5)
     handles = in_transformers.attach_routers(theirs, router_file("attn_sequence"))

@@ -515,6 +515,56 @@ def test_a_kind_of_gate_is_one_entry_and_its_name_is_in_the_file(tiny, tmp_path,
         add_routers(again, gate="shifted")
 
 
+class Noisy(router.LinearRouter):
+    """A gate with noise in training, a state, and a weight that all layers share."""
+    trunk = torch.nn.Linear(48, 48)
+
+    def __init__(self, n_embd, scope, pool="prompt"):
+        super().__init__(n_embd, scope, pool)
+        self.trunk = Noisy.trunk
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, read):
+        self.calls += 1
+        self.kept = torch.nn.functional.dropout(self.trunk(read), 0.5, self.training).detach()
+        return super().forward(self.kept)
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence"])
+def test_a_gate_with_noise_and_state(granularity, tiny, tmp_path, monkeypatch):
+    """It is asked once in a training pass, with gradients of the noise that was drawn; a file keeps all."""
+    monkeypatch.setitem(router.GATES, "noisy", Noisy)
+    model = routed(tiny, granularity, gate="noisy").train()
+    skip = mindskips(model)[2]
+    model(tokens(), LENGTHS)
+    read = skip.router.kept                                              # (B, T, C), or (B, C)
+    skip.gates.sum().backward()
+    assert int(skip.router.calls) == 1
+    score = torch.sigmoid(read @ skip.router.weight[0] + skip.router.bias).detach()
+    terms = (score * (1 - score))[..., None] * read                      # the score's gradient
+    terms = real(terms) if granularity == "attn_token" else terms
+    torch.testing.assert_close(skip.router.weight.grad[0], terms.sum(0))
+    save_routers(model, tmp_path / "r.safetensors")
+    again = Llama.from_pretrained(tiny)
+    load_routers(again, tmp_path / "r.safetensors")
+    assert int(mindskips(again)[2].router.calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_routed_model_in_another_dtype(granularity, dtype, tiny):
+    """Its routers stay in float32, so that it decides as the model of that dtype with routers added to it."""
+    model, twin = routed(tiny, granularity).to(dtype), Llama.from_pretrained(tiny, dtype=dtype)
+    add_routers(twin, granularity)
+    for skip, other in zip(mindskips(model).values(), mindskips(twin).values()):
+        other.router.load_state_dict(skip.router.state_dict())
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        assert torch.equal(real(model(tokens(), LENGTHS)), real(twin(tokens(), LENGTHS)))
+    written = [m.generate(tokens(), 4, lengths=LENGTHS) for m in (model, twin)]
+    assert torch.equal(*written)
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_files_of_before_gate_and_kv_were_stored_load_as_they_did(granularity, tiny, tmp_path):
     model = routed(tiny, granularity, bias=0.2)

@@ -139,9 +139,23 @@ class Unused(LinearRouter):
         self.spare = torch.nn.Parameter(torch.ones(2))
 
 
+class Centred(LinearRouter):
+    """A gate that reads how far h is from its mean in training, which it keeps in a buffer."""
+
+    def __init__(self, n_embd, *arguments):
+        super().__init__(n_embd, *arguments)
+        self.register_buffer("mean", torch.zeros(n_embd))
+
+    def forward(self, read):
+        if self.training:
+            self.mean.lerp_(read.detach().flatten(0, -2).mean(0), 0.2)
+        return super().forward(read - self.mean)
+
+
 @pytest.mark.parametrize("stop_at, more", [
     (5, []),
     (5, ["--gate", "unused"]),
+    (5, ["--gate", "centred"]),
     (9, []),
     (5, ["--train", "bias"]),
     (9, ["--train", "all"]),
@@ -150,6 +164,7 @@ class Unused(LinearRouter):
 def test_resume_gives_the_numbers_of_an_uninterrupted_run(stop_at, more, arguments, call, tmp_path,
                                                           monkeypatch):
     monkeypatch.setitem(GATES, "unused", Unused)
+    monkeypatch.setitem(GATES, "centred", Centred)
     arguments += more
     assert call(main, *arguments)[0] == 0
     whole = (tmp_path / "out" / "metrics.jsonl").read_bytes()
@@ -173,6 +188,8 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(stop_at, more, argumen
     assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == whole
     one, two = load(tuned), load((tmp_path / "again" / "routers.safetensors").read_bytes())
     assert all(torch.equal(one[key], two[key]) for key in one)
+    if "centred" in more:
+        assert one["layers.2.mean"].any()
     status, said = call(main, *arguments, "--resume", "--lr", 0.5)
     assert status == 1 and "--lr" in said and is_one_sentence(said)
 
@@ -399,6 +416,13 @@ def test_a_run_begins_with_the_routers_of_a_file(arguments, call, tmp_path):
     assert all(torch.equal(tensors[key], expected[key]) for key in expected)
     line = json.loads((tmp_path / "again" / "metrics.jsonl").read_text())
     assert line["target"] == 0.7                     # at once, since the routers know what to close
+
+
+def test_pooling_does_not_matter_to_gates_of_tokens(arguments, tiny, call, tmp_path):
+    """The paper's files say that they pool over all tokens, also where no gate pools."""
+    save_routers(add_routers(Llama.from_pretrained(tiny), gate="unbiased", pool="all"), tmp_path / "r")
+    status, said = call(main, *arguments, "--init", tmp_path / "r", "--gate", "unbiased", "--steps", 1)
+    assert status == 0, said
 
 
 @pytest.mark.parametrize("flags, words", [
