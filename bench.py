@@ -315,6 +315,7 @@ def main():
         raise InputError(f"--context {max(args.context)}: {longest} tokens do not fit the model's context of"
                          f" {config.max_context}")
     check_fit(config, args)
+    args.bandwidth, args.flops = rates(args.device, args.dtype)          # before the model takes its memory
     model, n = make_model(args), max(args.batch) * max(args.context)
     args.free_bytes = free_bytes(args.device)
     args.routers_entry = None
@@ -329,7 +330,6 @@ def main():
         ids = torch.randint(0, config.vocab_size, (n,)).tolist()
     n = max(n, len(ids) // max(args.context) * max(args.context))
     args.text = torch.tensor((ids * (n // len(ids) + 1))[:n], device=args.device).view(-1, max(args.context))
-    args.bandwidth, args.flops = rates(args.device, args.dtype)
     rows = []
     for phase, batch, context in product(args.phase, args.batch, args.context):
         these = compare(model, args, phase, batch, context)

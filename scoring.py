@@ -22,6 +22,7 @@ from router import decisions_on, mindskips, overall_capacity, trace
 from support import parallel, written
 from support.attention import additive_mask
 from support.batches import common_beginning, pack
+from support.graph import release
 from support.tasks import TASKS, Scores
 from weights import InputError
 
@@ -277,6 +278,8 @@ def write(questions, stop, model, tok, budget, usages):
             answers |= {place: answer for (place, _), answer in zip(batch, writing.answers())}
             bar.update(len(batch))
     seconds = time.perf_counter() - start
+    model.cache = None
+    release(model)
     x = run_layers(model.layers, model.embed(idx), model.context(idx))        # to see that it is finite
 
     answers = parallel.gathered([answers[place] for place in range(len(own))])

@@ -67,8 +67,11 @@ def attention(q, k, v, mask=None, causal=False):
 
 
 def kernels_fit(q, k):
-    """Whether attention's Triton kernels take heads of this width, a power of 2, and as many per key head."""
-    return q.shape[3] >= 16 and q.shape[3] & (q.shape[3] - 1) == 0 and q.shape[1] <= 16 * k.shape[1]
+    """Whether attention's Triton kernels take heads of this width, a power of 2, whose blocks fit the shared
+    memory of every card, and as many per key head."""
+    D = q.shape[3]
+    is_width = D >= 16 and D & (D - 1) == 0 and D * q.itemsize <= 256
+    return is_width and q.shape[1] <= 16 * k.shape[1]
 
 
 def products_are_faster(q):

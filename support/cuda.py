@@ -3,29 +3,43 @@
 A function that has a kernel in support/triton_kernels.py is decorated `fused`, or asks `triton_kernels(x)`.
 """
 import functools
+import os
+import sys
 from contextlib import contextmanager
 
 import torch
+
+from support.files import reason
 
 choices = {"triton": True, "gate": (None, {})}        # see plain_kernels and only_for
 
 
 @functools.cache
 def triton_module():
-    """support/triton_kernels.py, or None: PyTorch's builds for CPUs come without Triton."""
+    """support/triton_kernels.py, or None where Triton does not work: PyTorch's builds for CPUs and for
+    Windows come without it, and it needs a C compiler and a folder to write to."""
     try:
+        import triton
+
         from support import triton_kernels
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            triton.runtime.driver.active.get_current_target()
     except ModuleNotFoundError as e:
         if e.name != "triton":
             raise
+        return None
+    except Exception as e:                                # whatever a compiler may run into
+        print(f"Triton does not work here ({reason(e)}); PyTorch's own kernels are slower", file=sys.stderr)
         return None
     return triton_kernels
 
 
 def triton_kernels(x):
     """The module of Triton kernels where they serve: on CUDA's current device, where no gradient is asked for
-    and float32 is exact enough; else None."""
+    and float32 is exact enough, without autocast, which they would not hear of; else None."""
     if not x.is_cuda or not choices["triton"] or torch.is_grad_enabled() or x.dtype == torch.float64:
+        return None
+    if torch.is_autocast_enabled("cuda"):
         return None
     return triton_module() if x.get_device() == torch.cuda.current_device() else None
 

@@ -5,6 +5,7 @@
 
 Plain form: model.step(token, model.step_context(cache, positions, device)).
 """
+import functools
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,6 +34,8 @@ def can_replay(model):
     """Whether a step of generation can be captured, on CUDA, and is worth it."""
     if model.embed.weight.device.type != "cuda" or not choices["triton"]:
         return False
+    if torch.is_autocast_enabled("cuda"):            # its casts would be captured, and no key tells of them
+        return False
     return all(can_capture(skip, model.config.sliding_window) for skip in active_skips(model))
 
 
@@ -60,17 +63,33 @@ def stepper(model, cache, rows):
     settings = tuple((skip, skip.threshold, skip.override) for skip in active_skips(model))
     addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.angles))
     key = (addresses, rows, columns, settings)                  # all that a captured step depends on
-    graphs = graphs_of.setdefault(model, {})
-    replay = graphs.pop(key, None)                              # while it is used, no other generation's
-    while len(graphs) >= KEPT_GRAPHS or sum(kept.cache.bytes() for kept in graphs.values()) > KEPT_BYTES:
-        del graphs[next(iter(graphs))]
-    replay = replay or Replay(model, type(cache), rows, columns)
-    replay.begin(cache)
+    graphs, replay = graphs_of.setdefault(model, {}), None
+
+    def step(token, positions):
+        nonlocal replay
+        if replay is None:                                      # only now: a generation may have no step
+            replay = graphs.pop(key, None)                      # while it is used, no other generation's
+            while len(graphs) >= KEPT_GRAPHS or kept_bytes(graphs) > KEPT_BYTES:
+                del graphs[next(iter(graphs))]
+            replay = replay or Replay(model, type(cache), rows, columns)
+            replay.begin(cache)
+        return replay(token, positions)
     try:
-        yield replay
+        yield step
     finally:
-        replay.count()
-        graphs[key] = replay
+        if replay:
+            replay.count()
+            graphs[key] = replay
+
+
+def kept_bytes(graphs):
+    return sum(replay.cache.bytes() for replay in graphs.values())
+
+
+@functools.cache
+def side_stream(device):
+    """Where steps are captured: one stream per device, since cuBLAS keeps memory for each that it saw."""
+    return torch.cuda.Stream(device)
 
 
 class Replay:
@@ -108,7 +127,7 @@ class Replay:
 
     def capture(self):
         with torch.cuda.device(self.token.device):
-            side = torch.cuda.Stream()
+            side = side_stream(self.token.device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 self.step()                          # a first run, for what is allocated and chosen only once

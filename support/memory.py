@@ -43,11 +43,12 @@ def tokens_that_fit(model, first_trained, most, chunk, all_train=False):
 
 def rows_that_fit(model, most, n_tokens):
     """At most `most` rows of a generation, fewer where the GPU's free memory does not hold the keys and
-    values of so many, n_tokens long: twice, since a captured step has a cache of its own."""
+    values of so many, n_tokens long: three times, since a captured step has a cache of its own, and that of
+    the groups before, of more rows, is kept."""
     config, weight = model.config, model.embed.weight
     if weight.device.type != "cuda":
         return most
-    row_bytes = 4 * config.n_layer * config.n_kv_head * config.head_dim * n_tokens * weight.itemsize
+    row_bytes = 3 * 2 * config.n_layer * config.n_kv_head * config.head_dim * n_tokens * weight.itemsize
     return max(1, min(most, int(SHARE * torch.cuda.mem_get_info(weight.device)[0] / row_bytes)))
 
 

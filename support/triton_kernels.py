@@ -87,7 +87,7 @@ def first_mean_kernel(h, n, y, C, h_b, h_t, TOKENS: tl.constexpr, BLOCK: tl.cons
     count = tl.load(n + b).to(tl.int32)
     total = tl.zeros((TOKENS, BLOCK), tl.float32)
     for start in range(0, count, TOKENS):
-        t = start + tl.arange(0, TOKENS)
+        t = (start + tl.arange(0, TOKENS)).to(tl.int64)
         inside = (t < count)[:, None] & (d < C)[None]
         total += tl.load(h + b * h_b + t[:, None] * h_t + d[None], mask=inside, other=0.0).to(tl.float32)
     tl.store(y + b * C + d, tl.sum(total, 0) / count, mask=d < C)
@@ -215,8 +215,9 @@ def some_kernel(q, k, v, at, firsts, y, q_n, q_h, k_b, k_h, k_s, v_b, v_h, v_s, 
         for start in range(0, end, KEYS):
             s = start + tl.arange(0, KEYS)
             is_key = (s < end)[:, None]
-            key = tl.load(keys + s[:, None] * k_s + d[None], mask=is_key, other=0.0)
-            value = tl.load(values + s[:, None] * v_s + d[None], mask=is_key, other=0.0)
+            row = s[:, None].to(tl.int64)
+            key = tl.load(keys + row * k_s + d[None], mask=is_key, other=0.0)
+            value = tl.load(values + row * v_s + d[None], mask=is_key, other=0.0)
             x = tl.dot(query, tl.trans(key), input_precision="ieee")
             if start >= all_see:
                 x = tl.where(s[None] <= position[:, None], x, float("-inf"))

@@ -38,13 +38,18 @@ TABLES = ("--context 512,2048,8192 --static 16", "--context 2048 --batch 8 --sta
 
 
 def run(*command, seconds):
-    """The output of a command from the project's root; printed where it fails."""
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, timeout=seconds, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode:
-        print(f"FAILED: {' '.join(command)}\n{done.stdout[-4000:]}", flush=True)
+    """The output of a command from the project's root; printed where it fails, or takes longer."""
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output = f"{process.communicate()[0]}\nit took more than {seconds} s"
+    if process.returncode:
+        print(f"FAILED: {' '.join(command)}\n{output[-4000:]}", flush=True)
         failed.append(command)
-    return done.stdout
+    return output
 
 
 def row_of(values):
@@ -127,13 +132,17 @@ def main():
     print(torch.cuda.get_device_name(), torch.__version__)
     if "tests" in args.only:
         tests = "tests/test_triton_kernels.py", "tests/test_router.py"
-        print(run("-m", "pytest", "-q", *tests, "-k", "triton or cuda", seconds=300).strip().splitlines()[-1])
+        print(run("-m", "pytest", "-q", *tests, "-k", "triton or cuda", seconds=300).strip().split("\n")[-1])
     if "tables" in args.only:
         for i, flags in enumerate(TABLES):
             bench(flags, args.json, str(i))
     if "tuning" in args.only:
         for granularity in "attn_token", "attn_sequence":
-            tune(granularity)
+            try:
+                tune(granularity)
+            except torch.OutOfMemoryError as e:
+                print(f"FAILED: tuning {granularity}: {str(e).splitlines()[0]}", flush=True)
+                failed.append(granularity)
     print(f"\nall of this: {time.perf_counter() - begin:.0f} s")
     if failed:
         sys.exit(f"cuda_check.py: {len(failed)} of its commands failed, see above")

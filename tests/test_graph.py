@@ -104,6 +104,13 @@ def test_one_graph_serves_prompts_of_many_lengths_and_is_released(tiny, monkeypa
     assert captures[0]() is None and model not in graph.graphs_of
 
 
+def test_a_generation_of_one_token_captures_nothing(tiny, monkeypatch):
+    model = Llama.from_pretrained(tiny)
+    captures = replay_eagerly(monkeypatch)
+    assert torch.equal(model.generate(tokens(), 2)[:, :-1], model.generate(tokens(), 1))
+    assert len(captures) == 1 and len(graph.graphs_of[model]) == 1
+
+
 def test_the_caches_of_kept_graphs_are_bounded(tiny, monkeypatch):
     """Batches of ever other numbers of rows make ever new graphs, each with a cache."""
     model = Llama.from_pretrained(tiny)
@@ -147,6 +154,9 @@ def test_which_steps_are_replayed(tiny, monkeypatch):
         with trace(elsewhere):
             assert not graph.can_replay(elsewhere)
         with plain_kernels():
+            assert not graph.can_replay(elsewhere)
+        with monkeypatch.context() as m:
+            m.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
             assert not graph.can_replay(elsewhere)
         gate = graph.active_skips(elsewhere)[0]
         gate.override = close_all                              # reads no number of the host

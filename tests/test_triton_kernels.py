@@ -1,4 +1,10 @@
 """The kernels for CUDA, by Triton's interpreter where there is no GPU, against PyTorch in float64."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +17,10 @@ from model import Llama, rotate, swiglu
 from router import capacity
 from skipping import rotate_some
 from support import cuda
-from support.attention import additive_mask, attention, store
+from support.attention import additive_mask, attention, kernels_fit, store
 
 triton_kernels = pytest.importorskip("support.triton_kernels", reason="Triton is not installed")
+ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16     # the interpreter multiplies no bfloat16
 
@@ -175,3 +182,58 @@ def test_heads_that_the_kernels_do_not_take(H, D, everywhere):
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
     with torch.no_grad():
         check(attention(q, k, v), expected)
+
+
+COMPILED = """
+import sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from support import triton_kernels
+
+number, D, card, keys = sys.argv[1], *map(int, sys.argv[2:])
+TYPES = dict.fromkeys(("q", "k", "v", "y", "mask"), "*" + number) | {
+    "is_open": "*i1", "parts": "*fp32", "weights": "*fp32", "scale": "fp32", "at": "*i64", "firsts": "*i32"}
+for kernel, constants in (
+        (triton_kernels.split_kernel, dict(K=2, G=4, D=D, HAS_MASK=True, GATED=True, KEYS=64)),
+        (triton_kernels.some_kernel, dict(G=4, D=D, ONE_ROW=False, QUERIES=64, KEYS=keys))):
+    names = kernel.arg_names
+    types = {name: TYPES.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source, target = ASTSource(kernel, types, constexprs=values), GPUTarget("cuda", card, 32)
+    print(compile(source, target=target, options={"num_stages": 3}).metadata.shared)
+"""
+
+
+@pytest.mark.parametrize("dtype, D, keys, card, memory", [("fp32", 64, 32, 75, 65536),
+                                                          ("bf16", 128, 64, 86, 101376)])
+def test_attentions_blocks_fit_the_shared_memory_of_small_cards(dtype, D, keys, card, memory):
+    """At the widest heads that kernels_fit lets through, on a T4 and a 3090; compiled, not run."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    said = subprocess.run([sys.executable, "-c", COMPILED, dtype, str(D), str(card), str(keys)], cwd=ROOT,
+                          env=environment, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert all(0 < int(line) <= memory for line in said.stdout.split())
+
+
+@pytest.mark.parametrize("D, dtype, fits", [
+    (64, torch.float32, True), (128, torch.float32, False), (128, HALF, True), (256, HALF, False),
+    (8, HALF, False), (96, HALF, False)])
+def test_heads_that_the_kernels_take(D, dtype, fits):
+    q, k = random(1, 4, 1, D, dtype=dtype), random(1, 2, 9, D, dtype=dtype)
+    assert kernels_fit(q, k) is fits
+    assert not kernels_fit(q.repeat(1, 16, 1, 1), k)
+
+
+def test_triton_that_does_not_work_is_done_without(monkeypatch, capsys):
+    """As without a C compiler, in a container that has PyTorch alone."""
+    def fail():
+        raise RuntimeError("Failed to find C compiler. Please specify via CC\nor so")
+
+    assert cuda.triton_module.__wrapped__() is triton_kernels
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=fail))
+    monkeypatch.setattr(triton_kernels.triton.runtime, "driver", driver)
+    assert cuda.triton_module.__wrapped__() is None
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Failed to find C compiler" in said
