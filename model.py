@@ -61,8 +61,8 @@ class Config:
         hf = FAMILIES[family] | hf               # what a family means by keys that its file leaves out
         read = partial(read_value, hf, where)
         size = partial(read, kind=int, low=1, high=2**24)
-        for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"),
-                           ("use_sliding_window", False), ("partial_rotary_factor", 1.0)):
+        for key, plain in (("attention_bias", False), ("mlp_bias", False), ("use_sliding_window", False),
+                           ("hidden_act", "silu"), ("partial_rotary_factor", 1.0), ("is_causal", True)):
             if read(key, type(plain), plain) != plain:
                 raise InputError(f"{where}: {key} {hf[key]!r} is not supported")
         n_head, n_embd = size("num_attention_heads", high=2**12), size("hidden_size", high=2**20)

@@ -122,6 +122,9 @@ def messages_of(record, form, where):
             name = field(m, role, where)
             if m.get("tool_calls") or name in ("tool", "function", "function_call"):
                 raise InputError(f"{where}: has tool calls, which are not supported; take such chats out")
+            if m.get("reasoning_content") or m.get("thinking"):
+                raise InputError(f"{where}: has a thought beside its text, which templates write in ways of"
+                                 " their own; put it into the text, or take it out")
             name = ROLES.get(name, name)
             if name not in ("system", "user", "assistant"):
                 raise InputError(f"{where}: has a message of {name!r:.40}; roles are system, user,"

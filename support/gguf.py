@@ -25,6 +25,7 @@ GGUF_TENSORS = {
     "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
+ENDS = "<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"   # named as such or not
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
@@ -158,6 +159,7 @@ class GGUF(Checkpoint):
                for key in ("bos", "eos", "eot", "eom")}
         config = {f"{key}_token": tokens[ids[key]] for key in ("bos", "eos") if ids[key] is not None}
         ends = [ids[key] for key in ("eos", "eot", "eom") if ids[key] is not None]
+        ends += [i for i, token in enumerate(tokens) if kinds[i] == 3 and token in ENDS]
         config["eos_token_ids"] = list(dict.fromkeys(ends))
         if "tokenizer.chat_template" in meta:
             config["chat_template"] = read_value(meta, self.path, "tokenizer.chat_template", str)

@@ -1,5 +1,6 @@
 """Chat templates: Jinja from strangers, run in a sandbox, with an end to its time and memory."""
 import json
+import os
 import re
 import signal
 import threading
@@ -60,7 +61,11 @@ class ChatTemplate:
         plain one. template: the source, a list of sources by name, or None; special: texts of special
         tokens; marks: {"bos_token": text, ...} for the template to read."""
         if isinstance(template, list):                # several, by name
-            template = {named["name"]: named["template"] for named in template}.get("default")
+            template = {named["name"]: named["template"] for named in template}
+            if "default" not in template:
+                raise InputError("none of the model's chat templates is called default:"
+                                 f" {', '.join(template)}")
+            template = template["default"]
         if template:
             return cls(template, special, marks)
         parts = dict(start=marks.get("bos_token", ""), before="<|", after="|>\n",
@@ -115,11 +120,13 @@ class ChatTemplate:
             before, after = self.beginning(messages[:i], True), text
             if i + 1 < len(messages):
                 after = self.beginning(messages[:i + 1], False)
-            if before and after and text.startswith(after) and after.startswith(before):
-                spans.append((len(before), len(after)))
+            question = len(os.path.commonprefix([before, text]))
+            if question < len(before):               # as where it opens a thought that an answer has not
+                question *= 0 < len(self.beginning(messages[:i], False)) <= question
+            if question and after and text.startswith(after):
+                spans.append((question, len(after)))
                 continue
             content = message["content"].strip()
-            question = len(before) if text.startswith(before) else 0
             first = text.find(content, max(question, spans[-1][1] if spans else 0))
             if first >= 0 and content:
                 end = first + len(content)

@@ -104,6 +104,7 @@ def test_what_stands_before_a_record(tok, tmp_path):
 @pytest.mark.parametrize("record, named", [
     ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "line 1: has tool calls"),
     ({"messages": [{"role": "tool", "content": "a"}]}, "tool calls"),
+    ({"messages": [{"role": "assistant", "content": "a", "thinking": "b"}]}, "line 1: has a thought"),
     ({"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}, "line 1: a part of 'content'"),
     ({"conversations": [{"from": "gpt"}]}, "'value'"), ({"prompt": "a"}, "'instruction'"),
     ({"instruction": "a", "output": None}, "'output'"),

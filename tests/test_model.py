@@ -201,7 +201,7 @@ def test_forward_refuses_more_than_the_context(tiny):
     ("attention_bias", True, "attention_bias"),
     ("partial_rotary_factor", 0.75, "partial_rotary_factor"),
     ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.75}, "partial"),
-    ("hidden_act", "gelu", "gelu"),
+    ("hidden_act", "gelu", "gelu"), ("is_causal", False, "is_causal"),
     ("no_rope_layers", [1, 0], "no_rope_layers has 2 entries for 4 layers"),
     ("hidden_size", None, "hidden_size"),
     ("intermediate_size", 64, r"gate_proj.*\(96, 48\).*\(64, 48\)"),

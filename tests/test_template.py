@@ -127,6 +127,29 @@ def test_an_answer_is_looked_for_after_its_question(tmp_path):
     assert tok.decode(ids[:answer.index(True)]).endswith("assistant\n")
 
 
+def test_an_answer_is_opened_with_a_thought(tmp_path):
+    """As by DeepSeek-R1-Distill and QwQ, whose past answers have none; the questions have the answers'
+    words."""
+    opens = "{{ '<|im_start|>assistant\n"
+    tok = Tokenizer.from_pretrained(folder_of(tmp_path, byte_level(),
+                                              CHATML.replace(opens, opens + "<think>\n")))
+    chat = [("user", "Say no"), ("assistant", "no"), ("user", "dog or fox?"), ("assistant", "fox")]
+    for n in 2, 4:
+        ids, answer = tok.encode_chat(messages_of(chat[:n]))
+        assert spoken(tok, ids, answer) == ["no<|im_end|>\n", "fox<|im_end|>\n"][:n // 2]
+    assert tok.decode(ids[:answer.index(True)]).endswith("Say no<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_templates_by_name(tmp_path):
+    folder = folder_of(tmp_path, byte_level())
+    named = [{"name": "default", "template": ZEPHYR}, {"name": "tools", "template": CHATML}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named, "eos_token": "</s>"}))
+    assert "<|user|>" in Tokenizer.from_pretrained(folder).template.render(messages_of(CHATS[0]))[0]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named[1:]}))
+    with pytest.raises(InputError, match="called default: tools"):
+        Tokenizer.from_pretrained(folder)
+
+
 def test_an_answer_ends_with_its_mark(tmp_path):
     for source, end in (CHATML, "<|im_end|>\n"), (GENERATION, "<|im_end|>"), (None, "<|im_end|>"):
         tok = Tokenizer.from_pretrained(folder_of(tmp_path, byte_level(), source))

@@ -10,6 +10,7 @@ import tokenizers
 from conftest import CORPUS, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_template import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -227,6 +228,7 @@ def test_tokenizer_of_a_gguf(pre, tmp_path):
     w.close()
     ours = Tokenizer.from_pretrained(tmp_path / "m.gguf")
     assert (ours.bos_id, ours.eos_id) == (1 if pre == "llama-bpe" else None, 2)
+    assert ours.eos_ids == [2, 0]                          # <|endoftext|>, which the metadata do not name
     write_folder(tmp_path / "folder", open_checkpoint(tmp_path / "m.gguf"), {})
     assert Tokenizer.from_pretrained(tmp_path / "folder").bos_id == ours.bos_id
     for text in strings(800, seed=2):
@@ -285,6 +287,25 @@ def test_half_an_emoji_and_runs_of_anything(tiny, tmp_path):
         assert tok.encode("\udc80", special=False) == tok.encode("?")
         for run in " ", "a", "\n", "é", "x ":
             assert tok.decode(tok.encode(run * 50_000 + "x")) == run * 50_000 + "x"
+
+
+def test_special_tokens_that_are_normalized(tmp_path):
+    """As in early files of Llama 1 and 2: found wherever they stand, as transformers finds them, though the
+    normalizer puts a space before a text, and taken for text where they are text."""
+    theirs = sentencepiece()
+    theirs["normalizer"] = {"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}
+    theirs["pre_tokenizer"] = None
+    ids = []
+    for normalized in False, True:
+        for token in theirs["added_tokens"]:
+            token["normalized"] = normalized
+        tok = Tokenizer.from_pretrained(folder_with(tmp_path, theirs))
+        chat = [{"role": "user", "content": "say </s> x"}, {"role": "assistant", "content": "so</s>"}]
+        texts = "a</s>", "<s>The quick</s><s> fox", "x </s>"
+        ids.append([*map(tok.encode, texts), tok.encode("a</s>", special=False), tok.encode_chat(chat)])
+    assert ids[0] == ids[1] and ids[1][0][-1] == tok.special["</s>"]
 
 
 @pytest.mark.parametrize("files, ids", [
