@@ -120,9 +120,10 @@ class ChatTemplate:
             before, after = self.beginning(messages[:i], True), text
             if i + 1 < len(messages):
                 after = self.beginning(messages[:i + 1], False)
-            question = len(os.path.commonprefix([before, text]))
-            if question < len(before):               # as where it opens a thought that an answer has not
-                question *= 0 < len(self.beginning(messages[:i], False)) <= question
+            question = len(before)                   # where the answer begins, or 0
+            if not text.startswith(before):          # as where it opens a thought, which an answer has not
+                shared, unopened = os.path.commonprefix([before, text]), self.beginning(messages[:i], False)
+                question = len(shared) if 0 < len(unopened) <= len(shared) else 0
             if question and after and text.startswith(after):
                 spans.append((question, len(after)))
                 continue
