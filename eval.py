@@ -322,7 +322,7 @@ def main():
               f"{'diff.':>9}{'95 %':>7}{'changed':>9}{'KL':>10}{'capacity':>9}{'routed':>8}"
               f"{'seconds':>9}")
     for name, (questions, shots) in tasks.items():
-        is_written = bool(TASKS[name].stop)          # by other gates a text of another length
+        is_written = bool(TASKS[name].stop)          # other gates write more or fewer tokens: none to deal to
         chosen = unshuffled if is_written else setters
         tokens += run_task(name, questions, shots, chosen, results, model, tok, args)
         save(results, args)

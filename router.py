@@ -153,7 +153,9 @@ class MindSkip(nn.Module):
         return skipping.run_sequences(self, x, ctx, h, is_open)
 
     def _apply(self, fn, recurse=True):
-        """What .to() and its like call: the router goes to another device too, but stays in float32."""
+        """What .to() and its like call: the router goes to another device too, but keeps its dtype."""
+        if not recurse:
+            return super()._apply(fn, recurse)
         self.sublayer._apply(fn)
         self.router._apply(lambda tensor: tensor.to(fn(tensor).device))
         return self

@@ -41,7 +41,7 @@ class TokenizersFile:
     """A tokenizer.json, run by `tokenizers`. marks: texts in its vocabulary that are special tokens too."""
 
     def __init__(self, spec, marks=()):
-        if "Prepend" in json.dumps(spec.get("normalizer")):      # before which special tokens are to be found
+        if "Prepend" in json.dumps(spec.get("normalizer")):      # the space before a text would hide them
             spec = spec | {"added_tokens": [token | {"normalized": False} if token["special"] else token
                                             for token in spec["added_tokens"]]}
         self.inner = tokenizers.Tokenizer.from_str(json.dumps(spec))

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import Block, swiglu  # noqa: E402
 from recipe import PAPER, RECIPES, Recipe  # noqa: E402
 from router import GATES, LinearRouter, mindskips  # noqa: E402
+from support.kernels import recomputed  # noqa: E402
 from support.script import run_script  # noqa: E402
 from weights import InputError  # noqa: E402
 
@@ -49,6 +50,9 @@ class Bottleneck(LinearRouter):
         self.up = nn.Linear(narrow, n_embd, bias=False)
 
     def forward(self, read):                                             # (..., C) -> (..., 1)
+        return recomputed(self.logit, read)
+
+    def logit(self, read):
         narrow = torch.tanh(self.down(read.to(self.weight.dtype)))       # (..., C / 16)
         return F.linear(self.up(self.norm(narrow)), self.weight, self.bias)
 

@@ -68,7 +68,7 @@ def attention(q, k, v, mask=None, causal=False):
 
 def kernels_fit(q, k):
     """Whether attention's Triton kernels take heads of this width, a power of 2, whose blocks fit the shared
-    memory of every card, and as many per key head."""
+    memory of cards from a T4 on, and as many per key head."""
     D = q.shape[3]
     is_width = D >= 16 and D & (D - 1) == 0 and D * q.itemsize <= 256
     return is_width and q.shape[1] <= 16 * k.shape[1]

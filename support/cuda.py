@@ -22,13 +22,15 @@ def triton_module():
         import triton
 
         from support import triton_kernels
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            triton.runtime.driver.active.get_current_target()
     except ModuleNotFoundError as e:
         if e.name != "triton":
             raise
         return None
-    except Exception as e:                                # whatever a compiler may run into
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return triton_kernels
+    try:
+        triton.runtime.driver.active.get_current_target()        # compiles a first piece of C
+    except Exception as e:                                       # whatever a compiler may run into
         print(f"Triton does not work here ({reason(e)}); PyTorch's own kernels are slower", file=sys.stderr)
         return None
     return triton_kernels

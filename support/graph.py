@@ -68,11 +68,12 @@ def stepper(model, cache, rows):
     def step(token, positions):
         nonlocal replay
         if replay is None:                                      # only now: a generation may have no step
-            replay = graphs.pop(key, None)                      # while it is used, no other generation's
+            kept = graphs.pop(key, None)                        # while it is used, no other generation's
             while len(graphs) >= KEPT_GRAPHS or kept_bytes(graphs) > KEPT_BYTES:
                 del graphs[next(iter(graphs))]
-            replay = replay or Replay(model, type(cache), rows, columns)
-            replay.begin(cache)
+            kept = kept or Replay(model, type(cache), rows, columns)
+            kept.begin(cache)
+            replay = kept
         return replay(token, positions)
     try:
         yield step

@@ -48,6 +48,9 @@ class Generation(Extension):
         return FIRST + caller() + END
 
 
+NO_DEFAULT = "{{ raise_exception('none of its several templates is named default') }}"
+
+
 class ChatTemplate:
     """render(messages) -> (text, [(first, last + 1) character of each answer]).
 
@@ -61,11 +64,8 @@ class ChatTemplate:
         plain one. template: the source, a list of sources by name, or None; special: texts of special
         tokens; marks: {"bos_token": text, ...} for the template to read."""
         if isinstance(template, list):                # several, by name
-            template = {named["name"]: named["template"] for named in template}
-            if "default" not in template:
-                raise InputError("none of the model's chat templates is called default:"
-                                 f" {', '.join(template)}")
-            template = template["default"]
+            by_name = {named["name"]: named["template"] for named in template}
+            template = by_name.get("default", NO_DEFAULT)
         if template:
             return cls(template, special, marks)
         parts = dict(start=marks.get("bos_token", ""), before="<|", after="|>\n",
@@ -120,11 +120,10 @@ class ChatTemplate:
             before, after = self.beginning(messages[:i], True), text
             if i + 1 < len(messages):
                 after = self.beginning(messages[:i + 1], False)
-            question = len(before)                   # where the answer begins, or 0
-            if not text.startswith(before):          # as where it opens a thought, which an answer has not
-                shared, unopened = os.path.commonprefix([before, text]), self.beginning(messages[:i], False)
-                question = len(shared) if 0 < len(unopened) <= len(shared) else 0
-            if question and after and text.startswith(after):
+            question = len(before)
+            if not text.startswith(before):
+                question = self.end_of_question(messages[:i], before, text)
+            if 0 < question <= len(after) and text.startswith(after):
                 spans.append((question, len(after)))
                 continue
             content = message["content"].strip()
@@ -134,6 +133,12 @@ class ChatTemplate:
                 mark = self.end_mark.match(text, end)
                 spans.append((first, mark.end() if mark else end))
         return spans
+
+    def end_of_question(self, messages, before, text):
+        """Where `text` goes on after some messages, if they are all that it shares with `before`, the same
+        with an answer opened: as where that opens a thought, with which past answers do not begin. Else 0."""
+        shared, unopened = os.path.commonprefix([before, text]), self.beginning(messages, False)
+        return len(shared) if 0 < len(unopened) < len(shared) else 0
 
     def beginning(self, messages, opens):
         """text_of a chat's first messages; "" where the template refuses them."""

@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+KEY_BLOCK, QUERY_BLOCK = 64, 64   # in a block of attention; of prompts in float32 half as many keys
+STAGES = 3                        # blocks of keys under way at once: all of them in shared memory
 LOG2_E = tl.constexpr(1.4426950408889634)         # exp(x) = 2^(x log2(e)), and 2^x is an instruction
 
 
@@ -173,9 +175,9 @@ def attention_of_token(q, k, v, mask=None, is_open=None):
     mask (B or 1, 1, 1, S), added to the scores. is_open (B,) bool: a row where it is False reads nothing, and
     its result is 0. Keys are split into parts, whose results are joined by their sums of weights.
     """
-    (B, H, _, D), K, S, block = q.shape, k.shape[1], k.shape[2], 64
+    (B, H, _, D), K, S = q.shape, k.shape[1], k.shape[2]
     wanted = max(1, 264 // (B * K))                     # two programs per multiprocessor of a Hopper card
-    split_size = triton.cdiv(triton.cdiv(S, wanted), block) * block
+    split_size = triton.cdiv(triton.cdiv(S, wanted), KEY_BLOCK) * KEY_BLOCK
     n_splits = triton.cdiv(S, split_size)
     parts = q.new_empty(B * H, n_splits, D, dtype=torch.float32)
     weights = q.new_empty(B * H, n_splits, dtype=torch.float32)
@@ -184,7 +186,8 @@ def attention_of_token(q, k, v, mask=None, is_open=None):
     split_kernel[(B * K, n_splits)](
         q, k, v, q if mask is None else mask, q if is_open is None else is_open, parts, weights, S,
         split_size, n_splits, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], mask_stride, D ** -0.5,
-        K=K, G=H // K, D=D, HAS_MASK=mask is not None, GATED=is_open is not None, KEYS=block)
+        K=K, G=H // K, D=D, HAS_MASK=mask is not None, GATED=is_open is not None, KEYS=KEY_BLOCK,
+        num_stages=STAGES)
     join_kernel[(B * H,)](parts, weights, y, n_splits, D=D, SPLITS=triton.next_power_of_2(n_splits))
     return y
 
@@ -231,11 +234,11 @@ def attention_of_some(q, k, v, at, firsts, T, longest):
     """attention.attention_of_some without a mask. firsts (B + 1,) int32: where each row's queries begin, and
     N; None for one row; longest: the most that a row has."""
     (_, H, N, D), (B, K, S) = q.shape, k.shape[:3]
-    y, block = q.new_empty(N, H, D), 64
-    some_kernel[(triton.cdiv(longest, block), H, B)](
+    y, keys = q.new_empty(N, H, D), KEY_BLOCK if q.itemsize == 2 else KEY_BLOCK // 2
+    some_kernel[(triton.cdiv(longest, QUERY_BLOCK), H, B)](
         q, k, v, at, at if firsts is None else firsts, y, q.stride(2), q.stride(1), *k.stride()[:3],
-        *v.stride()[:3], D ** -0.5, H, T, S - T, N, G=H // K, D=D, ONE_ROW=firsts is None, QUERIES=block,
-        KEYS=64 if q.itemsize == 2 else 32, num_stages=3)
+        *v.stride()[:3], D ** -0.5, H, T, S - T, N, G=H // K, D=D, ONE_ROW=firsts is None,
+        QUERIES=QUERY_BLOCK, KEYS=keys, num_stages=STAGES)
     return y.transpose(0, 1)[None]
 
 
