@@ -108,16 +108,16 @@ PAPER = Recipe(
 DEFAULT = Recipe(
     name="default", gate="linear", pool="prompt", kv="all", loss="kl", train="routers", method="ramp",
     regularizer=overall_penalty, penalty=2.0, moves_penalty=True, falls_until=0.5,
-    learns_own_text=True, calibrates=True, lr=0.002, betas=(0.9, 0.95), warmup=0.05,
-    final_lr=0.02, clip=None, steps=160)
+    learns_own_text=True, calibrates=True, lr=0.004, betas=(0.9, 0.95), warmup=0.05,
+    final_lr=0.02, clip=None, steps=160, tokens_cpu=256)
 
 # DEFAULT is for gates at token level. In its place:
 # at sequence level, for the KL and a frozen model: harm is measured, see harm.py
 BY_HARM = replace(DEFAULT, method="harm", steps=48, tokens_cpu=768, tokens_cuda=2048)
 # at sequence level otherwise: fast biases first find the layers to close for every text
-SEQUENCE = replace(DEFAULT, lr=0.0003, bias_lr=0.02)
+SEQUENCE = replace(DEFAULT, lr=0.0003, bias_lr=0.02, tokens_cpu=512)
 # with --train bias, by gradient
-ONLY_BIASES = replace(DEFAULT, lr=0.02)
+ONLY_BIASES = replace(DEFAULT, lr=0.02, tokens_cpu=512)
 
 RECIPES = {"paper": PAPER, "default": DEFAULT}
 

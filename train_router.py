@@ -333,7 +333,7 @@ def main():
     calibration = []
     if recipe.calibrates:
         calibration = calibrate(model, train_set, own_ids, args.capacity, 2 * args.tokens)
-    batches = (Batch.of(group, device) for group in pack(test_set, args.tokens))
+    batches = (Batch.of(group, device) for group in pack(test_set, 2 * args.tokens))
     result = evaluate(model, batches, teacher)
     run.check_finite(run.n_steps, result["loss"] + result["kl"])
     if not parallel.is_first():

@@ -210,7 +210,9 @@ def test_which_form_of_the_default_is_chosen():
     for values in dict(loss="ce"), dict(train="all"), dict(method="ramp"):
         recipe = choose("default", "mlp_sequence", **values)
         assert recipe.method == "ramp" and recipe.bias_lr == 0.02 and recipe.lr == 0.0003
-    assert choose("default", "attn_token", train="bias").lr == 0.02
+        assert recipe.tokens_cpu == 512                                   # gates of sequences are few
+    only_biases = choose("default", "attn_token", train="bias")
+    assert (only_biases.lr, only_biases.tokens_cpu) == (0.02, 512)
     assert choose("default", "attn_token", steps=7, lr=None).steps == 7
     assert choose("paper", "attn_sequence", penalty=0.1) == dataclasses.replace(PAPER, penalty=0.1)
 
