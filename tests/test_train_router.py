@@ -365,7 +365,7 @@ def test_a_checkpoint_of_something_else(arguments, call, tmp_path, tiny):
 
 
 def test_a_tuned_file_serves_other_capacities(arguments, tiny, tmp_path, call):
-    call(main, *arguments, "--steps", 40)
+    call(main, *arguments, "--steps", 40, "--lr", 0.002)
     samples, _ = read_samples(arguments[3], Tokenizer.from_pretrained(tiny), 512)
     groups = [Batch.of(group, "cpu") for group in pack(samples, 400)]
     model, found = Llama.from_pretrained(tiny), []

@@ -617,10 +617,12 @@ def test_all_that_may_end_a_text(in_config, in_generation, expected, folder, tmp
 
 
 @pytest.mark.parametrize("ids, expected", [
-    (dict(), [2]), (dict(eot_token_id=5), [2, 5]), (dict(eot_token_id=2, eom_token_id=0), [0, 2]),
-    (dict(eos_token_id=None, eot_token_id=7), [7]), (dict(eos_token_id=None), []),
+    (dict(), [0, 2]), (dict(eot_token_id=5), [0, 2, 5]), (dict(eot_token_id=2, eom_token_id=0), [0, 2]),
+    (dict(eos_token_id=None, eot_token_id=7), [0, 2, 7]), (dict(eos_token_id=None), [0, 2]),
+    (dict(token_type=[1, 3, 3] + [1] * 67), [2]),
 ])
 def test_all_that_may_end_a_text_of_a_gguf_file(ids, expected, tmp_path):
+    """Those that the metadata name, and control tokens that end a text by their name: <|endoftext|> is 0."""
     write_gguf(tmp_path / "m.gguf", meta=gguf_tokenizer(**ids))
     assert sorted(open_checkpoint(tmp_path / "m.gguf").tokenizer()["config"]["eos_token_ids"]) == expected
     Llama.from_pretrained(tmp_path / "m.gguf").save_pretrained(tmp_path / "m", tmp_path / "m.gguf")
