@@ -12,13 +12,13 @@ from support import parallel
 from support.batches import Batch, common_beginning, pack
 from support.data import PLAIN_PROMPT, Sample, pieces
 
-TRAINING_SAMPLES = 24                                # read, beside text that the model wrote
-PROMPTS = 8 * TRAINING_SAMPLES                       # instead, where a gate decides once per prompt
-LOGITS = 0.5, 0.25, 0.12, 0, -0.12, -0.25, -0.5      # of the thresholds of the first curve
-STRIDE = 4                                           # at token level, that curve is of every fourth text
-ERROR = 0.003                                        # of the capacity, below which the search ends
-ATTEMPTS = 12                                        # at most: thresholds that the search measures
-NEIGHBOURS = 0.3                                     # difference of capacities below which it interpolates
+TRAINING_SAMPLES = 24                                # samples of the training data that are measured
+PROMPTS = 8 * TRAINING_SAMPLES                       # of them, where gates read the prompt alone
+LOGITS = 0.5, 0.25, 0.12, 0, -0.12, -0.25, -0.5      # the curve's thresholds, as logits
+STRIDE = 4                                           # at token level the curve is of every fourth text
+ERROR = 0.003                                        # the search ends this near to the capacity asked for,
+ATTEMPTS = 12                                        # or after so many thresholds
+NEIGHBOURS = 0.3                                     # it interpolates between capacities this near
 
 
 @torch.no_grad()
@@ -57,9 +57,9 @@ def calibration_batches(gates_read_prompts, samples, own_ids, tokens, stride=1):
 
 
 def shifted(curve, exact, least):
-    """A curve {threshold's logit: capacity}, moved to the value `exact` at 0. If there the share s0 of open
-    gates changes by e, a share s changes by e sqrt(s (1 - s)) / sqrt(s0 (1 - s0)): 0 and 1 stay, and all if
-    s0 is one of these."""
+    """A curve {threshold's logit: capacity}, moved so that it is `exact` at logit 0: each share s of open
+    gates changes in proportion to sqrt(s (1 - s)). Shares of 0 and 1 stay; if the share at logit 0 is one of
+    these, all stay."""
     shares = {logit: (c - least) / (1 - least) for logit, c in curve.items()}
     spreads = {logit: math.sqrt(max(0.0, s * (1 - s))) for logit, s in shares.items()}
     excess = (exact - curve[0]) / (1 - least)
@@ -94,45 +94,45 @@ def calibrate(model, samples, own_ids, capacity, tokens):
 
     def measure(logit, sources):
         set_threshold(logit)
-        share = sum(measured_capacity(model, batches, start) for batches, start in sources) / len(sources)
+        capacities = [measured_capacity(model, batches, start) for batches, start in sources]
         bar.update(size(sources))
-        return share
+        return sum(capacities) / len(sources)
 
     def size(sources):
         return sum(len(batches) for batches, start in sources)
 
     def nearest():
-        return min(exact, key=lambda logit: abs(exact[logit] - capacity))
+        return min(measured, key=lambda logit: abs(measured[logit] - capacity))
 
     least = overall_capacity([0.0] * len(skips), model.config.n_layer)
     n_full = 1 if subset is full else 2                                  # passes, if one attempt is enough
     n_batches = len(LOGITS) * size(subset) + n_full * size(full)
     with tqdm(total=n_batches, desc="calibration", unit="batch", leave=False) as bar:
         estimates = {logit: measure(logit, subset) for logit in LOGITS}  # {threshold's logit: capacity}
-        exact = dict(estimates)
+        measured = dict(estimates)                                       # the same, of all texts only
         if subset is not full:
-            exact = {0: measure(0, full)}
-            estimates = shifted(estimates, exact[0], least)
+            measured = {0: measure(0, full)}
+            estimates = shifted(estimates, measured[0], least)
         curve = dict(estimates)
         for attempt in range(ATTEMPTS):
-            if abs(exact[nearest()] - capacity) < ERROR:
+            if abs(measured[nearest()] - capacity) < ERROR:
                 break
-            is_near = attempt < 4 and exact.keys().isdisjoint((-4.0, 4.0))
-            end = 4.0 if is_near else 16.0
-            known = estimates | exact | {-end: 1.0, end: least}          # there all are open, or closed
+            is_far = attempt >= 4 or 4.0 in measured or -4.0 in measured
+            end = 16.0 if is_far else 4.0            # logit of a threshold that is taken to close all gates
+            known = estimates | measured | {-end: 1.0, end: least}
             low = max(logit for logit, c in known.items() if c >= capacity)
             high = min(logit for logit, c in known.items() if c <= capacity)
             logit = (low + high) / 2
             if known[low] - known[high] < NEIGHBOURS:
                 logit = float(np.interp(capacity, [known[high], known[low]], [high, low]))
-            if logit in exact:
+            if logit in measured:
                 break
             bar.total += size(full) if attempt else 0
-            exact[logit] = measure(logit, full)
+            measured[logit] = measure(logit, full)
             for bound in low, high:
                 estimates.pop(bound, None)
     set_threshold(nearest())
-    if abs(exact[nearest()] - capacity) > 0.02:
-        print(f"calibration: capacity is {exact[nearest()]:.3f}, not {capacity}: no threshold was found that"
-              " comes nearer", file=sys.stderr)
-    return [(1 / (1 + math.exp(-logit)), c) for logit, c in (curve | exact).items()]
+    if abs(measured[nearest()] - capacity) > 0.02:
+        print(f"calibration: capacity is {measured[nearest()]:.3f}, not {capacity}: no threshold was found"
+              " that comes nearer", file=sys.stderr)
+    return [(1 / (1 + math.exp(-logit)), c) for logit, c in (curve | measured).items()]

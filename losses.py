@@ -10,7 +10,7 @@ model's log-probabilities log_q (n, V), the next tokens (n,) and the dense model
 V), or None where the loss does not ask for them.
 
 A Batch (support/batches.py) has token ids idx (B, T), lengths and prompt_lengths (B,), a mask `scored` (B, T)
-of the tokens whose next one is learned from, part of an answer, and `targets` (N,), those next ones.
+of the N tokens whose next token is part of an answer, and `targets` (N,), those next tokens.
 """
 import torch
 import torch.nn.functional as F
@@ -60,8 +60,8 @@ def first_active(model):
 
 
 def hidden_states(model, batch, teacher=None):
-    """The residual stream where a next token is scored, (N, C): of the routed model, and of the dense
-    `teacher` (None without one). A model can be its own teacher: what lies below its first router then serves
+    """The last residual stream at the scored tokens, (N, C), of the routed model and of the dense `teacher`
+    (None without one). A model can be its own teacher: the layers below its first router then run once for
     both."""
     all_train = model.embed.weight.requires_grad                     # all weights, not only the routers'
     first = 0                                                        # layers below run once, for both passes

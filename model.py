@@ -54,16 +54,16 @@ class Config:
 
     @classmethod
     def from_hf(cls, hf, where="config.json"):
-        """Config from the keys of a Hugging Face config.json. Refuses, by name, what would be loaded half."""
+        """Config from the keys of a Hugging Face config.json. Refuses, by name, what is not implemented."""
         family = read_value(hf, where, "model_type", str)
         if family not in FAMILIES:
             raise InputError(f"{where}: model_type {family!r} is not supported; {', '.join(FAMILIES)} are")
         hf = FAMILIES[family] | hf               # what a family means by keys that its file leaves out
         read = partial(read_value, hf, where)
         size = partial(read, kind=int, low=1, high=2**24)
-        for key, plain in (("attention_bias", False), ("mlp_bias", False), ("use_sliding_window", False),
+        for key, known in (("attention_bias", False), ("mlp_bias", False), ("use_sliding_window", False),
                            ("hidden_act", "silu"), ("partial_rotary_factor", 1.0), ("is_causal", True)):
-            if read(key, type(plain), plain) != plain:
+            if read(key, type(known), known) != known:
                 raise InputError(f"{where}: {key} {hf[key]!r} is not supported")
         n_head, n_embd = size("num_attention_heads", high=2**12), size("hidden_size", high=2**20)
         n_kv_head = size("num_key_value_heads", default=n_head, high=n_head)
@@ -142,13 +142,13 @@ class Cache:
         return k, v
 
     def store_step(self, layer, k, v, ctx):
-        """Store each row's T latest tokens, (B, K, T, D): one, or those that skipping.py let wait."""
+        """Store each row's T latest tokens, (B, K, T, D): those pending in skipping.py, then this step's."""
         keys, values, T = self.k[layer], self.v[layer], k.shape[2]
         if ctx.positions is None:                    # every row is at the same position
             keys[:, :, ctx.end - T:ctx.end] = k
             values[:, :, ctx.end - T:ctx.end] = v
         else:
-            store(keys, values, k, v, ctx.positions)
+            store(keys, values, k, v, ctx.positions)     # support/attention.py's
         return keys[:, :, :ctx.end], values[:, :, :ctx.end]
 
     def bytes(self):
@@ -170,7 +170,7 @@ class Context:
     decoding: bool = False                       # a step that continues the cache, one token per row
     end: int = 0                                 # decoding: keys to attend to, this step's included
     positions: torch.Tensor | None = None        # decoding: (B,) where each row writes; None: all at end - 1
-    captured: bool = False                       # decoding: in a CUDA graph, which cannot ask the host
+    captured: bool = False                       # decoding: in a CUDA graph: the host can read no tensor
 
 
 class RMSNorm(nn.RMSNorm):
@@ -194,7 +194,7 @@ class Attention(nn.Module):
         self.o = Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x, ctx, h=None):
-        """(B, T, C) to (B, T, C); h: norm(x), if computed; may begin with tokens that waited (skipping)."""
+        """(B, T, C) to (B, T, C). h: norm(x), if computed, after that of tokens pending in skipping.py."""
         h = self.norm(x) if h is None else h
         y = split_heads(self.qkv(h), self.head_dim)                           # (B, H + 2K, T, D)
         qk, v = y[:, :-self.n_kv_head], y[:, -self.n_kv_head:]
@@ -203,7 +203,7 @@ class Attention(nn.Module):
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
         if self.rotates:
             qk = rotate(qk, ctx.cos, ctx.sin)                                 # both at once: fewer kernels
-        q, k = qk[:, :self.n_head, -x.shape[1]:], qk[:, self.n_head:]         # (B, H, T, D), (B, K, T, D)
+        q, k = qk[:, :self.n_head, -x.shape[1]:], qk[:, self.n_head:]         # q of x alone, (B, H, T, D)
         if ctx.cache is not None:
             k, v = ctx.cache.store(self.layer, k, v, ctx)                     # (B, K, S, D)
         y = attention(q, k, v, ctx.mask, causal=ctx.mask is None and not ctx.decoding)
@@ -228,7 +228,7 @@ class MLP(nn.Module):
         self.down = Linear(config.intermediate, config.n_embd, bias=False)
 
     def forward(self, x, ctx=None, h=None):
-        """(..., C) to (..., C); h: norm(x), where it is there already."""
+        """(..., C) to (..., C). h: norm(x), if computed."""
         h = self.norm(x) if h is None else h
         gate, up = self.gate_up(h).chunk(2, -1)                               # (..., intermediate) each
         return self.down(recomputed(swiglu, gate, up), plus=x)
@@ -248,7 +248,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, ctx, h=None):
-        """h: the attention's norm(x), where it is there already."""
+        """h: the attention's norm(x), if computed."""
         return self.mlp(self.attn(x, ctx, h), ctx)
 
 
@@ -323,8 +323,8 @@ class Llama(nn.Module):
                        end=end)
 
     def ragged_context(self, cache, positions, end):
-        """As step_context, at any positions (B,): a mask hides what of the `end` keys comes later. The host
-        needs only `end`, so that support/graph.py can run one captured step at other positions."""
+        """As step_context, at positions (B,) on the device, below `end`: a mask hides the keys after each.
+        The host reads `end` alone, so support/graph.py can replay one captured step at any positions."""
         window, B = self.config.sliding_window, len(positions)
         query, key = positions[:, None, None, None], torch.arange(end, device=positions.device)
         visible = key <= query                                                # (B, 1, 1, end)
@@ -416,8 +416,8 @@ class Llama(nn.Module):
             config = replace(config, tie_embeddings=tied)
         with torch.device("meta"):
             model = cls(config)
-        parts = [part for p in model.named_parameters() for part in checkpoint_parts(*p, config)]
-        checkpoint.check_tensors({source: part.shape for source, part in parts})
+        parts = [checkpoint_parts(name, weight, config) for name, weight in model.named_parameters()]
+        checkpoint.check_tensors({source: part.shape for pairs in parts for source, part in pairs})
         for name, parameter in list(model.named_parameters()):   # a tied head is not among them
             weight = torch.empty(parameter.shape, device=device, dtype=dtype)
             for source, part in checkpoint_parts(name, weight, config):

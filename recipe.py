@@ -22,8 +22,8 @@ from support.files import InputError
 from support.own_text import write_text
 
 OWN_TEXTS, OWN_TOKENS = 288, 256      # texts that the model writes, and tokens of each
-CALIBRATION_TEXTS, CALIBRATION_TOKENS = 64, 128       # the first ones, and tokens of each, set the threshold
-NOT_LEARNED = 24                      # the first ones of those; all others are learned from
+CALIBRATION_TEXTS, CALIBRATION_TOKENS = 64, 128       # the first of them, cut to so many tokens, calibrate
+NOT_LEARNED = 24                      # the first of them, which calibrate only; the rest is learned from
 
 
 # ---------------------------------------------------------------------------------------------- regularizers
@@ -34,12 +34,11 @@ def overall_penalty(model, penalty, target):
 
 def excess_penalty(model, penalty, target):
     """The paper's: penalty * the sum over routed layers of relu(c - c*), with c the layer's mean gate in the
-    batch and c* the share of open gates that gives the overall capacity. Of a step in several batches each
-    has its term, and their mean counts."""
+    batch and c* the share of open gates that gives the overall capacity. A step of several batches takes
+    the mean of their terms."""
     shares = open_shares(model)
     routed_target = routed_share(target, len(shares), model.config.n_layer)
     return penalty * sum(torch.relu(share - routed_target) for share in shares)
-excess_penalty.reads_target = True              # so that --capacity is aimed at, where the penalty is not 0
 
 
 # --------------------------------------------------------------------------------------------------- recipes
@@ -192,9 +191,9 @@ def ramp(score, threshold, width):
 
 
 class Penalty:
-    """Lambda, moved by dual ascent with damping. Where capacity exceeds its target by e, the level integrates
-    it, level <- max(0, level + 0.5 e), and the value, with which a step is penalized, answers at once: value
-    = max(0, level + 10 e)."""
+    """Lambda, moved by dual ascent with damping. Where capacity exceeds its target by e, `level` integrates
+    e, level <- max(0, level + 0.5 e), and `value`, the next step's lambda, also answers e at once:
+    value = max(0, level + 10 e)."""
 
     def __init__(self, first):
         self.level = self.value = first
@@ -227,19 +226,19 @@ def own_text(model, recipe, samples, seed, path=None):
 
 
 def make_source(recipe, samples, own_samples, args, device):
-    """(an iterator, without end, over the steps' batches, each a list of (kind of text, Batch); how many
+    """(an endless iterator that gives each step's batches, a list of (kind of text, Batch); the number of
     kinds).
 
     samples: of the training data, kind 0; own_samples: of text that the model wrote, kind 1, or None; args:
     those of train_router.py.
     """
+    by_kind = [samples] if own_samples is None else [samples, own_samples]
     if recipe.step_samples:
-        steps, n_kinds = epochs(samples, recipe.step_samples, args.tokens, args.seed), 1
+        steps = epochs(samples, recipe.step_samples, args.tokens, args.seed)
     else:
-        by_kind = [samples] if own_samples is None else [samples, own_samples]
-        steps, n_kinds = alternating(by_kind, args.tokens, args.accumulate, args.seed), len(by_kind)
+        steps = alternating(by_kind, args.tokens, args.accumulate, args.seed)
 
     def batches():
         for groups in steps:
             yield [(kind, Batch.of(group, device)) for kind, group in groups]
-    return batches(), n_kinds
+    return batches(), len(by_kind)

@@ -74,11 +74,11 @@ class LinearRouter(nn.Linear):
 #   pooled(h, ctx)       what it reads of h = norm(x) (B, T, C): at sequence level (B, ...); at token level
 #       (B, T, ...), of each token only its own h, since a step of generation has one token per row
 #   forward(read)        the logit of the score, (..., 1)
-# (skipping.run_single computes the same of a LinearRouter, but no subclass, without calling these) and may
-# have
+# and may have
 #   attach(sublayer)     called once, for parameters whose shapes depend on the sublayer
 #   merge(skip, x, y, score, is_open)    at token level, in place of x + g * f(h): the residual stream (B, T,
 #       C) after the sublayer, from y = x + f(h); in model.eval() y = x where a token is closed
+# A LinearRouter's score is also computed by skipping.run_single, without these calls; a subclass's is not.
 GATES = {
     "linear": LinearRouter,                             # open at first
     "unbiased": partial(LinearRouter, bias=False),      # the paper's: scores of 0.5 at first, just open
@@ -92,7 +92,7 @@ def straight_through(score, threshold):
 
 def close_all(score, ctx):      # for MindSkip.override, see below
     return torch.zeros_like(score)
-close_all.on_device = True      # it asks the host nothing, and so may be captured in a CUDA graph
+close_all.on_device = True      # the host reads no tensor, so that a CUDA graph may capture it
 
 
 # -------------------------------------------------------------------------------------------------- MindSkip
@@ -146,11 +146,11 @@ class MindSkip(nn.Module):
             self.trace.append(is_open)
         if self.training:
             return self.run_gated(x, ctx, h, score, is_open)
-        if self.scope == "token":
-            run = open_keys.run_open_only if self.kv == "open" else skipping.run_tokens
-            y = run(self, x, ctx, h, is_open)
-            return self.router.merge(self, x, y, score, is_open) if self.merges else y
-        return skipping.run_sequences(self, x, ctx, h, is_open)
+        if self.scope == "sequence":
+            return skipping.run_sequences(self, x, ctx, h, is_open)
+        run_tokens = open_keys.run_open_only if self.kv == "open" else skipping.run_tokens
+        y = run_tokens(self, x, ctx, h, is_open)
+        return self.router.merge(self, x, y, score, is_open) if self.merges else y
 
     def _apply(self, fn, recurse=True):
         """What .to() and its like call: the router goes to another device too, but keeps its dtype."""
@@ -178,12 +178,12 @@ class MindSkip(nn.Module):
         return self.override(score, ctx) if self.override else score
 
     def count(self, n_open, ctx, gates=None):
-        """Note how many of this pass's gates are open, padding excluded: in training their sum and each of
-        them, with their gradient."""
+        """Note how many of this pass's gates are open, padding excluded. In training n_open is the sum of the
+        gates, `gates` are all of them, and both have gradients."""
         n_seen = sum(ctx.host_lengths) if self.scope == "token" else len(ctx.host_lengths)
         if ctx.decoding:
             n_open, n_seen = self.opened + n_open, self.seen + n_seen
-        vars(self).update(opened=n_open, seen=n_seen, gates=gates)       # nn.Module's own way takes 15 us
+        vars(self).update(opened=n_open, seen=n_seen, gates=gates)       # nn.Module.__setattr__: 15 us
 
     def run_gated(self, x, ctx, h, score, is_open):
         """Training: x + g * f(h), everything computed, since dL/dg is the product of f(h) and dL/dy."""
@@ -245,8 +245,8 @@ def trace(model):
 
 
 def decisions_on(decisions, tokens):
-    """All decisions (n,) that `trace` kept of one pass: at token level those on `tokens`, a mask (B, T)."""
-    decided = torch.stack([layer for (layer,) in decisions.values()]).cpu()          # (layers, B) or (..., T)
+    """Decisions (n,) of all layers in one traced pass; at token level of those in a mask `tokens` (B, T)."""
+    decided = torch.stack([is_open for (is_open,) in decisions.values()]).cpu()      # (layers, B) or (..., T)
     return (decided[:, tokens] if decided.dim() == 3 else decided).flatten()
 
 
@@ -263,9 +263,9 @@ def add_routers(model, granularity="attn_token", layers="all", threshold=0.5, po
     """Put a gate before a sublayer of each chosen layer; from then on only the routers' parameters train.
 
     granularity: one of GRANULARITIES; layers: see parse_layers; pool: see LinearRouter; gate: one of GATES;
-    kv: "all", or "open" for attn_token and block_token: which tokens have keys and values. threshold: above
-    0.5 a gate of the kind "linear" still is open at first, another kind may not be. Routers that the model
-    had are replaced. Returns the model. InputError names a value that is not one of these.
+    kv: "all", or "open" for attn_token and block_token: which tokens have keys and values. threshold: 0 to 1;
+    above 0.5 new gates of another kind than "linear" may be closed. Routers that the model had are replaced.
+    Returns the model. InputError names a value that is not one of these.
     """
     for name, value, known in (("granularity", granularity, GRANULARITIES), ("pool", pool, ("prompt", "all")),
                                ("gate", gate, GATES), ("kv", kv, ("all", "open"))):
@@ -311,8 +311,8 @@ def open_shares(model):
 
 
 def capacity(model, routed=False):
-    """Overall capacity: the mean gate of all layers in the last forward pass that was not dense; in training
-    of soft gates; after `generate` since its prompt, also of rows that ended. routed=True: of routed ones."""
+    """Overall capacity, the mean gate (routed=True: of routed layers), in the last forward pass that was not
+    dense; after `generate`, in its prompt and all steps, also of rows that ended. Training has soft gates."""
     shares = open_shares(model)
     n_layer = len(shares) if routed and shares else model.config.n_layer
     return float(torch.as_tensor(overall_capacity(shares, n_layer)).detach())
@@ -347,11 +347,11 @@ def save_routers(model, path, calibration=None, **notes):
 
 
 def threshold_for(capacity, meta, path):
-    """The threshold of a router file, given its metadata, or that which gives another overall capacity,
-    between the two of the calibration that lie around it."""
+    """The threshold in a router file's metadata or, unless capacity is None, the one that gives this overall
+    capacity, interpolated in the file's calibration."""
     if capacity is None:
         return float(meta["threshold"])
-    # capacity falls as the threshold rises, also among pairs of equal capacity
+    # by rising capacity, that is falling threshold, also among equal capacities
     table = sorted(json.loads(meta["calibration"]), key=lambda pair: (pair[1], -pair[0]))
     if not table:
         raise InputError(f"{path}: has no calibration, since its recipe does none, its run did not finish, or"

@@ -2,10 +2,10 @@
 
     run_sequences one gate per sequence: closed rows compute nothing and store nothing
     run_tokens    one gate per token, kv="all": closed tokens have a key and a value, and nothing else
-    run_all       the same of a short prompt on CUDA, where computing all takes less time than waiting
-    run_step      the same, generating: with half of the rows open or more, attention is computed for all
-    run_single    the same of one row on a CPU, with as few operations as there can be
-    run_captured  a step of generation in a CUDA graph, which asks the host nothing
+    run_all       run_tokens of a short prompt on CUDA, where computing all takes less time than a wait
+    run_step      run_tokens of a step of generation: with half of the rows open, all are computed
+    run_single    run_step of one row on a CPU, with as few operations as there can be
+    run_captured  a step of generation in a CUDA graph: no tensor is read on the host
 
 One gate per token with kv="open" is in open_keys.py.
 
@@ -13,8 +13,8 @@ One gate per token with kv="open" is in open_keys.py.
 a running generation has to know of earlier tokens is kept in its cache, in cache.routing[name][skip]:
 
     open rows     indices, on the host, of the rows whose prompt opened the gate
-    waiting       [(x, rms, cos, sin)] of steps that no token opened, whose keys and values are not yet
-                  computed: of run_single x and its root mean square, else h and None
+    pending       [(x, rms, cos, sin)] of steps without an open token, whose keys and values are not yet
+                  computed, see defer: of run_single x and its root mean square, else h and None
     single        of run_single: a Single
     open keys     an OpenKeys (open_keys.py)
     is open, decisions, n open      of a captured step, on the device: see run_captured, next_slot
@@ -32,7 +32,7 @@ from support.attention import additive_mask, attention_of_some
 from support.cuda import fused, is_asynchronous, only_for, to_device, to_host
 from support.kernels import logit_of_token, normalized, root_mean_square
 
-WAITING = 32        # steps, at most, whose keys and values are computed in one product
+PENDING = 32        # steps, at most, whose keys and values are computed in one product
 MOSTLY_OPEN = 0.5   # open share of a step's rows from which all are computed: weights are read once for all
 NEARLY_OPEN = 0.9   # open share of a prompt's tokens from which all are computed: gathering costs a tenth
 GATHERED_FROM = 2**37   # B * T * C * (T + C) of a prompt on CUDA, below which run_all is faster
@@ -67,10 +67,10 @@ def run_rows(skip, x, ctx, rows, h=None):
 def select_rows(ctx, rows):
     """The Context of some rows of the batch, given by their indices (n,), as a sublayer reads it."""
     def select(t):
-        # (B,), (B, 1, T, D) or (B, 1, T, S); a first dimension of 1 is of all rows, (T, D) has none
+        # per row: (B,), (B, 1, T, D), (B, 1, T, S); the same for all rows: (T, D), (1, 1, T, S)
         has_rows = t is not None and t.dim() in (1, 4) and len(t) > 1
         return t[rows] if has_rows else t
-    names = "cos", "sin", "mask", "positions"                # of what is per row, what a sublayer reads
+    names = "cos", "sin", "mask", "positions"                # per row, and read by a sublayer
     return replace(ctx, **{name: select(getattr(ctx, name)) for name in names})
 
 
@@ -79,7 +79,7 @@ def run_tokens(skip, x, ctx, h, is_open):
     """The sublayer on the open tokens only, is_open (B, T); keys and values are computed of all."""
     if ctx.decoding:
         return run_step(skip, x, ctx, h, is_open)
-    if is_asynchronous(x) and x.numel() * sum(x.shape[1:]) < GATHERED_FROM:
+    if is_asynchronous(x) and x.numel() * sum(x.shape[1:]) < GATHERED_FROM:      # B * T * C * (T + C)
         return run_all(skip, x, ctx, h, is_open)
     attn, kv = skip.attn, None
     decisions = to_host(is_open)                                       # begins to copy them
@@ -97,7 +97,7 @@ def run_tokens(skip, x, ctx, h, is_open):
 
 
 def run_all(skip, x, ctx, h, is_open):
-    """The same without a wait for the device: everything is computed, and closed tokens stay as they were."""
+    """run_tokens without a wait for the device: all is computed, and closed tokens stay as they were."""
     counted = is_open
     if min(ctx.host_lengths) < x.shape[1]:
         counted = is_open & real_tokens(x, ctx)
@@ -119,18 +119,18 @@ def open_tokens(decided, lengths):
 
 
 def run_step(skip, x, ctx, h, is_open):
-    """The same in a step of generation, one token per row, is_open (B, 1)."""
+    """run_tokens in a step of generation, one token per row, is_open (B, 1)."""
     attn = skip.attn
     decided = to_host(is_open)().squeeze(1)                              # (B,) on the host
     n_open, n_rows = sum(decided.tolist()), len(ctx.host_lengths)
     skip.count(n_open, ctx)
     if not attn:
         return run_rows(skip, x, ctx, open_indices(decided), h)
-    waiting = ctx.cache.routing["waiting"].setdefault(skip, [])
+    pending = ctx.cache.routing["pending"].setdefault(skip, [])
     if n_open == 0:
-        wait(attn, waiting, h, None, ctx)
+        defer(attn, pending, h, None, ctx)
         return x
-    all_ctx, all_h = with_waiting(attn, waiting, h, None, ctx) if waiting else (ctx, h)
+    all_ctx, all_h = with_pending(attn, pending, h, None, ctx) if pending else (ctx, h)
     if n_open >= MOSTLY_OPEN * n_rows:
         y = skip.sublayer(x, all_ctx, all_h)
         return y if n_open == n_rows else torch.where(is_open[..., None], y, x)
@@ -146,22 +146,22 @@ class Single(NamedTuple):
     norm_weight: torch.Tensor
     eps: float
     logit: Callable
-    waiting: list
+    pending: list
 
     @classmethod
-    def of(cls, skip, waiting):
+    def of(cls, skip, pending):
         norm, router = skip.norm, skip.router
         logit = logit_of_token(norm, router.weight, router.bias)
-        return cls(skip.sublayer, skip.attn, norm.weight, norm.eps, logit, waiting)
+        return cls(skip.sublayer, skip.attn, norm.weight, norm.eps, logit, pending)
 
 
 def run_single(skip, x, ctx):
-    """The same of one row on a CPU, where each operation, however small, takes time: the host decides, by two
-    dot products, of which one is the norm's."""
+    """run_step of one row on a CPU, where each operation, however small, takes time: the host decides, by two
+    dot products, one for the norm and one for the logit."""
     singles = ctx.cache.routing["single"]
     if skip not in singles:
-        singles[skip] = Single.of(skip, ctx.cache.routing["waiting"].setdefault(skip, []))
-    sublayer, attn, norm_weight, eps, logit, waiting = singles[skip]
+        singles[skip] = Single.of(skip, ctx.cache.routing["pending"].setdefault(skip, []))
+    sublayer, attn, norm_weight, eps, logit, pending = singles[skip]
     token = x.flatten().float()                                          # (C,)
     rms = root_mean_square(token, eps)
     score = 0.5 + 0.5 * math.tanh(logit(token, rms) / 2)                 # sigmoid, without overflow
@@ -171,12 +171,12 @@ def run_single(skip, x, ctx):
     if skip.trace is not None:
         skip.trace.append(torch.tensor([[is_open]]))
     skip.count(int(is_open), ctx)
-    if is_open and waiting:
-        return sublayer(x, *with_waiting(attn, waiting, x, rms, ctx))
+    if is_open and pending:
+        return sublayer(x, *with_pending(attn, pending, x, rms, ctx))
     if is_open:
         return sublayer(x, ctx, normalized(x, rms, norm_weight))
     if attn:
-        wait(attn, waiting, x, rms, ctx)
+        defer(attn, pending, x, rms, ctx)
     return x
 
 
@@ -225,22 +225,22 @@ def rotate_some(q, cos, sin, at):
     return rotate(q, cos[index], sin[index])
 
 
-# A step of generation in which no token is open lets its keys and values wait in the cache: they are computed
-# in one product with those of the next step that has open tokens, or when WAITING steps wait.
-def wait(attn, waiting, x, rms, ctx):
-    """Let a step's keys and values wait. x: where rms is None, h = norm(x)."""
-    if len(waiting) < WAITING - 1:
-        waiting.append((x, rms, ctx.cos, ctx.sin))
+# A step of generation in which no token is open defers its keys and values: they are computed in one product
+# with those of the next step that has open tokens, or when PENDING steps have deferred theirs.
+def defer(attn, pending, x, rms, ctx):
+    """Defer a step's keys and values. x: the step's x if rms is given, else its h."""
+    if len(pending) < PENDING - 1:
+        pending.append((x, rms, ctx.cos, ctx.sin))
     else:
-        keys_values(attn, *with_waiting(attn, waiting, x, rms, ctx))
+        keys_values(attn, *with_pending(attn, pending, x, rms, ctx))
 
 
-def with_waiting(attn, waiting, x, rms, ctx):
-    """A step, joined with those that wait: a Context with the angles of all, and h (B, n, C) of all, its own
-    last. Then nothing waits. x: where rms is None, h = norm(x)."""
-    waiting.append((x, rms, ctx.cos, ctx.sin))
-    xs, all_rms, cos, sin = zip(*waiting)
-    waiting.clear()
+def with_pending(attn, pending, x, rms, ctx):
+    """A step, joined with the pending ones: a Context with the angles of all, and h (B, n, C) of all, its own
+    last. Then none is pending. x, rms: see defer."""
+    pending.append((x, rms, ctx.cos, ctx.sin))
+    xs, all_rms, cos, sin = zip(*pending)
+    pending.clear()
     if ctx.cos.dim() == 4:                                # (B, 1, 1, D), but of earlier steps perhaps (1, D)
         cos = [of_step.expand(len(x), 1, 1, -1) for of_step in cos]
         sin = [of_step.expand(len(x), 1, 1, -1) for of_step in sin]

@@ -9,8 +9,8 @@
 A run reads its data, makes the recipe (recipe.py), tunes in the one loop below, or by default at sequence
 level in that of harm.py, by default calibrates the threshold, and prints a table of held-out samples.
 
---train says which weights learn: the routers'; only their biases, which closes the same layers for all text;
-or all of the model's with its routers, as Mixture of Depths does, which are then kept in out/model.
+--train says which weights learn. routers: the routers' alone. bias: the routers' biases alone, which closes
+the same layers for all text. all: the model's too, as in Mixture of Depths; it is then saved in out/model.
 """
 from support.script import run_script  # isort: skip (before torch, see there)
 
@@ -30,7 +30,7 @@ import harm
 import losses
 from calibration import calibrate
 from model import Llama
-from recipe import RECIPES, Penalty, check_flags, choose, make_source, own_text
+from recipe import RECIPES, Penalty, check_flags, choose, excess_penalty, make_source, own_text
 from router import (
     GATES,
     GRANULARITIES,
@@ -75,13 +75,13 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
 
         loss = 0.0
         measured = []                                # of each batch: (kind of text, capacity)
-        for (kind, batch), counts in parallel.share(batches):        # counts: 1, or 0 of a batch run again
+        for (kind, batch), counts in parallel.share(batches):        # counts: False for a filler, see share
             price = counts * penalties[kind].value / len(batches)
             regularizer = partial(recipe.regularizer, model, price, target)
             loss += losses.backward(model, batch, recipe.loss, counts * weight, regularizer, teacher)
             if counts:
                 measured.append((kind, capacity(model)))
-        loss, = parallel.summed(float(loss))
+        loss = parallel.summed(float(loss))[0]
         parallel.sum_gradients(trained(model).values())
 
         run.check_finite(step, loss)
@@ -91,15 +91,15 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
             group["lr"] = recipe.learning_rate(step, run.n_steps, group["peak"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        paid = [penalties[kind].value for kind, _ in batches]
+        lambdas = [penalties[kind].value for kind, _ in batches]     # of this step: before the update
         measured = parallel.gathered(measured)
         for kind, penalty in enumerate(penalties):
-            capacities = [value for its_kind, value in measured if its_kind == kind]
+            capacities = [c for its_kind, c in measured if its_kind == kind]
             if capacities and recipe.moves_penalty:  # a step need not hold every kind
                 penalty.update(fmean(capacities) - target)
 
-        run.log(step, loss=loss, target=target, capacity=fmean(value for _, value in measured),
-                **{"lambda": fmean(paid), "lr": recipe.learning_rate(step, run.n_steps, recipe.lr)})
+        run.log(step, loss=loss, target=target, capacity=fmean(c for _, c in measured),
+                **{"lambda": fmean(lambdas), "lr": recipe.learning_rate(step, run.n_steps, recipe.lr)})
         if run.is_due(step):
             run.save(step, tuning_state(model, optimizer, penalties))
 
@@ -181,8 +181,8 @@ def parse_arguments():
     p.add_argument("--method", choices=("ramp", "straight-through", "harm"),
                    help="gradient of the gates: a ramp's or the score's; or harm: regression, no gradient")
     p.add_argument("--steps", type=count)
-    p.add_argument("--epochs", type=count, help="instead, with --recipe paper: how often each sample is seen")
-    p.add_argument("--max-samples", type=count, help="to tune on (default: all); of several --data a mixture")
+    p.add_argument("--epochs", type=count, help="passes over the data (--recipe paper, instead of --steps)")
+    p.add_argument("--max-samples", type=count, help="samples to tune on, of all --data mixed (default: all)")
     p.add_argument("--clip", type=rate, help="norm that gradients are clipped to; 0: not at all")
     p.add_argument("--lr", type=rate, help="peak rate of the routers (of sequences' gates: their weights)")
     p.add_argument("--model-lr", type=rate, help="peak rate of the model's weights, with --train all")
@@ -230,12 +230,12 @@ def make_recipe(args, n_samples, model):
 
 def check_capacity(args, recipe, n_layer):
     """Refuse an impossible capacity before the tuning, and one that the recipe aims at but cannot have."""
-    pays_excess = recipe.penalty and getattr(recipe.regularizer, "reads_target", False)
-    is_aim = recipe.calibrates or recipe.moves_penalty or pays_excess
+    penalizes_excess = recipe.penalty and recipe.regularizer is excess_penalty
+    has_target = recipe.calibrates or recipe.moves_penalty or penalizes_excess
     n_free = n_layer - len(parse_layers(args.layers, n_layer))
     if not 0 < args.capacity <= 1:
         raise InputError(f"--capacity should be above 0 and at most 1; it is {args.capacity}")
-    if is_aim and args.capacity < n_free / n_layer:
+    if has_target and args.capacity < n_free / n_layer:
         raise InputError(f"--capacity {args.capacity}: {n_free} of {n_layer} layers have no router and always"
                          f" run, so the least possible is {n_free / n_layer:.3f}; raise it, or add --layers")
 
@@ -313,11 +313,11 @@ def main():
     parallel.check_enough(len(train_set), " ".join(args.data), "samples to tune on")
     parallel.check_same(settings)
     run = Run(args, settings, save)
-    kept = own_text_file(args.model, args.seed, settings["weights of hash"])
+    text_path = own_text_file(args.model, args.seed, settings["weights of hash"])
     place_routers(model, recipe, args)
     if args.shard:
         parallel.shard(model)
-    own_ids, own_samples = own_text(model, recipe, train_set, args.seed, kept)
+    own_ids, own_samples = own_text(model, recipe, train_set, args.seed, text_path)
     teacher = None
     if recipe.train == "all":
         teacher = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False)

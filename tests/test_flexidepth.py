@@ -191,7 +191,7 @@ def test_skipping_equals_computing_and_masking(gate, granularity, kv, family, fo
 @pytest.mark.parametrize("kv, family, waiting", [
     ("all", "grouped queries", 32), ("all", "Mistral with a window", 3), ("open", "grouped queries", 32)])
 def test_prefill_and_decode_equal_recomputation(kv, family, waiting, tmp_path, monkeypatch):
-    monkeypatch.setattr(skipping, "WAITING", waiting)
+    monkeypatch.setattr(skipping, "PENDING", waiting)
     write_tiny(tmp_path, family)
     model, idx = routed(tmp_path, kv=kv), tokens()
     out = model.generate(idx, 12, lengths=LENGTHS)

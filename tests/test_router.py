@@ -294,15 +294,15 @@ def test_matrix_products_fall_by_exactly_what_is_skipped(granularity, tiny, monk
 @pytest.mark.parametrize("granularity", ["attn_token", "block_token"])
 def test_keys_and_values_of_closed_steps_wait(granularity, tiny, monkeypatch):
     """A closed step multiplies by no weight of its sublayer; what waited is computed with the next open step
-    or after WAITING steps, and changes no token."""
+    or after PENDING steps, and changes no token."""
     model, idx = routed(tiny, granularity, layers="1-3"), tokens()
     whole, products, decisions = model.generate(idx, 20, lengths=LENGTHS), [], []
     row = model.generate(idx[:1], 20)
     for waiting in 3, 1:                                                    # 1: none waits
-        monkeypatch.setattr(skipping, "WAITING", waiting)
+        monkeypatch.setattr(skipping, "PENDING", waiting)
         assert torch.equal(model.generate(idx, 20, lengths=LENGTHS), whole)
         assert torch.equal(model.generate(idx[:1], 20), row)
-    monkeypatch.setattr(skipping, "WAITING", 5)
+    monkeypatch.setattr(skipping, "PENDING", 5)
     skip = mindskips(model)[2]
     skip.override = lambda score, ctx: torch.full_like(score, decisions[-1] if ctx.decoding else 1.0)
     skip.attn.qkv.register_forward_hook(lambda layer, args, y: products.append(y.shape[-2]))
