@@ -3,7 +3,7 @@
     run_sequences one gate per sequence: closed rows compute nothing and store nothing
     run_tokens    one gate per token, kv="all": closed tokens have a key and a value, and nothing else
     run_all       run_tokens of a short prompt on CUDA, where computing all takes less time than a wait
-    run_step      run_tokens of a step of generation: with half of the rows open, all are computed
+    run_step      run_tokens of a step of generation: products of all rows, attention of the open ones
     run_single    run_step of one row on a CPU, with as few operations as there can be
     run_captured  a step of generation in a CUDA graph: no tensor is read on the host
 
@@ -33,7 +33,6 @@ from support.cuda import fused, is_asynchronous, only_for, to_device, to_host
 from support.kernels import logit_of_token, normalized, root_mean_square
 
 PENDING = 32        # steps, at most, whose keys and values are computed in one product
-MOSTLY_OPEN = 0.5   # open share of a step's rows from which all are computed: weights are read once for all
 NEARLY_OPEN = 0.9   # open share of a prompt's tokens from which all are computed: gathering costs a tenth
 GATHERED_FROM = 2**37   # B * T * C * (T + C) of a prompt on CUDA, below which run_all is faster
 
@@ -122,7 +121,7 @@ def run_step(skip, x, ctx, h, is_open):
     """run_tokens in a step of generation, one token per row, is_open (B, 1)."""
     attn = skip.attn
     decided = to_host(is_open)().squeeze(1)                              # (B,) on the host
-    n_open, n_rows = sum(decided.tolist()), len(ctx.host_lengths)
+    n_open = sum(decided.tolist())
     skip.count(n_open, ctx)
     if not attn:
         return run_rows(skip, x, ctx, open_indices(decided), h)
@@ -130,12 +129,13 @@ def run_step(skip, x, ctx, h, is_open):
     if n_open == 0:
         defer(attn, pending, h, None, ctx)
         return x
-    all_ctx, all_h = with_pending(attn, pending, h, None, ctx) if pending else (ctx, h)
-    if n_open >= MOSTLY_OPEN * n_rows:
-        y = skip.sublayer(x, all_ctx, all_h)
-        return y if n_open == n_rows else torch.where(is_open[..., None], y, x)
-    at, counts = open_tokens(decided[:, None], ctx.host_lengths)
-    return run_gathered(skip, x, ctx, h, at, counts, keys_values(attn, all_ctx, all_h))
+    if pending:
+        ctx, h = with_pending(attn, pending, h, None, ctx)
+    if n_open == len(x):
+        return skip.sublayer(x, ctx, h)
+    with only_for(is_open.squeeze(1), {}):           # products read their weights for one row as for all
+        y = skip.sublayer(x, ctx, h)
+    return torch.where(is_open[..., None], y, x)
 
 
 class Single(NamedTuple):

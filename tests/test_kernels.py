@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import Llama, RMSNorm
 from support import attention as attentions
 from support.attention import additive_mask, attention, attention_of_some
+from support.cuda import only_for
 from support.kernels import MKL, ONEDNN, Linear, logit_of_token, packed_weights, root_mean_square
 
 PACKS = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -136,6 +137,26 @@ def test_packed_weights_have_the_product_and_last_as_long_as_a_generation(tiny, 
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
     with packed_weights(model, 3):                           # too large for a machine of 10,000 bytes
         assert all(layer.packed is None for layer in layers)
+
+
+@pytest.mark.parametrize("masks", [0, 1, 6])
+def test_attention_of_a_step_reads_no_key_of_a_closed_row(masks, monkeypatch):
+    """In float64; a closed row's keys are not numbers. Neighbouring rows are one call."""
+    is_open = torch.tensor([True, False, False, True, True, False])
+    monkeypatch.setattr(attentions, "RUNS_FROM", 40)
+    q, k, v = (torch.randn(6, n, S, 16, dtype=torch.float64) for n, S in ((6, 1), (2, 40), (2, 40)))
+    visible = torch.rand(max(masks, 1), 1, 1, 40) < (0.7 if masks else 2)
+    mask = additive_mask(visible, q.dtype) if masks else None
+    score = (q @ k.repeat_interleave(3, 1).mT / 4).masked_fill(~visible, -torch.inf)
+    whole = score.softmax(-1) @ v.repeat_interleave(3, 1)
+    assert (attention(q, k, v, mask) - whole).abs().max() < 1e-12
+    kernel, sizes = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda q, *given, **options: sizes.append(len(q)) or kernel(q, *given, **options))
+    k[~is_open], v[~is_open] = torch.nan, torch.nan
+    with only_for(is_open, {}):
+        y = attention(q, k, v, mask)
+    assert (y - whole)[is_open].abs().max() < 1e-12 and not y[~is_open].any() and sizes == [1, 2]
 
 
 @pytest.mark.parametrize("T, S", [(300, 300), (50, 90), (1, 40)])
