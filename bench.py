@@ -58,8 +58,8 @@ def make_variants(model, args, phase, batch, context):
     asked = args.capacity or [None]                                       # None: as the router file has it
     if not args.routers:
         n, gates = model.config.n_layer, len(parse_layers(args.layers, model.config.n_layer))
-        asked = [routed_share(c, gates, n) for c in args.capacity or [0.5]]
-        if min(asked) < -1e-9:
+        asked = [max(0.0, routed_share(c, gates, n)) for c in args.capacity or [0.5]]
+        if min(args.capacity or [0.5]) < 1 - gates / n - 5e-4:                # the bound as it is printed
             raise InputError(f"--capacity {min(args.capacity or [0.5])}: {n - gates} of {n} layers have no"
                              f" router and always run; give at least {1 - gates / n:.3f}, or more --layers")
     if phase == "train":
@@ -285,7 +285,7 @@ def parse_arguments():
     if args.granularity is None:
         args.granularity = ["attn_sequence", "attn_token"]
     args.layers, args.kv, args.loss = args.layers or "all", args.kv or "all", args.loss or "ce"
-    check_destinations(args.json)
+    check_destinations(args.json, read=(args.routers, args.model))
     args.device, args.dtype = device_and_dtype(args.device, args.dtype)
     if args.model is None:
         choose_model(args)

@@ -14,7 +14,7 @@ from support.data import PLAIN_PROMPT, Sample, pieces
 
 TRAINING_SAMPLES = 24                                # samples of the training data that are measured
 PROMPTS = 8 * TRAINING_SAMPLES                       # of them, where gates read the prompt alone
-LOGITS = 0.5, 0.25, 0.12, 0, -0.12, -0.25, -0.5      # the curve's thresholds, as logits
+LOGITS = 0.5, 0.25, 0.12, 0, -0.12, -0.25, -0.5, -1  # the curve's thresholds, as logits
 STRIDE = 4                                           # at token level the curve is of every fourth text
 ERROR = 0.003                                        # the search ends this near to the capacity asked for,
 ATTEMPTS = 12                                        # or after so many thresholds

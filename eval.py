@@ -277,7 +277,7 @@ def parse_arguments():
                         " are written)")
     p.add_argument("--json", help="write every log-likelihood and answer, and how often each layer ran")
     args = p.parse_args()
-    check_destinations(args.json)
+    check_destinations(args.json, read=(args.routers, args.text, args.static_data, args.model))
     if (args.shuffled or args.capacity != [None]) and not args.routers:
         raise InputError("--shuffled and --capacity need --routers, whose decisions they change")
     if args.shuffled and len(args.capacity) > 1:

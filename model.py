@@ -288,7 +288,7 @@ class Llama(nn.Module):
         if T > self.config.max_context:
             raise InputError(f"{T} tokens do not fit the model's context of {self.config.max_context};"
                              " shorten the text")
-        if T == 0:
+        if B == 0 or T == 0:
             raise InputError("the prompt is empty; give at least one token")
         outside = idx[(idx < 0) | (idx >= self.config.vocab_size)]
         if len(outside):
@@ -398,7 +398,8 @@ class Llama(nn.Module):
                         if bool(done.all()):
                             break
                     if i + 1 < max_new_tokens:
-                        x = step(token, [n + i for n in ctx.host_lengths])           # (B, C)
+                        known = token.clamp(0, self.config.vocab_size - 1)       # pad may be no token
+                        x = step(known, [n + i for n in ctx.host_lengths])       # (B, C)
             return out
         finally:
             self.train(was_training)

@@ -106,8 +106,8 @@ class MindSkip(nn.Module):
         self.kv = kv
         self.sublayer, self.threshold, self.gate_name = sublayer, threshold, gate
         router = GATES[gate](n_embd, self.scope, pool)
-        if isinstance(router, LinearRouter) and router.bias is not None and 0.5 < threshold < 1:
-            router.bias.data += math.log(threshold / (1 - threshold))        # so that new gates are open
+        if isinstance(router, LinearRouter) and router.bias is not None and threshold > 0.5:
+            router.bias.data += math.log(threshold / max(1 - threshold, 1e-16))        # so that it is open
         if hasattr(router, "attach"):
             router.attach(sublayer)
         self.is_plain = type(router) is LinearRouter and kv == "all"     # see is_single
@@ -151,6 +151,10 @@ class MindSkip(nn.Module):
         run_tokens = open_keys.run_open_only if self.kv == "open" else skipping.run_tokens
         y = run_tokens(self, x, ctx, h, is_open)
         return self.router.merge(self, x, y, score, is_open) if self.merges else y
+
+    def __getstate__(self):
+        """What a copy is made of: without the last pass's gates, which may have a graph."""
+        return vars(self) | {"opened": None, "seen": None, "gates": None}
 
     def _apply(self, fn, recurse=True):
         """What .to() and its like call: the router goes to another device too, but keeps its dtype."""
@@ -354,10 +358,11 @@ def threshold_for(capacity, meta, path):
     # by rising capacity, that is falling threshold, also among equal capacities
     table = sorted(json.loads(meta["calibration"]), key=lambda pair: (pair[1], -pair[0]))
     if not table:
-        raise InputError(f"{path}: has no calibration, since its recipe does none, its run did not finish, or"
-                         " the model was trained after it; leave out --capacity")
+        raise InputError(f"{path}: has no calibration, since its recipe does none, its run did not finish,"
+                         " the model was trained after it, or it was saved without one; leave out"
+                         " --capacity")
     thresholds, capacities = zip(*table)
-    if not capacities[0] <= capacity <= capacities[-1]:
+    if not capacities[0] - 5e-4 <= capacity <= capacities[-1] + 5e-4:        # the ends as they are printed
         raise InputError(f"{path}: its calibration has capacities from {capacities[0]:.3f} to"
                          f" {capacities[-1]:.3f}, not {capacity}; ask for one of these, or tune for it")
     return float(np.interp(capacity, capacities, thresholds))
@@ -380,7 +385,11 @@ def load_routers(model, path, capacity=None):
                     meta["kv"])
     except InputError as e:
         raise InputError(f"{path}: {e}") from None
-    for i, skip in mindskips(model).items():
-        for name, tensor in skip.router.state_dict().items():
-            tensor.copy_(tensor_of(file, f"layers.{i}.{name}", tensor.shape, path))
+    try:
+        for i, skip in mindskips(model).items():
+            for name, tensor in skip.router.state_dict().items():
+                tensor.copy_(tensor_of(file, f"layers.{i}.{name}", tensor.shape, path))
+    except InputError:
+        remove_routers(model)                # rather no routers than half of them
+        raise
     return meta

@@ -143,10 +143,12 @@ class Variant:
         graph, which reads more than the eager step that was counted."""
         args = self.args
         if self.phase != "decode":
+            args.flops = max(args.flops, self.work.flops / seconds)           # if the machine was busy then
             return self.work.flops / seconds / args.flops
         is_sequence_of_one = self.batch == 1 and self.granularity and self.granularity.endswith("sequence")
         if args.device.type == "cuda" and self.granularity and not is_sequence_of_one:
             return None
+        args.bandwidth = max(args.bandwidth, self.work.bytes / STEPS / seconds)
         return self.work.bytes / STEPS / seconds / args.bandwidth
 
     def time(self, work):

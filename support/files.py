@@ -132,8 +132,8 @@ def write_file(path, data):
     real = Path(os.path.realpath(path))
     temporary = real.with_name(f".{real.name}.{os.getpid()}.tmp")
     try:
-        if real.exists() and not real.is_file():
-            real.write_bytes(data)
+        if os.path.exists(path) and not os.path.isfile(path):      # of a pipe there is no real path
+            Path(path).write_bytes(data)
             return
         real.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -150,14 +150,16 @@ def write_file(path, data):
         raise InputError(f"{path}: cannot be written ({reason(e)}); what was there is unchanged") from None
 
 
-def check_destinations(*paths):
-    """InputError, before the work, for a file that could not be written after it. None: no file."""
-    for path in paths:
-        if path is not None:
-            try:
-                try_to_write(os.path.realpath(path))
-            except OSError as e:
-                raise InputError(f"{path}: cannot be written ({reason(e)}); name another place") from None
+def check_destinations(*paths, read=()):
+    """InputError, before the work, for a file that could not be written after it, or that is `read` by it.
+    None: no file."""
+    for path in filter(None, paths):
+        if os.path.realpath(path) in [os.path.realpath(source) for source in read if source]:
+            raise InputError(f"{path}: is read, and would be lost; name another place to write to")
+        try:
+            try_to_write(path)
+        except OSError as e:
+            raise InputError(f"{path}: cannot be written ({reason(e)}); name another place") from None
 
 
 def try_to_write(path):
@@ -168,6 +170,7 @@ def try_to_write(path):
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, "permission denied")
         return
+    path = os.path.realpath(path)
     longest = max(len(os.fsencode(part)) for part in path.split(os.sep))
     if longest > 240 or len(path) > 4000:                                      # with room for ".PID.tmp"
         raise OSError(errno.ENAMETOOLONG, "the name is too long")

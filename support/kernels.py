@@ -11,6 +11,7 @@ What is gained on CUDA: support/triton_kernels.py tells. On CPUs in float32 MKL 
 as weight @ x.T, and oneDNN is faster for single tokens and by wide weights; in bfloat16 weights that
 oneDNN lays out anew ("packed") halve the time of a decoding step.
 """
+import functools
 import math
 import os
 from contextlib import contextmanager
@@ -195,5 +196,8 @@ def logit_of_token(norm, weight, bias=None):
     """A function of one token x, float32 (C,), on a CPU, and its root mean square: the number logit(norm(x),
     weight, bias). With the norm's weight v, w . (v x / rms) is (w v) . x / rms: norm(x) is not needed."""
     folded = (weight * norm.weight.float()).flatten().detach()
-    offset = 0.0 if bias is None else bias.item()
-    return lambda x, rms: folded.dot(x).item() / rms + offset
+    return functools.partial(folded_logit, folded, 0.0 if bias is None else bias.item())
+
+
+def folded_logit(folded, offset, x, rms):
+    return folded.dot(x).item() / rms + offset

@@ -227,6 +227,10 @@ def test_the_share_of_peak_is_of_bytes_that_were_counted(granularity, batch, sha
     assert timing.Variant.share_of_peak(variant, 2.0) == share
     args.device = torch.device("cpu")
     assert timing.Variant.share_of_peak(variant, 2.0) == 0.25
+    args.bandwidth = args.flops = 4.0                # measured while the machine was busy
+    assert timing.Variant.share_of_peak(variant, 2.0) == 1 and args.bandwidth == 10
+    variant.phase, variant.work.flops = "prefill", 16
+    assert timing.Variant.share_of_peak(variant, 2.0) == 1 and args.flops == 8
 
 
 def test_random_model_runs(tmp_path):

@@ -19,7 +19,7 @@ import train_router
 from scoring import perplexity
 from support import script
 from support.cli import number, numbers, parse_layers
-from support.files import check_destinations
+from support.files import check_destinations, write_file
 from weights import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -126,6 +126,26 @@ def test_destinations_are_refused_before_the_work(main, flags, named, tiny, call
         monkeypatch.setattr(module.Tokenizer, "from_pretrained", None)
     status, said = call(main, "--model", tiny, *flags)
     assert status == 1 and is_one_sentence(said) and named in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("main, flags", [(evaluation.main, ["--text"]), (evaluation.main, ["--static-data"]),
+                                         (evaluation.main, ["--routers"]), (bench.main, ["--routers"])])
+def test_a_file_that_is_read_is_not_written(main, flags, tiny, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").write_text("kept")
+    (tmp_path / "link").symlink_to("a")
+    status, said = call(main, "--model", tiny, *flags, "a", "--json", "link")
+    assert status == 1 and is_one_sentence(said) and "link: is read" in said
+    assert (tmp_path / "a").read_text() == "kept"
+
+
+def test_a_pipe_is_written_to_as_it_is(tmp_path):
+    there, here = os.pipe()
+    path = f"/dev/fd/{here}"
+    check_destinations(path)
+    write_file(path, b"text")
+    assert os.read(there, 9) == b"text"
+    os.close(there), os.close(here)
 
 
 def test_destinations_that_will_do(tmp_path):

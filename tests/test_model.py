@@ -130,6 +130,18 @@ def test_generate_stops_at_any_of_several_ends(tiny):
         assert out[b, 10:].tolist() == new[:end] + [ends[0]] * (24 - end)
 
 
+@pytest.mark.parametrize("first", [1000, -1])
+def test_an_end_that_is_no_token_of_the_model(first, tiny):
+    model, idx = Llama.from_pretrained(tiny), torch.randint(3, 320, (4, 10))
+    out = model.generate(idx, max_new_tokens=24)
+    end = int(out[0, 12])
+    ended = model.generate(idx, max_new_tokens=24, eos_id=[first, end])
+    plain = model.generate(idx, max_new_tokens=24, eos_id=end)
+    is_padding = ended == first
+    assert is_padding[0, 13:].all() and (plain[is_padding] == end).all()
+    assert torch.equal(ended[~is_padding], plain[~is_padding])
+
+
 def test_a_folder_is_written_as_it_was_read(tiny, tmp_path):
     model = Llama.from_pretrained(tiny)
     model.save_pretrained(tmp_path / "m", tiny)
@@ -177,6 +189,7 @@ def test_out_of_memory_names_the_cache_and_what_to_lower(tiny, monkeypatch):
 
 @pytest.mark.parametrize("what, arguments", [
     ("empty", dict(idx=torch.zeros(1, 0, dtype=torch.int64))),
+    ("empty", dict(idx=torch.zeros(0, 5, dtype=torch.int64))),
     ("context", dict(idx=torch.zeros(1, 500, dtype=torch.int64), max_new_tokens=13)),
     ("max_new_tokens", dict(idx=torch.zeros(1, 5, dtype=torch.int64), max_new_tokens=0)),
     ("temperature", dict(idx=torch.zeros(1, 5, dtype=torch.int64), temperature=-1.0)),
@@ -430,6 +443,8 @@ def test_config_values_of_wrong_kinds_or_ranges(key, value, tiny, tmp_path):
 ])
 def test_sizes_that_the_tensors_do_not_have_take_no_memory(sizes, tiny, tmp_path, monkeypatch):
     empty, folder = torch.empty, edited(tiny, tmp_path / "m", **sizes)
+    with torch.device("meta"):
+        torch.empty(1)                   # PyTorch notes at the first use which functions the device is for
 
     def only_meta(*shape, device=None, **more):
         assert str(device or "meta") == "meta", "memory is taken before the sizes are compared"

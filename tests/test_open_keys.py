@@ -60,6 +60,14 @@ def test_skipping_equals_masking(granularity, family, bias, tmp_path):
             assert (dense - model(idx, n, p))[is_real].abs().max() < bound(dense, 96)
 
 
+def test_no_score_is_so_high_that_a_closed_key_is_seen(tiny):
+    model = in_float64(routed(tiny, "attn_token", kv="open"))
+    for skip in mindskips(model).values():
+        skip.attn.qkv.weight.data[:skip.attn.n_head * skip.attn.head_dim] *= 100          # queries
+    difference, skipped, *_ = compare_modes(model, range(8))
+    assert difference < 1e-9 * max(1, float(skipped.abs().max()))
+
+
 @pytest.mark.parametrize("granularity", TOKEN)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_equals_recomputing(granularity, family, tmp_path, monkeypatch):

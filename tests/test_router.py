@@ -1,6 +1,8 @@
 """The gate, the routed sublayer and what skipping saves, against float64 references and brute force."""
+import copy
 import gc
 import math
+import pickle
 import weakref
 
 import numpy as np
@@ -591,6 +593,10 @@ def test_the_threshold_is_a_dial(tiny, tmp_path):
         assert [gate.threshold for gate in mindskips(model).values()] == pytest.approx([threshold] * 4)
     with pytest.raises(InputError, match="0.300 to 0.900, not 0.95"):
         load_routers(model, path, 0.95)
+    save_routers(model, path, [(0.2, 0.9537), (0.9, 0.2218)])
+    for as_printed, threshold in (0.954, 0.2), (0.222, 0.9), (0.2217, 0.9):
+        load_routers(model, path, as_printed)
+        assert mindskips(model)[0].threshold == pytest.approx(threshold, abs=1e-3)
     save_routers(model, path, [(0.2, 1.0), (0.6, 1.0), (0.7, 0.8), (0.8, 0.0), (0.9, 0.0)])
     for asked, threshold in (0.9, 0.65), (0.4, 0.75), (0.99, 0.605), (0.01, 0.79875), (1.0, 0.2), (0.0, 0.8):
         load_routers(model, path, asked)          # between the near ends of what is equal
@@ -655,14 +661,26 @@ def test_add_routers_refuses(tiny):
     assert not any(isinstance(m, MindSkip) for m in model.modules())
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.01, 0.5, 0.8, 0.99])
+@pytest.mark.parametrize("threshold", [0.0, 0.01, 0.5, 0.8, 0.99, 1.0])
 def test_new_linear_gates_are_open_at_any_threshold(threshold, tiny):
     model = add_routers(Llama.from_pretrained(tiny), "attn_token", threshold=threshold)
     model(tokens())
     assert capacity(model) == 1
-    expected = 1 + max(0.0, math.log(threshold / (1 - threshold)) if threshold else 0.0)
+    expected = 1 + max(0.0, math.log(threshold / max(1 - threshold, 1e-16)) if threshold else 0.0)
     for skip in mindskips(model).values():
         assert float(skip.router.bias.detach()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "block_sequence"])
+def test_a_routed_model_can_be_copied_at_any_time(granularity, tiny):
+    model, idx = routed(tiny, granularity), tokens()
+    model.train()(idx).sum().backward()
+    model.eval().generate(idx[:1], 3)                    # of one row, which keeps what its gates read
+    model.train()(idx)                                   # with the graph of a training pass
+    expected = model.eval()(idx)
+    model.train()(idx)
+    for copied in copy.deepcopy(model), pickle.loads(pickle.dumps(model)):
+        assert torch.equal(copied.eval()(idx), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -720,6 +738,8 @@ def test_tensors_are_checked(tensor, tiny, router_file):
     tensors = load_file(path) | {"layers.2.weight": tensor}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file(tensors, path, metadata=safe_open(str(path), "pt").metadata())
+    model = routed(tiny, "attn_token")
     with pytest.raises(InputError, match="layers.2.weight") as refusal:
-        load_routers(Llama.from_pretrained(tiny), path)
+        load_routers(model, path)
+    assert not mindskips(model)                          # rather none than half of the file's
     assert is_one_sentence(str(refusal.value)) and str(path) in str(refusal.value)

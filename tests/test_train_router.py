@@ -302,6 +302,7 @@ def test_a_price_moves_once_a_step_by_the_mean_of_its_batches(tiny, monkeypatch)
     (["--capacity", 1.5], "at most 1"),
     (["--capacity", "nan"], "above 0"),
     (["--layers", "2-3", "--capacity", 0.4], "least possible is 0.500"),
+    (["--layers", "2-3", "--capacity", 0.499], "least possible is 0.500"),
     (["--layers", "2-4"], "layers 0 to 3"),
     (["--layers", "last:9"], "layers 0 to 3"),
     (["--steps", 0], "--steps"),
