@@ -13,9 +13,10 @@ has every gate closed: what it takes cannot be skipped, so the limit at routed c
 are computed all the same. With --routers each round reads texts of its own, and capacity is the mean. `of
 peak` is, for decode, the bytes of the weights, keys and values that a step reads over its time, as a share of
 the memory bandwidth of a large copy or sum; else the products' operations over time, as a share of the rate
-of one large product; both are measured at the start, and bytes and operations are those of a round before,
-which is counted and not timed. Peak memory counts the weights; on a CPU each variant is run once more for it,
-in a process of its own. timing.py runs and times a variant.
+of one large product; both are measured at the start, or the dense model's own, where they are higher, and
+bytes and operations are those of a round before, which is counted and not timed. Peak memory counts the
+weights; on a CPU each variant is run once more for it, in a process of its own. timing.py runs and times a
+variant.
 """
 from support.script import run_script  # isort: skip (before torch, see there)
 
@@ -58,10 +59,11 @@ def make_variants(model, args, phase, batch, context):
     asked = args.capacity or [None]                                       # None: as the router file has it
     if not args.routers:
         n, gates = model.config.n_layer, len(parse_layers(args.layers, model.config.n_layer))
-        asked = [max(0.0, routed_share(c, gates, n)) for c in args.capacity or [0.5]]
-        if min(args.capacity or [0.5]) < 1 - gates / n - 5e-4:                # the bound as it is printed
+        asked = [round(routed_share(c, gates, n), 9) for c in args.capacity or [0.5]]
+        if min(asked) < 0:
+            least = math.ceil(1000 * (n - gates) / n) / 1000
             raise InputError(f"--capacity {min(args.capacity or [0.5])}: {n - gates} of {n} layers have no"
-                             f" router and always run; give at least {1 - gates / n:.3f}, or more --layers")
+                             f" router and always run; give at least {least:.3f}, or more --layers")
     if phase == "train":
         return [make(name, args.granularity[0], asked[0]) for name in ("train_all", "train_routers")]
     variants = [make("dense")]

@@ -59,7 +59,7 @@ def mask_closed_keys(ctx, gate, dtype):
     T, mask = gate.shape[1], ctx.mask
     if mask is None:
         mask = additive_mask(torch.ones(T, T, dtype=torch.bool, device=gate.device).tril(), dtype)
-    log_gate = torch.where(gate > 0, gate.clamp(min=1e-30).log(), -1e4)     # a closed row has no other keys
+    log_gate = torch.where(gate > 0, gate.clamp(min=1e-30).log(), -1e4)     # of -inf alone softmax is NaN
     return replace(ctx, mask=mask + log_gate.to(dtype)[:, None, None])                      # (B, 1, T, T)
 
 

@@ -153,8 +153,9 @@ class MindSkip(nn.Module):
         return self.router.merge(self, x, y, score, is_open) if self.merges else y
 
     def __getstate__(self):
-        """What a copy is made of: without the last pass's gates, which may have a graph."""
-        return vars(self) | {"opened": None, "seen": None, "gates": None}
+        """What a copy is made of: not of the graph of a training pass."""
+        opened = self.opened.detach() if torch.is_tensor(self.opened) else self.opened
+        return vars(self) | {"opened": opened, "gates": None}
 
     def _apply(self, fn, recurse=True):
         """What .to() and its like call: the router goes to another device too, but keeps its dtype."""

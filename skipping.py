@@ -3,7 +3,7 @@
     run_sequences one gate per sequence: closed rows compute nothing and store nothing
     run_tokens    one gate per token, kv="all": closed tokens have a key and a value, and nothing else
     run_all       run_tokens of a short prompt on CUDA, where computing all takes less time than a wait
-    run_step      run_tokens of a step of generation: products of all rows, attention of the open ones
+    run_step      run_tokens of a step of generation: of an attention, products of all rows
     run_single    run_step of one row on a CPU, with as few operations as there can be
     run_captured  a step of generation in a CUDA graph: no tensor is read on the host
 
@@ -134,8 +134,12 @@ def run_step(skip, x, ctx, h, is_open):
     if n_open == len(x):
         return skip.sublayer(x, ctx, h)
     with only_for(is_open.squeeze(1), {}):           # products read their weights for one row as for all
-        y = skip.sublayer(x, ctx, h)
-    return torch.where(is_open[..., None], y, x)
+        y = attn(x, ctx, h)
+    x = torch.where(is_open[..., None], y, x)
+    if skip.part == "block":
+        rows = to_device(open_indices(decided), x.device)
+        x = x.index_copy(0, rows, skip.sublayer.mlp(x[rows]))
+    return x
 
 
 class Single(NamedTuple):

@@ -143,13 +143,17 @@ class Variant:
         graph, which reads more than the eager step that was counted."""
         args = self.args
         if self.phase != "decode":
-            args.flops = max(args.flops, self.work.flops / seconds)           # if the machine was busy then
-            return self.work.flops / seconds / args.flops
+            rate = self.work.flops / seconds
+            if self.name == "dense":
+                args.flops = max(args.flops, rate)           # the machine was busy when it was measured
+            return min(1.0, rate / args.flops)
         is_sequence_of_one = self.batch == 1 and self.granularity and self.granularity.endswith("sequence")
         if args.device.type == "cuda" and self.granularity and not is_sequence_of_one:
             return None
-        args.bandwidth = max(args.bandwidth, self.work.bytes / STEPS / seconds)
-        return self.work.bytes / STEPS / seconds / args.bandwidth
+        rate = self.work.bytes / STEPS / seconds
+        if self.name == "dense":
+            args.bandwidth = max(args.bandwidth, rate)
+        return min(1.0, rate / args.bandwidth)
 
     def time(self, work):
         """Seconds that `work` takes on the device; nan in round 0, where it is counted."""

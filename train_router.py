@@ -235,9 +235,10 @@ def check_capacity(args, recipe, n_layer):
     n_free = n_layer - len(parse_layers(args.layers, n_layer))
     if not 0 < args.capacity <= 1:
         raise InputError(f"--capacity should be above 0 and at most 1; it is {args.capacity}")
-    if has_target and args.capacity < n_free / n_layer - 5e-4:           # the bound as it is printed
+    if has_target and args.capacity < n_free / n_layer:
+        least = math.ceil(1000 * n_free / n_layer) / 1000
         raise InputError(f"--capacity {args.capacity}: {n_free} of {n_layer} layers have no router and always"
-                         f" run, so the least possible is {n_free / n_layer:.3f}; raise it, or add --layers")
+                         f" run, so give at least {least:.3f}, or add --layers")
 
 
 def read_data(args, tok, context):

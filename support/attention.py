@@ -1,6 +1,7 @@
 """The attention of the model, faster: PyTorch's scaled_dot_product_attention, and what it reads.
 
     attention            of all tokens of a pass, or of one new token per row
+    attention_of_token   of one token per row, all rows or the open ones
     attention_of_some    of a few queries per row, those of open tokens
     store                keys and values of a step, into a cache
 
@@ -19,7 +20,7 @@ from support.kernels import recomputed
 
 CHUNK = 128         # queries whose scores exist at once
 CALL = 256          # queries, of some, per call of PyTorch's kernel: 128 take up to a seventh longer
-RUNS_FROM = 512     # keys, from which a step's attention of some rows is faster than that of all
+OPEN_ROWS_FROM = 512    # keys, from which attention of the open rows alone is faster on 2 threads
 PARTS_FROM = 2048   # keys, from which attention_by_parts is faster than attention_in_chunks; see there
 KEY_MULTIPLE = 32   # a chunk's keys are rounded up to this multiple, so that shapes recur
 CUDNN_FROM = 4096   # tokens: cuDNN's attention takes half of flash's time, but plans a new shape for 30 ms
@@ -52,10 +53,10 @@ def attention(q, k, v, mask=None, causal=False):
         mask = F.pad(mask, (k.shape[2] - mask.shape[-1], 0))
     kernels = cuda.triton_kernels(q)
     if kernels and q.shape[2] == 1 and kernels_fit(q, k):
-        return kernels.attention_of_token(q, k, v, mask, cuda.choices["gate"][0])
+        return kernels.attention_of_token(q, k, v, mask, cuda.choices.gate[0])
     if q.shape[2] == 1:   # one token: the query heads of a key head are as good as its rows, and much faster
-        is_open = cuda.choices["gate"][0] if q.device.type == "cpu" else None  # the host can read it
-        y = attention_of_step(q.view(*k.shape[:2], -1, q.shape[3]), k, v, mask, is_open)
+        is_open = cuda.choices.gate[0] if q.device.type == "cpu" else None  # the host can read it
+        y = attention_of_token(q.view(*k.shape[:2], -1, q.shape[3]), k, v, mask, is_open)
         return y.reshape(q.shape)
     if products_are_faster(q):
         return recomputed(attention_by_products, q, k, v, mask, causal)
@@ -68,13 +69,13 @@ def attention(q, k, v, mask=None, causal=False):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
-def attention_of_step(q, k, v, mask, is_open):
+def attention_of_token(q, k, v, mask, is_open):
     """`attention` of one token per row, q (B, K, H/K, D). is_open (B,), see cuda.only_for, or None for
-    all rows. From many keys on, each run of open rows is a call, and the keys of the others are not read."""
-    if is_open is None or k.shape[2] < RUNS_FROM:
+    all rows. From many keys on, neighbouring open rows are one call, and others' keys are not read."""
+    if is_open is None or k.shape[2] < OPEN_ROWS_FROM:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     y = torch.zeros_like(q)
-    edges = F.pad(is_open.int(), (1, 1)).diff().nonzero()             # where a run begins, and where it ends
+    edges = F.pad(is_open.int(), (1, 1)).diff().nonzero()        # where open rows begin, and where they end
     for first, end in edges.view(-1, 2).tolist():
         rows = slice(first, end)
         row_mask = mask[rows] if mask is not None and len(mask) > 1 else mask

@@ -5,13 +5,20 @@ A function that has a kernel in support/triton_kernels.py is decorated `fused`, 
 import functools
 import os
 import sys
+import threading
 from contextlib import contextmanager
 
 import torch
 
 from support.files import reason
 
-choices = {"triton": True, "gate": (None, {})}        # see plain_kernels and only_for
+
+class Choices(threading.local):
+    """See plain_kernels and only_for; of each thread its own."""
+    triton, gate = True, (None, {})
+
+
+choices = Choices()
 
 
 @functools.cache
@@ -39,7 +46,7 @@ def triton_module():
 def triton_kernels(x):
     """The module of Triton kernels where they serve: on CUDA's current device, where no gradient is asked for
     and float32 is exact enough, without autocast, which they would not hear of; else None."""
-    if not x.is_cuda or not choices["triton"] or torch.is_grad_enabled() or x.dtype == torch.float64:
+    if not x.is_cuda or not choices.triton or torch.is_grad_enabled() or x.dtype == torch.float64:
         return None
     if torch.is_autocast_enabled("cuda"):
         return None
@@ -57,11 +64,12 @@ def fused(plain):
 
 @contextmanager
 def choose(name, value):
-    outer, choices[name] = choices[name], value
+    outer = getattr(choices, name)
+    setattr(choices, name, value)
     try:
         yield
     finally:
-        choices[name] = outer
+        setattr(choices, name, outer)
 
 
 def is_asynchronous(t):

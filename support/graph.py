@@ -32,7 +32,7 @@ def active_skips(model):
 
 def can_replay(model):
     """Whether a step of generation can be captured, on CUDA, and is worth it."""
-    if model.embed.weight.device.type != "cuda" or not choices["triton"]:
+    if model.embed.weight.device.type != "cuda" or not choices.triton:
         return False
     if torch.is_autocast_enabled("cuda"):            # its casts would be captured, and no key tells of them
         return False

@@ -115,7 +115,7 @@ class Linear(nn.Linear):
             bias = None if bias is None else bias[start:end]
         kernels = cuda.triton_kernels(x)
         if kernels and x.numel() == x.shape[-1]:                             # one token
-            is_open, n_gated = cuda.choices["gate"]
+            is_open, n_gated = cuda.choices.gate
             return kernels.linear(x, weight, bias, is_open, plus, n_gated.get(self))
         if self.packed is None:
             y = linear(x, weight, bias)

@@ -175,4 +175,4 @@ def shard(model):
         for parameter in of_router:
             parameter.data = parameter.data.to(device)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=of_router)
-    choices["triton"] = False            # no CUDA graphs, which cannot capture the fetching
+    choices.triton = False               # no CUDA graphs, which cannot capture the fetching

@@ -143,7 +143,7 @@ def test_variants_take_turns_part_by_part(phase, free, together, tiny, call, mon
     monkeypatch.setattr(bench, "free_bytes", lambda device: free)
     monkeypatch.setattr(bench, "peak_in_child", lambda *_: None)
     status, _ = call(bench.main, "--model", tiny, "--phase", phase, "--batch", 8, "--context", 40,
-                     "--rounds", 2, "--granularity", "attn_token", "--device", "cpu")
+                     "--rounds", 2, "--granularity", "attn_token", "--device", "cpu", "--dtype", "float32")
     n_parts, rounds = {"prefill": 4 + 1, "decode": timing.STEPS}[phase], []                 # four layers
     for first in 0, 1, 2, 0:
         names = ["dense", "none", "routed"]
@@ -222,15 +222,17 @@ def test_forced_gates_are_the_same_in_a_captured_step():
 def test_the_share_of_peak_is_of_bytes_that_were_counted(granularity, batch, share):
     """A captured step with gates reads more than the eager one, but for one sequence with its own gates."""
     args = SimpleNamespace(device=torch.device("cuda"), bandwidth=40.0)
-    variant = SimpleNamespace(args=args, phase="decode", batch=batch, granularity=granularity,
-                              work=SimpleNamespace(bytes=timing.STEPS * 20))
+    variant = SimpleNamespace(args=args, phase="decode", batch=batch, granularity=granularity, name="routed",
+                              work=SimpleNamespace(bytes=timing.STEPS * 20, flops=16))
     assert timing.Variant.share_of_peak(variant, 2.0) == share
     args.device = torch.device("cpu")
     assert timing.Variant.share_of_peak(variant, 2.0) == 0.25
-    args.bandwidth = args.flops = 4.0                # measured while the machine was busy
-    assert timing.Variant.share_of_peak(variant, 2.0) == 1 and args.bandwidth == 10
-    variant.phase, variant.work.flops = "prefill", 16
-    assert timing.Variant.share_of_peak(variant, 2.0) == 1 and args.flops == 8
+    for name, rates in ("routed", (4.0, 4.0)), ("dense", (10.0, 8.0)):
+        args.bandwidth = args.flops = 4.0            # measured while the machine was busy
+        variant.name = name
+        for variant.phase in "decode", "prefill":
+            assert timing.Variant.share_of_peak(variant, 2.0) == 1
+        assert (args.bandwidth, args.flops) == rates
 
 
 def test_random_model_runs(tmp_path):

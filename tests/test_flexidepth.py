@@ -188,10 +188,10 @@ def test_skipping_equals_computing_and_masking(gate, granularity, kv, family, fo
     assert (real(plain(idx, LENGTHS)) - skipped).abs().max() > 1e-3 or (gate, forced) == ("bottleneck", 0.9)
 
 
-@pytest.mark.parametrize("kv, family, waiting", [
+@pytest.mark.parametrize("kv, family, pending", [
     ("all", "grouped queries", 32), ("all", "Mistral with a window", 3), ("open", "grouped queries", 32)])
-def test_prefill_and_decode_equal_recomputation(kv, family, waiting, tmp_path, monkeypatch):
-    monkeypatch.setattr(skipping, "PENDING", waiting)
+def test_prefill_and_decode_equal_recomputation(kv, family, pending, tmp_path, monkeypatch):
+    monkeypatch.setattr(skipping, "PENDING", pending)
     write_tiny(tmp_path, family)
     model, idx = routed(tmp_path, kv=kv), tokens()
     out = model.generate(idx, 12, lengths=LENGTHS)

@@ -143,7 +143,7 @@ def test_packed_weights_have_the_product_and_last_as_long_as_a_generation(tiny, 
 def test_attention_of_a_step_reads_no_key_of_a_closed_row(masks, monkeypatch):
     """In float64; a closed row's keys are not numbers. Neighbouring rows are one call."""
     is_open = torch.tensor([True, False, False, True, True, False])
-    monkeypatch.setattr(attentions, "RUNS_FROM", 40)
+    monkeypatch.setattr(attentions, "OPEN_ROWS_FROM", 40)
     q, k, v = (torch.randn(6, n, S, 16, dtype=torch.float64) for n, S in ((6, 1), (2, 40), (2, 40)))
     visible = torch.rand(max(masks, 1), 1, 1, 40) < (0.7 if masks else 2)
     mask = additive_mask(visible, q.dtype) if masks else None

@@ -228,9 +228,10 @@ def test_generate_equals_recomputing_with_the_prompts_decision(granularity, fami
     assert used == pytest.approx(opened / total, abs=1e-6)
 
 
-def test_steps_that_wait_while_a_window_fills(tmp_path):
+def test_pending_steps_while_a_window_fills(tmp_path, monkeypatch):
     """Rows of equal length share their angles until the window is full; from then on each has its own."""
     write_tiny(tmp_path, "Mistral with a window")
+    monkeypatch.setattr(attentions, "OPEN_ROWS_FROM", 1)
     model, idx = routed(tmp_path, "attn_token"), tokens(B=2, T=6)
     is_open = torch.tensor([1.0] * 6 + [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1])        # of each position
     assert 6 < model.config.sliding_window < 6 + 7                               # steps wait on both sides
@@ -294,14 +295,16 @@ def test_matrix_products_fall_by_exactly_what_is_skipped(granularity, tiny, monk
 
 
 @pytest.mark.parametrize("granularity", ["attn_token", "block_token"])
-def test_keys_and_values_of_closed_steps_wait(granularity, tiny, monkeypatch):
+def test_keys_and_values_of_closed_steps_are_pending(granularity, tiny, monkeypatch):
     """A closed step multiplies by no weight of its sublayer; what waited is computed with the next open step
     or after PENDING steps, and changes no token."""
     model, idx = routed(tiny, granularity, layers="1-3"), tokens()
     whole, products, decisions = model.generate(idx, 20, lengths=LENGTHS), [], []
+    monkeypatch.setattr(attentions, "OPEN_ROWS_FROM", 1)
+    assert torch.equal(model.generate(idx, 20, lengths=LENGTHS), whole)
     row = model.generate(idx[:1], 20)
-    for waiting in 3, 1:                                                    # 1: none waits
-        monkeypatch.setattr(skipping, "PENDING", waiting)
+    for pending in 3, 1:                                                    # 1: none
+        monkeypatch.setattr(skipping, "PENDING", pending)
         assert torch.equal(model.generate(idx, 20, lengths=LENGTHS), whole)
         assert torch.equal(model.generate(idx[:1], 20), row)
     monkeypatch.setattr(skipping, "PENDING", 5)
@@ -680,6 +683,7 @@ def test_a_routed_model_can_be_copied_at_any_time(granularity, tiny):
     expected = model.eval()(idx)
     model.train()(idx)
     for copied in copy.deepcopy(model), pickle.loads(pickle.dumps(model)):
+        assert capacity(copied) == capacity(model)
         assert torch.equal(copied.eval()(idx), expected)
 
 

@@ -138,7 +138,7 @@ def test_what_stands_between_products(D, dtype):
 def everywhere(monkeypatch):
     """The kernels serve on a CPU too, by the interpreter."""
     def module(x):
-        return None if torch.is_grad_enabled() or not cuda.choices["triton"] else triton_kernels
+        return None if torch.is_grad_enabled() or not cuda.choices.triton else triton_kernels
     monkeypatch.setattr(cuda, "triton_kernels", module)
 
 
