@@ -9,7 +9,7 @@ one run of its layer and those above for each gate, and its square root is predi
 """
 import torch
 
-from losses import kl, log_probabilities
+from losses import chunks, kl, log_probabilities
 from model import run_layers
 from router import dense, mindskips, overall_capacity, trace
 from support import parallel
@@ -30,10 +30,13 @@ def measure(model, batch):
     row = batch.scored.nonzero()[:, 0]                                        # (N,), each token's sequence
     with dense(model):
         x = run_layers(model.layers, model.embed(batch.idx), ctx)
-        log_p = log_probabilities(model, x[batch.scored])                     # (N, V)
+        x = x[batch.scored]                                                   # (N, C)
+        log_p = [log_probabilities(model, x[chunk]) for chunk in chunks(x)]   # (n, V) each, N in all
 
     def answers_kl(x):
-        token_kl = kl(log_probabilities(model, x[batch.scored]), batch.targets, log_p)
+        x = x[batch.scored]
+        token_kl = torch.cat([kl(log_probabilities(model, x[chunk]), batch.targets[chunk], chunk_log_p)
+                              for chunk, chunk_log_p in zip(chunks(x), log_p)])
         return token_kl.new_zeros(len(batch.idx)).index_add_(0, row, token_kl)
 
     inputs = []

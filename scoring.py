@@ -23,6 +23,7 @@ from support import parallel, written
 from support.attention import additive_mask
 from support.batches import common_beginning, pack
 from support.graph import release
+from support.memory import rows_that_fit
 from support.tasks import TASKS, Scores
 from weights import InputError
 
@@ -265,6 +266,8 @@ def write(questions, stop, model, tok, budget, usages):
     and usages count its gates."""
     own = parallel.own(questions)
     rows, n_cut = written.prompts(own, tok, model.config.max_context)
+    longest = max((len(ids) for _, ids in rows), default=0) + written.LONGEST
+    budget = min(budget, longest * rows_that_fit(model, budget, longest))
     answers, start = {}, time.perf_counter()
     with tqdm(total=len(rows), unit="answer", leave=False) as bar:
         for batch in pack(rows, budget, lambda row: len(row[1]) + written.LONGEST):

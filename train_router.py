@@ -38,6 +38,7 @@ from router import (
     capacity,
     load_routers,
     mindskips,
+    place,
     remove_routers,
     save_routers,
 )
@@ -236,9 +237,9 @@ def check_capacity(args, recipe, n_layer):
     if not 0 < args.capacity <= 1:
         raise InputError(f"--capacity should be above 0 and at most 1; it is {args.capacity}")
     if has_target and args.capacity < n_free / n_layer:
-        least = math.ceil(1000 * n_free / n_layer) / 1000
+        least = f"{math.ceil(1000 * n_free / n_layer) / 1000:.3f}"
         raise InputError(f"--capacity {args.capacity}: {n_free} of {n_layer} layers have no router and always"
-                         f" run, so give at least {least:.3f}, or add --layers")
+                         f" run, so give at least {least}, or add --layers")
 
 
 def read_data(args, tok, context):
@@ -307,8 +308,7 @@ def main():
         whole.to(device)
     train_set, test_set = read_data(args, tok, model.config.max_context)
     recipe = make_recipe(args, len(train_set), model)
-    path = Path(args.out) / "routers.safetensors"
-    save = partial(save_routers, model, path, command=args.command)
+    save = partial(save_routers, model, Path(args.out) / "routers.safetensors", command=args.command)
     settings = settings_of(args, model, train_set + test_set)
     settings["--init of hash"] = file_hash(args.init) if args.init else "none"
     parallel.check_enough(len(train_set), " ".join(args.data), "samples to tune on")
@@ -339,10 +339,13 @@ def main():
     run.check_finite(run.n_steps, result["loss"] + result["kl"])
     if not parallel.is_first():
         return
-    save(calibration, held_out=json.dumps(result))
-    if recipe.train == "all":
+    if recipe.train == "all":                        # before the routers, which tell that the run is finished
+        skips = mindskips(model)
         remove_routers(model)
         model.save_pretrained(Path(args.out) / "model", args.model)
+        for layer, skip in skips.items():
+            place(model, layer, skip.part, skip)
+    save(calibration, held_out=json.dumps(result))
     report(result, recipe, args)
 
 

@@ -9,6 +9,7 @@ On CPUs plain products, a chunk of queries at a time, take less than half of the
 bfloat16. On CUDA one query per row, and some queries, have Triton kernels; else flash or cuDNN is taken.
 """
 import math
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -64,22 +65,35 @@ def attention(q, k, v, mask=None, causal=False):
     if grouped and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         grouped = False            # the flash kernel alone knows groups, and it knows no mask and no float32
-    if q.is_cuda:
-        torch.backends.cuda.enable_cudnn_sdp(q.shape[2] >= CUDNN_FROM)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    if q.is_cuda and mask is not None and mask.requires_grad and not q.requires_grad:
+        q = q.detach().requires_grad_()     # else CUDA's backward lacks log-sum-exps, PyTorch's issue 148476
+    return pytorch_attention(q, k, v, mask, causal, grouped)
+
+
+def pytorch_attention(q, k, v, mask=None, causal=False, grouped=False):
+    """PyTorch's, on CUDA by cuDNN only from CUDNN_FROM queries on."""
+    call = partial(F.scaled_dot_product_attention, q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+    if not q.is_cuda:
+        return call()
+    outer = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(q.shape[2] >= CUDNN_FROM)
+    try:
+        return call()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(outer)
 
 
 def attention_of_token(q, k, v, mask, is_open):
     """`attention` of one token per row, q (B, K, H/K, D). is_open (B,), see cuda.only_for, or None for
     all rows. From many keys on, neighbouring open rows are one call, and others' keys are not read."""
     if is_open is None or k.shape[2] < OPEN_ROWS_FROM:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return pytorch_attention(q, k, v, mask)
     y = torch.zeros_like(q)
     edges = F.pad(is_open.int(), (1, 1)).diff().nonzero()        # where open rows begin, and where they end
     for first, end in edges.view(-1, 2).tolist():
         rows = slice(first, end)
         row_mask = mask[rows] if mask is not None and len(mask) > 1 else mask
-        y[rows] = F.scaled_dot_product_attention(q[rows], k[rows], v[rows], attn_mask=row_mask)
+        y[rows] = pytorch_attention(q[rows], k[rows], v[rows], row_mask)
     return y
 
 

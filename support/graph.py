@@ -36,6 +36,8 @@ def can_replay(model):
         return False
     if torch.is_autocast_enabled("cuda"):            # its casts would be captured, and no key tells of them
         return False
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return False                                 # a replayed step calls none
     return all(can_capture(skip, model.config.sliding_window) for skip in active_skips(model))
 
 
@@ -150,6 +152,7 @@ class Replay:
                     mine[layer][:, :, :n].index_copy_(0, stored[layer], memory[:, :, :n])
                 elif n:
                     mine[layer][:, :, :n] = memory[:, :, :n]
+                mine[layer][:, :, n:] = 0                       # masked, but of an earlier one: perhaps NaN
                 theirs[layer] = mine[layer]
         for skip, is_open in self.is_open.items():
             is_open.zero_().index_fill_(0, open_rows[skip], True)

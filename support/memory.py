@@ -9,15 +9,18 @@ from support.kernels import should_pack
 SHARE = 0.8      # of the free memory that a step may take; the rest is for fragments and the optimizer
 
 
-def step_bytes(config, n_layers, n_tokens, itemsize, chunk):
+def step_bytes(config, n_layers, n_tokens, itemsize, chunk, all_train=False):
     """Bytes that a tuning step needs beside the weights, at its peak, in numbers of `itemsize` bytes.
 
     n_layers: those from the first router on. For each token they keep three times the residual stream (before
     and after the sublayers), queries, keys, values and what attention gives, the MLP's gate and up, and one
     float32 copy that the router reads. chunk: tokens whose logits exist at once, three times, in float32.
+    all_train: weights that train also keep what they multiply: the MLP's norm(x) and its inner activations.
     """
     C, heads = config.n_embd, config.head_dim * (config.n_head + config.n_kv_head)
     per_layer = itemsize * (3 * C + 2 * heads + 2 * config.intermediate) + 4 * C
+    if all_train:
+        per_layer += itemsize * (C + config.intermediate)
     logits = 3 * 4 * chunk * config.vocab_size
     return n_tokens * (n_layers * per_layer + 2 * itemsize * C) + logits
 
@@ -35,8 +38,8 @@ def tokens_that_fit(model, first_trained, most, chunk, all_train=False):
     if all_train:
         still_to_come += 4 * weight_bytes(model.config, weight.dtype)
     free = SHARE * (torch.cuda.mem_get_info(weight.device)[0] - still_to_come)
-    tokens, n_layers = most, len(model.layers) - first_trained
-    while tokens > 64 and step_bytes(model.config, n_layers, tokens, weight.itemsize, chunk) > free:
+    tokens, shape = most, (model.config, len(model.layers) - first_trained)
+    while tokens > 64 and step_bytes(*shape, tokens, weight.itemsize, chunk, all_train) > free:
         tokens //= 2
     return tokens
 

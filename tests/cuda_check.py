@@ -66,6 +66,7 @@ def cell(row, key):
 def bench(flags, folder, name):
     """A table of bench.py, in Markdown."""
     path, model = folder / f"{name}.json", MODEL if "train" not in flags else "llama3.2-1b"
+    path.unlink(missing_ok=True)
     output = run("bench.py", "--device", "cuda", "--model", model, "--random-weights", "--rounds", "5",
                  "--json", str(path), *flags.split(), seconds=300)
     if not path.exists():

@@ -150,9 +150,9 @@ def test_attention_of_a_step_reads_no_key_of_a_closed_row(masks, monkeypatch):
     score = (q @ k.repeat_interleave(3, 1).mT / 4).masked_fill(~visible, -torch.inf)
     whole = score.softmax(-1) @ v.repeat_interleave(3, 1)
     assert (attention(q, k, v, mask) - whole).abs().max() < 1e-12
-    kernel, sizes = torch.nn.functional.scaled_dot_product_attention, []
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
-                        lambda q, *given, **options: sizes.append(len(q)) or kernel(q, *given, **options))
+    kernel, sizes = attentions.pytorch_attention, []
+    monkeypatch.setattr(attentions, "pytorch_attention",
+                        lambda q, *rest: sizes.append(len(q)) or kernel(q, *rest))
     k[~is_open], v[~is_open] = torch.nan, torch.nan
     with only_for(is_open, {}):
         y = attention(q, k, v, mask)
@@ -213,9 +213,10 @@ def test_which_attention_kernel_cuda_takes(dtype, masked, T, heads, groups, monk
     the kernel that materializes all scores."""
     calls, real = [], torch.nn.functional.scaled_dot_product_attention
 
-    def spy(q, k, v, **options):
+    def spy(q, k, v, mask, **options):
         calls.append((q, k, v, options))
-        return real(q, k, v, **options)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (q.shape[2] >= 4096)
+        return q if q.requires_grad else real(q, k, v, mask, **options)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     with FakeTensorMode():
@@ -223,7 +224,10 @@ def test_which_attention_kernel_cuda_takes(dtype, masked, T, heads, groups, monk
         k = torch.empty(3, 2, 40, 16, device="cuda", dtype=dtype)
         mask = torch.empty(1, 1, T, 40, device="cuda", dtype=dtype) if masked else None
         assert attention(q, k, k, mask, causal=not masked and T > 1).shape == q.shape
-    assert T == 1 or torch.backends.cuda.cudnn_sdp_enabled() == (T >= 4096)
+        if masked and T > 1:                         # log g in the mask, of weights that do not train
+            attention(q, k, k, mask.requires_grad_())
+            assert calls.pop()[0].requires_grad
+    assert torch.backends.cuda.cudnn_sdp_enabled()   # as it was
     (q, k, v, options), = calls
     assert k.shape[1] == v.shape[1] == heads and q.shape[1] == (2 if T == 1 else 6)
     assert options.get("enable_gqa", False) == groups
