@@ -159,6 +159,9 @@ def test_which_steps_are_replayed(tiny, monkeypatch):
         with monkeypatch.context() as m:
             m.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
             assert not graph.can_replay(elsewhere)
+        hook = elsewhere.layers[2].register_forward_hook(lambda module, args, y: None)
+        assert not graph.can_replay(elsewhere)                 # which a replay would not call
+        hook.remove()
         gate = graph.active_skips(elsewhere)[0]
         gate.override = close_all                              # reads no number of the host
         assert graph.can_replay(elsewhere)

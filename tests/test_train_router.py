@@ -39,6 +39,7 @@ from support.run import Run
 from support.tasks import QUESTIONS
 from tokenizer import Tokenizer
 from train_router import main
+from weights import InputError
 
 ROOT = Path(train_router.__file__).parent
 
@@ -107,6 +108,21 @@ def test_the_whole_model_trains_and_is_kept(granularity, arguments, call, tmp_pa
 
     status, said = call(main, *arguments)            # new routers would stand beside a model not theirs
     assert status == 1 and is_one_sentence(said) and "--train all" in said
+
+
+def no_space(*_):
+    raise InputError("no space left")
+
+
+def test_a_run_is_finished_when_its_model_is_written(arguments, call, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(train_router.Llama, "save_pretrained", no_space)
+        status, said = call(main, *arguments, "--train", "all")
+    assert status == 1 and "no space left" in said
+    status, said = call(main, *arguments, "--train", "all")               # the checkpoint is not replaced
+    assert status == 1 and "--resume" in said
+    assert call(main, *arguments, "--train", "all", "--resume")[0] == 0
+    assert (tmp_path / "out" / "model" / "config.json").exists()
 
 
 def test_learning_rate_of_the_model(arguments, call, tiny, tmp_path):
