@@ -295,7 +295,7 @@ def test_calibration_relies_on_no_point_of_its_curve_twice(calibrated):
         return 0.8 - 0.892 * logit + 0.01 * (some and logit > 0.1)
 
     table, threshold = calibrated(capacity_at, 0.7)
-    assert len(table) == 9 and table[threshold] == pytest.approx(0.7, abs=0.003)
+    assert len(table) == len(calibration.LOGITS) + 2 and table[threshold] == pytest.approx(0.7, abs=0.003)
 
 
 def test_calibration_finds_a_cliff_far_from_its_curve(calibrated, capsys):
@@ -311,7 +311,7 @@ def test_calibration_finds_a_cliff_far_from_its_curve(calibrated, capsys):
 def test_calibration_opens_or_closes_even_gates_of_extreme_scores(asked, calibrated):
     """What was measured where the search begins, at logits of 4, is no end of it."""
     table, threshold = calibrated(lambda logit, some: 0.5 if abs(logit) < 8 else float(logit < 0), asked)
-    assert table[threshold] == asked and len(table) == 9           # the curve, one of 4, one of 16
+    assert table[threshold] == asked and len(table) == len(calibration.LOGITS) + 2       # one of 4, one of 16
     table, threshold = calibrated(lambda logit, some: 0.5, asked)  # and where there are none
     assert table[threshold] == 0.5
 
