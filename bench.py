@@ -37,7 +37,7 @@ import torch
 from losses import LOSSES
 from model import Config, Llama
 from router import GRANULARITIES, KV_OPEN, load_routers, remove_routers, routed_share
-from support.cli import common_arguments, number, numbers, parse_layers, words
+from support.cli import check_reachable, common_arguments, number, numbers, parse_layers, words
 from support.cuda import plain_kernels
 from support.data import DEFAULT_DATA, read_samples
 from support.files import check_destinations
@@ -59,11 +59,8 @@ def make_variants(model, args, phase, batch, context):
     asked = args.capacity or [None]                                       # None: as the router file has it
     if not args.routers:
         n, gates = model.config.n_layer, len(parse_layers(args.layers, model.config.n_layer))
-        asked = [round(routed_share(c, gates, n), 9) for c in args.capacity or [0.5]]
-        if min(asked) < 0:
-            least = math.ceil(1000 * (n - gates) / n) / 1000
-            raise InputError(f"--capacity {min(args.capacity or [0.5])}: {n - gates} of {n} layers have no"
-                             f" router and always run; give at least {least:.3f}, or more --layers")
+        check_reachable(min(args.capacity or [0.5]), gates, n)
+        asked = [routed_share(c, gates, n) for c in args.capacity or [0.5]]
     if phase == "train":
         return [make(name, args.granularity[0], asked[0]) for name in ("train_all", "train_routers")]
     variants = [make("dense")]

@@ -141,19 +141,16 @@ class Variant:
     def share_of_peak(self, seconds):
         """Of the machine's bandwidth in decoding, else of its operations. None where gates are data of a CUDA
         graph, which reads more than the eager step that was counted."""
-        args = self.args
-        if self.phase != "decode":
-            rate = self.work.flops / seconds
-            if self.name == "dense":
-                args.flops = max(args.flops, rate)           # the machine was busy when it was measured
-            return min(1.0, rate / args.flops)
+        args, decodes = vars(self.args), self.phase == "decode"
         is_sequence_of_one = self.batch == 1 and self.granularity and self.granularity.endswith("sequence")
-        if args.device.type == "cuda" and self.granularity and not is_sequence_of_one:
+        if decodes and args["device"].type == "cuda" and self.granularity and not is_sequence_of_one:
             return None
-        rate = self.work.bytes / STEPS / seconds
+        peak, rate = "flops", self.work.flops / seconds
+        if decodes:
+            peak, rate = "bandwidth", self.work.bytes / STEPS / seconds
         if self.name == "dense":
-            args.bandwidth = max(args.bandwidth, rate)
-        return min(1.0, rate / args.bandwidth)
+            args[peak] = max(args[peak], rate)               # the machine was busy when it was measured
+        return min(1.0, rate / args[peak])
 
     def time(self, work):
         """Seconds that `work` takes on the device; nan in round 0, where it is counted."""

@@ -45,7 +45,7 @@ from router import (
 from scoring import evaluate, perplexity
 from support import parallel
 from support.batches import Batch, hold_out, mixture, pack
-from support.cli import common_arguments, number, numbers, parse_layers
+from support.cli import check_reachable, common_arguments, number, numbers, parse_layers
 from support.data import DEFAULT_DATA, HELD_OUT, read_samples
 from support.machine import device_and_dtype
 from support.memory import tokens_that_fit
@@ -233,13 +233,10 @@ def check_capacity(args, recipe, n_layer):
     """Refuse an impossible capacity before the tuning, and one that the recipe aims at but cannot have."""
     penalizes_excess = recipe.penalty and recipe.regularizer is excess_penalty
     has_target = recipe.calibrates or recipe.moves_penalty or penalizes_excess
-    n_free = n_layer - len(parse_layers(args.layers, n_layer))
     if not 0 < args.capacity <= 1:
         raise InputError(f"--capacity should be above 0 and at most 1; it is {args.capacity}")
-    if has_target and args.capacity < n_free / n_layer:
-        least = f"{math.ceil(1000 * n_free / n_layer) / 1000:.3f}"
-        raise InputError(f"--capacity {args.capacity}: {n_free} of {n_layer} layers have no router and always"
-                         f" run, so give at least {least}, or add --layers")
+    if has_target:
+        check_reachable(args.capacity, len(parse_layers(args.layers, n_layer)), n_layer)
 
 
 def read_data(args, tok, context):

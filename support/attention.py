@@ -66,7 +66,7 @@ def attention(q, k, v, mask=None, causal=False):
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         grouped = False            # the flash kernel alone knows groups, and it knows no mask and no float32
     if q.is_cuda and mask is not None and mask.requires_grad and not q.requires_grad:
-        q = q.detach().requires_grad_()     # else CUDA's backward lacks log-sum-exps, PyTorch's issue 148476
+        q = q.detach().requires_grad_()      # without a gradient of q, k or v no log-sum-exp is kept for it
     return pytorch_attention(q, k, v, mask, causal, grouped)
 
 

@@ -69,6 +69,15 @@ def words(known):
     return parse
 
 
+def check_reachable(capacity, n_gates, n_layer):
+    """InputError for an overall capacity that is below what layers without a gate, which always run, give."""
+    n_free = n_layer - n_gates
+    if capacity < n_free / n_layer:
+        least = math.ceil(1000 * n_free / n_layer) / 1000                    # so that what is printed will do
+        raise InputError(f"--capacity {capacity}: {n_free} of {n_layer} layers have no router and always run;"
+                         f" give at least {least:.3f}, or more --layers")
+
+
 def parse_layers(spec, n_layer):
     """The layers that "all", "last:16", "2-29", "3,5,9" or "0,4-7" name, sorted. InputError if none."""
     layers = set()

@@ -38,8 +38,11 @@ def tokens_that_fit(model, first_trained, most, chunk, all_train=False):
     if all_train:
         still_to_come += 4 * weight_bytes(model.config, weight.dtype)
     free = SHARE * (torch.cuda.mem_get_info(weight.device)[0] - still_to_come)
-    tokens, shape = most, (model.config, len(model.layers) - first_trained)
-    while tokens > 64 and step_bytes(*shape, tokens, weight.itemsize, chunk, all_train) > free:
+    tokens, n_layers = most, len(model.layers) - first_trained
+
+    def needed():
+        return step_bytes(model.config, n_layers, tokens, weight.itemsize, chunk, all_train)
+    while tokens > 64 and needed() > free:
         tokens //= 2
     return tokens
 

@@ -94,15 +94,14 @@ def tradeoff(points):
     """A figure of points, see tradeoffs: a row of panels per text, a column per setting; the lines to the
     right win."""
     settings = sorted({setting for by_setting in points.values() for setting in by_setting})
-    lines = [dots for by_setting in points.values() for dots in by_setting.values()]
-    names = sorted({name for dots in lines for name in dots})
-    colors = {name: f"C{i}" for i, name in enumerate(names)}          # the same in all panels
+    colors = {}                                                       # the same in all panels
     figure = new_figure(1 + 3.5 * len(settings), 0.5 + 3.5 * len(points))
     panels = figure.subplots(len(points), len(settings), squeeze=False, sharey="row")
     for row, (text, by_setting) in zip(panels, points.items()):
         for axes, (phase, batch, context) in zip(row, settings):
             for name, dots in sorted(by_setting.get((phase, batch, context), {}).items()):
-                axes.plot(*zip(*dots), marker="o", markersize=4, color=colors[name], label=plain(name))
+                color = colors.setdefault(name, f"C{len(colors)}")
+                axes.plot(*zip(*dots), marker="o", markersize=4, color=color, label=plain(name))
             axes.axvline(1, color="grey", linewidth=0.5)
             axes.set(title=f"{phase}, {context:,} tokens, batch {batch}", xlabel="speedup over dense")
         row[0].set(ylabel=f"KL to dense on {plain(short(text))}")
