@@ -25,13 +25,15 @@ def keep_freed_memory():
 
 
 def prepare_streams():
-    """Let what the terminal's encoding lacks be printed as ?, and print nowhere where a stream is closed."""
+    """Let what the terminal's encoding lacks be printed as ?, print nowhere where a stream is closed, and
+    write whole lines, as `python -u` does not, to the stderr that several processes share."""
     for name in "stdout", "stderr":
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
         stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            in_lines = {"line_buffering": True, "write_through": False} if name == "stderr" else {}
+            stream.reconfigure(errors="replace", **in_lines)
 
 
 def drop_unwritable_streams():

@@ -3,6 +3,7 @@ import argparse
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,6 +50,16 @@ def test_a_reader_that_goes_away_ends_it_quietly():
 def test_bad_input_is_one_sentence():
     done = run("from weights import InputError; raise InputError('a: wrong; do this')")
     assert done.returncode == 1 and done.stderr == b"x.py: a: wrong; do this\n"
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="this system has no Unix sockets")
+def test_a_sentence_is_written_at_once_as_other_processes_may_write_between():
+    reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)               # keeps writes apart
+    body = "from weights import InputError; raise InputError('a: wrong; do this')"
+    subprocess.run([sys.executable, "-u", "-c", SCRIPT.format(body)], stderr=writer, cwd=ROOT, timeout=120)
+    assert reader.recv(1000) == b"x.py: a: wrong; do this\n"
+    reader.close()
+    writer.close()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
