@@ -118,6 +118,7 @@ class Cache:
 
     def __init__(self, config, max_tokens):
         self.max_tokens = max_tokens                 # per row
+        self.window = config.sliding_window
         self.k = [None] * config.n_layer             # (B, K, max_tokens, D) each
         self.v = [None] * config.n_layer
         self.routing = defaultdict(dict)             # what skipping.py has to know of earlier tokens

@@ -4,15 +4,16 @@ shorter sequence, whose tokens keep their positions in the text.
     run_open_only       inference: the open tokens only, gathered
     mask_closed_keys    training: everything is computed, and keys are hidden as far as their gates are closed
 """
+import copy
 import math
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from skipping import open_indices, real_tokens, select_rows
-from support.attention import additive_mask
-from support.cuda import is_asynchronous, to_device, to_host
+from skipping import at_slots, copy_tokens, real_tokens, run_step
+from support.attention import MULTIPLE, additive_mask, products_are_faster
+from support.cuda import is_asynchronous, to_device
 
 GROWTH = 64         # columns by which a cache of open tokens grows
 SHAPES = 128        # gathered columns on CUDA are filled up to a multiple: cuDNN plans each new shape
@@ -21,20 +22,14 @@ SHAPES = 128        # gathered columns on CUDA are filled up to a multiple: cuDN
 def run_open_only(skip, x, ctx, h, is_open):
     """The sublayer on the open tokens only, is_open (B, T), which attend to open tokens only."""
     if ctx.decoding:
-        on_host = open_indices(to_host(is_open)().squeeze(1))            # the one wait for the device
-        skip.count(len(on_host), ctx)
-        if len(on_host) == 0:
-            return x
-        rows = to_device(on_host, x.device)
-        step = ctx.cache.routing["open keys"][skip].step(rows, on_host.tolist(), select_rows(ctx, rows))
-        return x.index_copy(0, rows, skip.sublayer(x[rows], step, h[rows]))
-
+        return run_step(skip, x, ctx, h, is_open)
     is_open = is_open & real_tokens(x, ctx)
     n = is_open.sum(1)                                                   # (B,)
     host_n = n.tolist()                                                  # the one wait for the device
     skip.count(sum(host_n), ctx)
     columns = (~is_open).int().argsort(dim=1, stable=True)               # the open ones first, in order
-    multiple = SHAPES if is_asynchronous(x) else 1                       # so that lengths recur
+    multiple = MULTIPLE if products_are_faster(x) else 1                 # so that lengths recur
+    multiple = SHAPES if is_asynchronous(x) else multiple
     widest = -(-max(host_n) // multiple) * multiple
     columns = columns[:, :widest]                                 # (B, N), rows filled up with closed ones
     is_real = torch.arange(columns.shape[1], device=x.device) < n[:, None]
@@ -44,13 +39,18 @@ def run_open_only(skip, x, ctx, h, is_open):
         mask = mask[:, None]                                             # (B, 1, N, N)
     shorter = replace(ctx, cos=ctx.cos[columns][:, None], sin=ctx.sin[columns][:, None], mask=mask)
     if ctx.cache is not None:
-        shorter.cache = ctx.cache.routing["open keys"][skip] = OpenKeys(ctx.cache, skip.attn, columns, host_n)
+        ctx.cache.routing["open keys"][skip] = OpenKeys(ctx.cache, skip.attn, columns, host_n)
+        shorter.cache = copy.copy(ctx.cache)                             # its lists are the same
+        shorter.cache.max_tokens = columns.shape[1] + GROWTH
     if not any(host_n):
         return x
-    at = columns[..., None].expand(-1, -1, x.shape[2])                   # (B, N, C)
-    open_x = x.gather(1, at)
-    y = skip.sublayer(open_x, shorter, h.gather(1, at))
-    return x.scatter(1, at, torch.where(is_real[..., None], y, open_x))
+    (B, T, C), N = x.shape, columns.shape[1]
+    at = (columns + T * torch.arange(B, device=x.device)[:, None]).flatten()         # among B * T tokens
+    open_x, open_h = (t.flatten(0, 1).index_select(0, at).view(B, N, C) for t in (x, h))
+    y = skip.sublayer(open_x, shorter, open_h)
+    if min(host_n) < N:
+        y = torch.where(is_real[..., None], y, open_x)
+    return copy_tokens(x, at, y.flatten(0, 1))
 
 
 def mask_closed_keys(ctx, gate, dtype):
@@ -64,52 +64,37 @@ def mask_closed_keys(ctx, gate, dtype):
 
 
 class OpenKeys:
-    """The cache of one layer for its open tokens alone: those of row b are in slots 0 to n[b] - 1, and
-    positions[b, slot] is where the token stands in the text. Its tensors (B, K, slots, D) are in the lists of
-    the generation's cache. A step of generation calls `step`, then the attention calls `store`."""
+    """Where open tokens stand in the cache of one layer: those of row b are in slots 0 to n[b] - 1. With a
+    sliding window positions[b, slot] tells where each stands in the text."""
 
     def __init__(self, cache, attn, columns, n):
         """Of a prompt whose open tokens are at `columns` (B, N), n (a list) of each row."""
-        self.memories = cache.k, cache.v                                 # not the cache, which refers to this
-        self.layer, self.positions, self.n = attn.layer, columns, n
-        for memory in self.memories:                                     # a prompt may open no token
-            memory[self.layer] = attn.qkv.weight.new_zeros(len(n), attn.n_kv_head, 0, attn.head_dim)
+        self.memories, self.layer = (cache.k, cache.v), attn.layer       # not the cache, which refers to this
+        self.n, self.positions = n, columns if cache.window else None
+        if not any(n):
+            for memory in self.memories:
+                memory[self.layer] = attn.qkv.weight.new_zeros(len(n), attn.n_kv_head, 0, attn.head_dim)
 
-    def step(self, rows, on_host, ctx):
-        """The Context of a step in which some rows, given by their indices (R,), a list on the host, are
-        open."""
-        slots = [self.n[row] for row in on_host]                         # where they write
-        end = max(slots) + 1
-        self.rows, self.slots = rows, to_device(torch.tensor(slots), rows.device)
-        for row in on_host:
-            self.n[row] += 1
-        keys, values = self.memories
-        if end > keys[self.layer].shape[2]:
-            for memory in keys, values:
+    def step(self, ctx, opened):
+        """The Context of a step, opened: a list, of each row whether it is open."""
+        slots, end = self.n, max(self.n) + 1
+        self.n = [slot + is_open for slot, is_open in zip(slots, opened)]
+        for memory in self.memories:
+            if end > memory[self.layer].shape[2]:
                 memory[self.layer] = F.pad(memory[self.layer], (0, 0, 0, GROWTH))
-        if end > self.positions.shape[1]:
-            self.positions = F.pad(self.positions, (0, GROWTH))
-        self.positions[rows, self.slots] = ctx.end - 1 if ctx.positions is None else ctx.positions
-        mask, dtype = ctx.mask, keys[self.layer].dtype
-        if mask is not None:                                             # of all positions, (R or 1, 1, 1, S)
-            of_row = mask.expand(len(rows), 1, 1, -1)
-            mask = of_row.gather(3, self.positions[rows, None, None, :end])
-        if min(slots) < max(slots):
-            is_key = torch.arange(end, device=rows.device) <= self.slots[:, None, None, None]
-            own = additive_mask(is_key, dtype)
-            mask = own if mask is None else mask + own
-        return replace(ctx, cache=self, mask=mask, end=end)
+        if self.positions is None and min(slots) == max(slots):
+            return replace(ctx, positions=None, mask=None, end=end)
+        step = at_slots(ctx, to_device(torch.tensor(slots), ctx.cos.device), end)
+        if self.positions is not None:
+            step.mask += self.window_mask(ctx, step)
+        return step
 
-    def store(self, layer, k, v, ctx):
-        """As Cache.store, for the open tokens."""
-        memories = zip(self.memories, (k, v))
-        if not ctx.decoding:
-            for memory, new in memories:
-                memory[layer] = F.pad(new, (0, 0, 0, GROWTH))
-            return k, v
-        stored = []
-        for memory, new in memories:
-            memory[layer][self.rows, :, self.slots] = new[:, :, 0]
-            keys = memory[layer][:, :, :ctx.end]
-            stored.append(keys if len(self.rows) == len(keys) else keys[self.rows])
-        return stored
+    def window_mask(self, ctx, step):
+        """The mask of the text's positions, ctx.mask (B or 1, 1, 1, S), at those of the slots; 0 for none."""
+        if step.end > self.positions.shape[1]:
+            self.positions = F.pad(self.positions, (0, GROWTH))
+        here = torch.full_like(step.positions, ctx.end - 1) if ctx.positions is None else ctx.positions
+        self.positions.scatter_(1, step.positions[:, None], here[:, None])
+        if ctx.mask is None:
+            return 0
+        return ctx.mask.expand(len(self.n), 1, 1, -1).gather(3, self.positions[:, None, None, :step.end])

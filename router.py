@@ -110,7 +110,7 @@ class MindSkip(nn.Module):
             router.bias.data += math.log(threshold / max(1 - threshold, 1e-16))        # so that it is open
         if hasattr(router, "attach"):
             router.attach(sublayer)
-        self.is_plain = type(router) is LinearRouter and kv == "all"     # see is_single
+        self.is_plain = type(router) is LinearRouter                     # see is_single
         self.router = router.to(next(sublayer.parameters()).device)
         self.merges = hasattr(router, "merge")
         if self.merges and self.scope == "sequence":
@@ -172,7 +172,7 @@ class MindSkip(nn.Module):
 
     def is_single(self, x):
         """Whether skipping.run_single serves for a step's x (B, 1, C): inference of one row on a CPU, by the
-        linear router, with keys of all tokens, not in float64."""
+        linear router, not in float64."""
         if not self.is_plain or self.training:
             return False
         return len(x) == 1 and x.device.type == "cpu" and x.dtype != torch.float64

@@ -17,7 +17,7 @@ a running generation has to know of earlier tokens is kept in its cache, in cach
                   computed, see defer: of run_single x and its root mean square, else h and None
     single        of run_single: a Single
     open keys     an OpenKeys (open_keys.py)
-    is open, decisions, n open      of a captured step, on the device: see run_captured, next_slot
+    is open, decisions, n open      of a captured step, on the device: see run_captured, next_slots
 """
 import math
 from collections.abc import Callable
@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from model import merge_heads, rotate, split_heads
-from support.attention import additive_mask, attention_of_some
+from support.attention import additive_mask, attention_of_some, fill
 from support.cuda import fused, is_asynchronous, only_for, to_device, to_host
 from support.kernels import logit_of_token, normalized, root_mean_square
 
@@ -84,12 +84,14 @@ def run_tokens(skip, x, ctx, h, is_open):
     decisions = to_host(is_open)                                       # begins to copy them
     if attn and is_asynchronous(x):
         kv = keys_values(attn, ctx, h)                                 # while the host waits for decisions
-    at, counts = open_tokens(decisions(), ctx.host_lengths)
+    decided = decisions()
+    at, counts = open_tokens(decided, ctx.host_lengths)
     skip.count(len(at), ctx)
     n_real = sum(ctx.host_lengths)
     if len(at) >= NEARLY_OPEN * n_real:
         y = skip.sublayer(x, ctx, h)
-        return y if len(at) == n_real else torch.where(is_open[..., None], y, x)
+        closed = to_device(open_indices(~decided.flatten()), x.device)
+        return copy_tokens(y, closed, x.flatten(0, 1)[closed]) if len(at) < n_real else y
     if attn and not kv:
         kv = keys_values(attn, ctx, h)
     return run_gathered(skip, x, ctx, h, at, counts, kv) if len(at) else x
@@ -121,16 +123,22 @@ def run_step(skip, x, ctx, h, is_open):
     """run_tokens in a step of generation, one token per row, is_open (B, 1)."""
     attn = skip.attn
     decided = to_host(is_open)().squeeze(1)                              # (B,) on the host
-    n_open = sum(decided.tolist())
+    opened = decided.tolist()
+    n_open = sum(opened)
     skip.count(n_open, ctx)
     if not attn:
         return run_rows(skip, x, ctx, open_indices(decided), h)
-    pending = ctx.cache.routing["pending"].setdefault(skip, [])
-    if n_open == 0:
-        defer(attn, pending, h, None, ctx)
-        return x
-    if pending:
-        ctx, h = with_pending(attn, pending, h, None, ctx)
+    if skip.kv == "open":
+        if n_open == 0:
+            return x
+        ctx = ctx.cache.routing["open keys"][skip].step(ctx, opened)
+    else:
+        pending = ctx.cache.routing["pending"].setdefault(skip, [])
+        if n_open == 0:
+            defer(attn, pending, h, None, ctx)
+            return x
+        if pending:
+            ctx, h = with_pending(attn, pending, h, None, ctx)
     if n_open == len(x):
         return skip.sublayer(x, ctx, h)
     with only_for(is_open.squeeze(1), {}):           # products read their weights for one row as for all
@@ -146,17 +154,20 @@ class Single(NamedTuple):
     """What run_single reads of a MindSkip, looked up once per generation: between two products of megabytes
     each look through an nn.Module takes microseconds."""
     sublayer: nn.Module
-    attn: nn.Module | None
+    attn: nn.Module | None              # whose keys are deferred
     norm_weight: torch.Tensor
     eps: float
     logit: Callable
     pending: list
+    open_keys: object                   # an OpenKeys, or None
 
     @classmethod
-    def of(cls, skip, pending):
+    def of(cls, skip, routing):
         norm, router = skip.norm, skip.router
         logit = logit_of_token(norm, router.weight, router.bias)
-        return cls(skip.sublayer, skip.attn, norm.weight, norm.eps, logit, pending)
+        attn = skip.attn if skip.kv == "all" else None
+        pending, open_keys = routing["pending"].setdefault(skip, []), routing["open keys"].get(skip)
+        return cls(skip.sublayer, attn, norm.weight, norm.eps, logit, pending, open_keys)
 
 
 def run_single(skip, x, ctx):
@@ -164,8 +175,8 @@ def run_single(skip, x, ctx):
     dot products, one for the norm and one for the logit."""
     singles = ctx.cache.routing["single"]
     if skip not in singles:
-        singles[skip] = Single.of(skip, ctx.cache.routing["pending"].setdefault(skip, []))
-    sublayer, attn, norm_weight, eps, logit, pending = singles[skip]
+        singles[skip] = Single.of(skip, ctx.cache.routing)
+    sublayer, attn, norm_weight, eps, logit, pending, open_keys = singles[skip]
     token = x.flatten().float()                                          # (C,)
     rms = root_mean_square(token, eps)
     score = 0.5 + 0.5 * math.tanh(logit(token, rms) / 2)                 # sigmoid, without overflow
@@ -177,6 +188,8 @@ def run_single(skip, x, ctx):
     skip.count(int(is_open), ctx)
     if is_open and pending:
         return sublayer(x, *with_pending(attn, pending, x, rms, ctx))
+    if is_open and open_keys:
+        ctx = open_keys.step(ctx, [True])
     if is_open:
         return sublayer(x, ctx, normalized(x, rms, norm_weight))
     if attn:
@@ -187,7 +200,9 @@ def run_single(skip, x, ctx):
 def run_gathered(skip, x, ctx, h, on_host, counts, kv):
     """The sublayer on gathered tokens: on_host (N,), counts: see open_tokens; kv: see keys_values, None for
     an MLP."""
-    at, attn = to_device(on_host, x.device), skip.attn
+    attn, n = skip.attn, len(on_host)
+    on_host, counts = fill(on_host, counts, x)
+    at = to_device(on_host, x.device)
     open_x = x.flatten(0, 1).index_select(0, at)                         # (N, C), row after row
     open_h = h.flatten(0, 1).index_select(0, at)
     if attn:
@@ -198,7 +213,12 @@ def run_gathered(skip, x, ctx, h, on_host, counts, kv):
         open_x = skip.sublayer(open_x, ctx, open_h)
     if skip.part == "block":
         open_x = skip.sublayer.mlp(open_x)
-    return x.flatten(0, 1).index_copy(0, at, open_x).view_as(x)
+    return copy_tokens(x, at[:n], open_x[:n])
+
+
+def copy_tokens(x, at, tokens):
+    """x (B, T, C) with other tokens (N, C) at some places: at (N,), indices among B * T."""
+    return x.flatten(0, 1).index_copy(0, at, tokens).view_as(x)
 
 
 def keys_values(attn, ctx, h):
@@ -267,7 +287,7 @@ def run_captured(skip, x, ctx):
         is_open = skip.score(h, ctx).squeeze(1) >= skip.threshold
         ctx.cache.routing["decisions"][skip] = is_open
         if skip.kv == "open":
-            ctx = next_slot(skip, ctx, is_open)
+            ctx = next_slots(skip, ctx, is_open)
         elif attn:
             n_gated = {attn.qkv: attn.n_head * attn.head_dim}           # queries; then keys and values
     with only_for(is_open, n_gated):
@@ -275,11 +295,17 @@ def run_captured(skip, x, ctx):
     return torch.where(is_open[:, None, None], y, x)
 
 
-def next_slot(skip, ctx, is_open):
-    """The Context of a captured step with kv="open": a row writes its key and value where its next open token
-    belongs, at n_open[b], and sees those before. If it is closed, the next open one overwrites them."""
+def next_slots(skip, ctx, is_open):
+    """The Context of a captured step with kv="open", see at_slots."""
     n_open = ctx.cache.routing["n open"][skip]                                      # (B,), before this step
     slots = n_open.clone()
     n_open += is_open
-    visible = torch.arange(ctx.end, device=slots.device) <= slots[:, None, None, None]
-    return replace(ctx, positions=slots, mask=additive_mask(visible, skip.attn.qkv.weight.dtype))
+    return at_slots(ctx, slots, ctx.end)
+
+
+def at_slots(ctx, slots, end):
+    """The Context of a step with kv="open": each row writes its key and value where its next open token
+    belongs, slots (B,), all below `end`, and sees those before. If it is closed, the next open one overwrites
+    them."""
+    visible = torch.arange(end, device=slots.device) <= slots[:, None, None, None]
+    return replace(ctx, positions=slots, end=end, mask=additive_mask(visible, ctx.cos.dtype))

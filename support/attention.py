@@ -23,7 +23,7 @@ CHUNK = 128         # queries whose scores exist at once
 CALL = 256          # queries, of some, per call of PyTorch's kernel: 128 take up to a seventh longer
 OPEN_ROWS_FROM = 512    # keys, from which attention of the open rows alone is faster on 2 threads
 PARTS_FROM = 2048   # keys, from which attention_by_parts is faster than attention_in_chunks; see there
-KEY_MULTIPLE = 32   # a chunk's keys are rounded up to this multiple, so that shapes recur
+MULTIPLE = 32       # of gathered tokens, of queries and of keys, so that shapes recur: see fill
 CUDNN_FROM = 4096   # tokens: cuDNN's attention takes half of flash's time, but plans a new shape for 30 ms
 
 
@@ -109,6 +109,17 @@ def products_are_faster(q):
     return q.dtype == torch.bfloat16 and q.device.type == "cpu"
 
 
+def fill(at, counts, x):
+    """Gathered tokens, at (N,), counts[b] of row b, and the last once more and again, so that there are a
+    MULTIPLE of them: in bfloat16 oneDNN plans each new shape, for longer than its product takes."""
+    n_more = -len(at) % MULTIPLE if products_are_faster(x) else 0
+    if n_more == 0:
+        return at, counts
+    row = max(row for row, n in enumerate(counts) if n)
+    counts = [n + n_more * (i == row) for i, n in enumerate(counts)]
+    return F.pad(at, (0, n_more), value=int(at[-1])), counts
+
+
 def parts_are_faster(q, S):
     """Whether attention_by_parts serves for queries (1, H, n, D) of S keys: where half or more are open."""
     return 2 * q.shape[2] >= S >= PARTS_FROM and q.device.type == "cpu" and not torch.is_grad_enabled()
@@ -117,7 +128,11 @@ def parts_are_faster(q, S):
 def attention_by_products(q, k, v, mask=None, causal=False, positions=None):
     """`attention` by plain products, CHUNK queries at a time: causal ones with the keys up to their last.
     positions (T,), int32, rising: query t sees the keys up to positions[t]."""
-    (B, H, T, D), K = q.shape, k.shape[1]
+    (B, H, n, D), K = q.shape, k.shape[1]
+    if positions is not None and n % MULTIPLE:
+        q = F.pad(q, (0, 0, 0, -n % MULTIPLE))
+        positions = F.pad(positions, (0, -n % MULTIPLE), value=int(positions[-1]))
+    T = q.shape[2]
     q = q.mul(D ** -0.5).unflatten(1, (K, -1)).flatten(0, 1)                  # (BK, H/K, T, D)
     k, v = k.flatten(0, 1), v.flatten(0, 1)                                   # (BK, S, D)
     if causal:
@@ -138,7 +153,7 @@ def attention_by_products(q, k, v, mask=None, causal=False, positions=None):
         elif bias is not None:
             score.view(B, H, size, end)[..., end - bias.shape[-1]:] += bias
         outputs.append(torch.bmm(score.softmax(-1), v[:, :end]).view(B, H, size, D))
-    return torch.cat(outputs, 2)
+    return torch.cat(outputs, 2)[:, :, :n]
 
 
 def keys_seen(on_host, positions, S, dtype):
@@ -147,7 +162,7 @@ def keys_seen(on_host, positions, S, dtype):
     first, last, n = int(on_host[0]), int(on_host[-1]), len(on_host)
     if n == 1:
         return last + 1, None
-    end = min(S, -(-(last + 1) // KEY_MULTIPLE) * KEY_MULTIPLE)
+    end = min(S, last + 1 + -(last + 1) % MULTIPLE)
     key = torch.arange(first + 1, end, device=positions.device, dtype=torch.int32)       # all see `first`
     return end, additive_mask(key <= positions[:, None], dtype)
 

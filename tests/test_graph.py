@@ -14,7 +14,6 @@ from test_router import LENGTHS, routed, tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import open_keys
 import skipping
 from model import Cache, Config, Llama, rotate, swiglu
 from router import GRANULARITIES, add_routers, capacity, close_all, dense, mindskips, trace
@@ -289,10 +288,9 @@ class Waits(TorchDispatchMode):
         self.n = 0
         for name in "tolist", "numpy":                         # these are not dispatched on a CPU
             monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
-        for module in skipping, open_keys:
-            monkeypatch.setattr(module, "to_host", self.counted(module.to_host))
-            for name in {"open_indices", "open_tokens"} & {*vars(module)}:
-                monkeypatch.setattr(module, name, self.uncounted(getattr(module, name)))
+        monkeypatch.setattr(skipping, "to_host", self.counted(skipping.to_host))
+        for name in "open_indices", "open_tokens":
+            monkeypatch.setattr(skipping, name, self.uncounted(getattr(skipping, name)))
 
     def uncounted(self, function):
         """For what reads a copy that the host has."""
