@@ -126,11 +126,12 @@ class ChatTemplate:
             if 0 < question <= len(after) and text.startswith(after):
                 spans.append((question, len(after)))
                 continue
-            content = message["content"].strip()
-            first = text.find(content, max(question, spans[-1][1] if spans else 0))
-            if first >= 0 and content:
-                end = first + len(content)
-                mark = self.end_mark.match(text, end)
+            content, start = message["content"].strip(), max(question, spans[-1][1] if spans else 0)
+            if i and not question:                   # it may stand in the question, too
+                start = end_of(messages[i - 1]["content"].strip(), text, start) or start
+            end = end_of(content, text, start)
+            if end and content:
+                first, mark = end - len(content), self.end_mark.match(text, end)
                 spans.append((first, mark.end() if mark else end))
         return spans
 
@@ -146,6 +147,12 @@ class ChatTemplate:
             return self.text_of(messages, opens) if messages else ""
         except InputError:
             return ""
+
+
+def end_of(part, text, start):
+    """Where a part of the text ends, looked for from `start` on; 0 where it is not there."""
+    first = text.find(part, start)
+    return first + len(part) if first >= 0 else 0
 
 
 def unmarked(text):
@@ -186,7 +193,8 @@ def bounded(seconds, megabytes):
     before = signal.signal(signal.SIGALRM, stop)
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, hard))
+        limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min([used + megabytes * 2**20, *limits]), hard))
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,7 +1,10 @@
 """Chats: ids and answers against transformers, special tokens as text, and templates that misbehave."""
 import json
+import subprocess
+import sys
 import time
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -125,6 +128,34 @@ def test_an_answer_is_looked_for_after_its_question(tmp_path):
     ids, answer = tok.encode_chat(messages_of(chat))
     assert spoken(tok, ids, answer) == ["yes<|im_end|>", "<think>no<|im_end|>\n"]
     assert tok.decode(ids[:answer.index(True)]).endswith("assistant\n")
+
+
+def test_an_answer_is_looked_for_after_its_question_where_a_prefix_is_written_otherwise(tmp_path):
+    """Mistral's v0.3 writes the system's message before the last message, if the user's: no beginning of a
+    chat with an answer has it where the whole has it. The answers stand in the questions, too."""
+    source = ("{% set system = messages[0].content if messages[0].role == 'system' %}"
+              "{{ bos_token }}{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}"
+              "{{ '[INST] ' + (system + ' ' if loop.last and system else '') + m.content + '[/INST]' }}"
+              "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}")
+    tok = Tokenizer.from_pretrained(folder_of(tmp_path, byte_level(), source))
+    chat = [("system", "Answer."), ("user", "A. apple B. chair"), ("assistant", "A"), ("user", "And B?"),
+            ("assistant", "B")]
+    for n in 3, 5:
+        ids, answer = tok.encode_chat(messages_of(chat[:n]))
+        assert spoken(tok, ids, answer) == ["A</s>", "B</s>"][:n // 2]
+        assert tok.decode(ids[:answer.index(True)]).endswith("chair[/INST] ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded on Linux alone")
+def test_a_template_under_a_limit_of_the_address_space(tmp_path):
+    """Where less is allowed than a template would be given, that holds, and is no refusal."""
+    limit = ("import resource; used = int(open('/proc/self/statm').read().split()[0]) * 4096;"
+             "resource.setrlimit(resource.RLIMIT_AS, [used + 200 * 2**20] * 2)")
+    program = ("import sys; from tokenizer import Tokenizer; tok = Tokenizer.from_pretrained(sys.argv[1]);"
+               f" {limit}; print(tok.template.render([{{'role': 'user', 'content': 'Hello'}}])[0])")
+    command = [sys.executable, "-c", program, folder_of(tmp_path, byte_level(), CHATML)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(template.__file__).parent.parent)
+    assert "user\nHello" in done.stdout, done.stderr
 
 
 def test_an_answer_is_opened_with_a_thought(tmp_path):
