@@ -84,7 +84,7 @@ def fetch_from_hub(name):
     repo, _, revision = name.partition("@")
     try:
         return snapshot_download(repo, revision=revision or None, allow_patterns=HUB_FILES,
-                                 ignore_patterns="*/*")
+                                 ignore_patterns=["*/*", "consolidated*"])       # the weights once more
     except errors.GatedRepoError:
         raise InputError(f"{name}: its owner asks for consent; accept the terms on its page on the hub, then"
                          " log in with `hf auth login`") from None

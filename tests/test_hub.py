@@ -62,7 +62,8 @@ def hub(tiny):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files = {path.name: path.read_bytes() for path in tiny.iterdir()}
     server.files |= {"generation_config.json": b'{"eos_token_id": [2, 0]}'}
-    server.files |= {"pytorch_model.bin": b"no pickle", "original/model.safetensors": b"a copy", "a.png": b""}
+    server.files |= {"pytorch_model.bin": b"no pickle", "original/model.safetensors": b"a copy", "a.png": b"",
+                     "consolidated.safetensors": b"a copy"}                         # as Mistral's have it
     server.fetched = set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -81,7 +82,8 @@ def test_fetched_once_and_reused_offline(name, hub, tmp_path):
     first = sample(name, hub, tmp_path)
     assert first.returncode == 0, first.stderr
     assert hub.fetched >= {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"}
-    assert not hub.fetched & {"pytorch_model.bin", "original/model.safetensors", "a.png"}
+    assert not hub.fetched & {"pytorch_model.bin", "original/model.safetensors", "a.png",
+                              "consolidated.safetensors"}
     hub.fetched.clear()
     tokens = first.stdout.split("tokens in")[0]
     for offline in {}, {"HF_HUB_OFFLINE": "1"}:
