@@ -212,6 +212,8 @@ class Run:
         try:
             for step in self.bar:
                 yield step
+                if step + 1 == self.n_steps:         # a signal may have come during the last save
+                    self.is_due(step)
                 if self.stopped:
                     parallel.gathered([])            # wait for what process 0 saves
                     self.bar.close()

@@ -163,6 +163,21 @@ def test_a_signal_saves_and_ends(number, short, call, tmp_path, monkeypatch):
     assert signal.getsignal(number) == before and (tmp_path / "out" / "checkpoint.safetensors").exists()
 
 
+@pytest.mark.parametrize("save_every, n_steps", [(1, 2), (100, 6)])
+def test_a_signal_during_a_save_ends_the_run(save_every, n_steps, short, call, monkeypatch):
+    """The last save included, after which the threshold would be calibrated."""
+    real = train_router.Run.save
+
+    def save(*given):
+        real(*given)
+        signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(train_router.Run, "save", save)
+    status, said = call(main, *short, "--save-every", save_every)
+    assert status == 130 and f"stopped after step {n_steps} of 6" in said
+    monkeypatch.setattr(train_router.Run, "save", real)
+    assert call(main, *short, "--save-every", save_every, "--resume")[0] == 0
+
+
 # ------------------------------------------------------------------------------------------------ one folder
 
 
