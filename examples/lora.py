@@ -123,12 +123,12 @@ def main():
     test = [Batch.of(group, device) for group in pack(test_set, args.tokens)]
     rows = {}
     for name in "routed", "dense":                   # in this order, since a router file may be refused
-        torch.manual_seed(args.seed)
         model = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False)
         check_rank(model, args.rank)
         if name == "routed":
             load_routers(model, args.routers)
         rows[name] = evaluate(model, test)
+        torch.manual_seed(args.seed)                 # new routers draw numbers, too
         add_lora(model, args.rank, args.alpha)
         tune(model, train_set, args, f"{name} + LoRA")
         merge(model)
