@@ -59,7 +59,6 @@ def make_variants(model, args, phase, batch, context):
     asked = args.capacity or [None]                                       # None: as the router file has it
     if not args.routers:
         n, gates = model.config.n_layer, len(parse_layers(args.layers, model.config.n_layer))
-        check_reachable(min(args.capacity or [0.5]), gates, n)
         asked = [routed_share(c, gates, n) for c in args.capacity or [0.5]]
     if phase == "train":
         return [make(name, args.granularity[0], asked[0]) for name in ("train_all", "train_routers")]
@@ -309,6 +308,9 @@ def main():
         config = Config.from_hf(checkpoint.config, checkpoint.path)
     if max(args.static, default=0) > config.n_layer:
         raise InputError(f"--static {max(args.static)}: this model has {config.n_layer} layers; give fewer")
+    if not args.routers:
+        gates = parse_layers(args.layers, config.n_layer)
+        check_reachable(min(args.capacity or [0.5]), len(gates), config.n_layer)
     longest = longest_text(args)
     if longest > config.max_context:
         raise InputError(f"--context {max(args.context)}: {longest} tokens do not fit the model's context of"
@@ -325,6 +327,9 @@ def main():
         args.granularity, args.kv = [meta["granularity"]], meta["kv"]
         samples, _ = read_samples(DEFAULT_DATA, Tokenizer.from_pretrained(args.model), config.max_context)
         ids = [i for s in samples for i in s.ids]
+        if not ids:
+            raise InputError(f"{DEFAULT_DATA}: no sample has an answer within the model's context of"
+                             f" {config.max_context}; leave out --routers")
     else:
         ids = torch.randint(0, config.vocab_size, (n,)).tolist()
     n = max(n, len(ids) // max(args.context) * max(args.context))

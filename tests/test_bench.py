@@ -258,6 +258,20 @@ def test_bench_refuses(arguments, named, tiny, call):
     assert status == 1 and named in said and is_one_sentence(said)
 
 
+def test_bench_refuses_before_it_measures(tiny, call, monkeypatch):
+    monkeypatch.setattr(bench, "rates", None)
+    for arguments in ["--layers", "9"], ["--layers", "3", "--capacity", 0.5]:
+        status, said = call(bench.main, "--model", tiny, "--context", 40, *arguments)
+        assert status == 1 and is_one_sentence(said)
+
+
+def test_bench_refuses_routers_without_text(tiny, call, monkeypatch, tmp_path):
+    save_routers(add_routers(Llama.from_pretrained(tiny), "attn_token"), tmp_path / "r.safetensors")
+    monkeypatch.setattr(bench, "read_samples", lambda *_: ([], 0))
+    status, said = call(bench.main, "--model", tiny, "--context", 40, "--routers", tmp_path / "r.safetensors")
+    assert status == 1 and "no sample has an answer" in said and is_one_sentence(said)
+
+
 @pytest.mark.parametrize("arguments", ["--phase sleep", "--batch 0", "--capacity 2", "--context x"])
 def test_bench_refuses_unknown_words_and_numbers(arguments, call):
     flag, value = arguments.split()
