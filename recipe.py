@@ -22,8 +22,8 @@ from support.files import InputError
 from support.own_text import write_text
 
 OWN_TEXTS, OWN_TOKENS = 288, 256      # texts that the model writes, and tokens of each
-CALIBRATION_TEXTS, CALIBRATION_TOKENS = 64, 128       # the first of them, cut to so many tokens, calibrate
-NOT_LEARNED = 24                      # the first of them, which calibrate only; the rest is learned from
+CALIBRATION_TEXTS, CALIBRATION_TOKENS = 64, 128       # of these the first, cut, calibrate the threshold
+NOT_LEARNED = 24                      # of these the first are not tuned on; texts 24 to 63 serve both
 
 
 # ---------------------------------------------------------------------------------------------- regularizers
@@ -225,20 +225,15 @@ def own_text(model, recipe, samples, seed, path=None):
     return to_calibrate, pieces(ids[NOT_LEARNED:].tolist(), n_tokens)
 
 
-def make_source(recipe, samples, own_samples, args, device):
-    """(an endless iterator that gives each step's batches, a list of (kind of text, Batch); the number of
-    kinds).
+def make_source(recipe, by_kind, args, device):
+    """For each step, forever, its batches, a list of (kind of text, Batch).
 
-    samples: of the training data, kind 0; own_samples: of text that the model wrote, kind 1, or None; args:
-    those of train_router.py.
+    by_kind: the Samples of each kind: of the training data, and of text that the model wrote, if it is used;
+    args: those of train_router.py.
     """
-    by_kind = [samples] if own_samples is None else [samples, own_samples]
     if recipe.step_samples:
-        steps = epochs(samples, recipe.step_samples, args.tokens, args.seed)
+        steps = epochs(by_kind[0], recipe.step_samples, args.tokens, args.seed)
     else:
         steps = alternating(by_kind, args.tokens, args.accumulate, args.seed)
-
-    def batches():
-        for groups in steps:
-            yield [(kind, Batch.of(group, device)) for kind, group in groups]
-    return batches(), len(by_kind)
+    for groups in steps:
+        yield [(kind, Batch.of(group, device)) for kind, group in groups]

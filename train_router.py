@@ -232,7 +232,7 @@ def make_recipe(args, n_samples, model):
 def check_capacity(args, recipe, n_layer):
     """Refuse an impossible capacity before the tuning, and one that the recipe aims at but cannot have."""
     penalizes_excess = recipe.penalty and recipe.regularizer is excess_penalty
-    has_target = recipe.calibrates or recipe.moves_penalty or penalizes_excess
+    has_target = recipe.method == "harm" or recipe.calibrates or recipe.moves_penalty or penalizes_excess
     if not 0 < args.capacity <= 1:
         raise InputError(f"--capacity should be above 0 and at most 1; it is {args.capacity}")
     if has_target:
@@ -320,13 +320,14 @@ def main():
     if recipe.train == "all":
         teacher = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False)
 
-    source, n_kinds = make_source(recipe, train_set, own_samples, args, device)
+    by_kind = [train_set] if own_samples is None else [train_set, own_samples]
+    source = make_source(recipe, by_kind, args, device)
     for _ in range(run.start):                       # skip the data of the steps that are done
         next(source)
     if recipe.method == "harm":
         harm.tune(model, source, recipe, args.capacity, run)
     else:
-        tune(model, source, recipe, args.capacity, run, n_kinds, teacher)
+        tune(model, source, recipe, args.capacity, run, len(by_kind), teacher)
 
     calibration = []
     if recipe.calibrates:

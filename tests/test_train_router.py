@@ -258,10 +258,10 @@ def test_a_run_learns_from_what_the_model_wrote(more, learns, arguments, call, m
     spy("make_source")
     spy("calibrate", [])
     assert call(main, *arguments, *more)[0] == 0
-    _, samples, texts, *_ = calls["make_source"]
+    _, (samples, *texts), *_ = calls["make_source"]
     _, same, held, capacity, _ = calls["calibrate"]
     assert samples is same and len(samples) == 32 and held.shape == (64, 128) and capacity == 0.7
-    assert (texts is not None) == learns
+    assert bool(texts) == learns
 
 
 def test_gates_are_ramps_that_narrow_over_a_run(arguments, call, monkeypatch):
@@ -326,6 +326,8 @@ def test_a_price_moves_once_a_step_by_the_mean_of_its_batches(tiny, monkeypatch)
     (["--recipe", "paper", "--epochs", 2], "not beside --steps"),           # which `arguments` has
     (["--max-samples", 0], "--max-samples"),
     (["--method", "harm"], "only for linear gates at sequence level"),
+    ("--recipe paper --method harm --loss kl --gate linear --granularity attn_sequence --layers 2-3"
+     " --capacity 0.4".split(), "give at least 0.500"),
     (["--granularity", "attn_sequence", "--lr", 0.01], "--lr:"),
     (["--granularity", "attn_sequence", "--penalty", 1], "--penalty:"),
     (["--lr", -1], "--lr"),
