@@ -1,5 +1,4 @@
-"""Accuracy on the paper's benchmarks and perplexity of text, dense beside routed, as lm-evaluation-harness
-does it.
+"""Accuracy on benchmarks and perplexity of text as lm-evaluation-harness has them, dense beside routed.
 
     python eval.py                             # the questions and the text in data/: no benchmark
     python eval.py --routers routers/smollm2-135m.attn_token.safetensors --capacity 0.85,0.73 --static 4,8
@@ -22,7 +21,7 @@ from itertools import islice
 import torch
 from tqdm import tqdm
 
-from harm import measure
+import harm
 from model import Llama
 from router import add_routers, close_all, load_routers, mindskips, remove_routers
 from scoring import TOKENS, Usage, answer, evaluate, perplexity
@@ -46,22 +45,20 @@ def by_harm(model, samples, args, device):
     """All layers, those first whose attention the output misses least, closed one at a time on `samples`."""
     add_routers(model, "attn_token")                                       # all open
     groups = islice(batches(samples, STATIC_TOKENS, args.seed), STATIC_BATCHES)
-    harm = 0                                                               # (n_layer,)
+    total = 0                                                              # (n_layer,)
     for group in tqdm(groups, "harm of each layer", STATIC_BATCHES, unit="batch", leave=False):
-        harm = harm + measure(model, Batch.of(group, device))[0].sum(0)
-    return harm.argsort().tolist()
+        total = total + harm.measure(model, Batch.of(group, device))[0].sum(0)
+    return total.argsort().tolist()
 
 
-def override_real(model, change):
-    """Let every gate's scores, of a batch's real tokens or its sequences, be change(layer, those scores)."""
-    def override_of(layer):
-        def override(score, ctx):
-            real = real_tokens(score, ctx) if score.dim() == 2 else torch.ones_like(score, dtype=torch.bool)
-            score[real] = change(layer, score[real])
-            return score
-        return override
+def override_real(model, function):
+    """Let every gate's scores, of real tokens or of sequences, be function(layer, those scores)."""
+    def override(layer, score, ctx):
+        real = real_tokens(score, ctx) if score.dim() == 2 else torch.ones_like(score, dtype=torch.bool)
+        score[real] = function(layer, score[real])
+        return score
     for layer, skip in mindskips(model).items():
-        skip.override = override_of(layer)
+        skip.override = partial(override, layer)
 
 
 class Shuffle:
@@ -87,7 +84,7 @@ class Shuffle:
 
 def named(name, values):
     """{name: the value} of one value; of several {"name value": each}."""
-    return {name: values[0]} if len(values) == 1 else {f"{name} {value:g}": value for value in values}
+    return {name: values[0]} if len(values) == 1 else {f"{name} {value}": value for value in values}
 
 
 def make_variants(model, tok, args, device):
@@ -188,7 +185,9 @@ def run_task(name, questions, shots, setters, results, model, tok, args):
         set_up()
         usage, start, result = Usage(model), time.perf_counter(), results[variant]
         scores, n, note = answer(name, questions, model, tok, args.tokens, (usage, result.usage))
-        seconds, n_tokens, result.tasks[name] = time.perf_counter() - start, n_tokens + n, scores
+        seconds = time.perf_counter() - start
+        n_tokens += n
+        result.tasks[name] = scores
         check_finite(scores.numbers, name, variant)
         beside_dense = " " * 35
         if variant != "dense":

@@ -117,8 +117,7 @@ class Cache:
     """Keys and values of a running generation; a layer's memory is allocated when it first writes."""
 
     def __init__(self, config, max_tokens):
-        self.max_tokens = max_tokens                 # per row
-        self.window = config.sliding_window
+        self.max_tokens, self.window = max_tokens, config.sliding_window
         self.k = [None] * config.n_layer             # (B, K, max_tokens, D) each
         self.v = [None] * config.n_layer
         self.routing = defaultdict(dict)             # what skipping.py has to know of earlier tokens
@@ -129,7 +128,7 @@ class Cache:
 
     def store_prompt(self, layer, k, v):
         """Store a prompt's keys and values from column 0 on."""
-        B, K, T, D = k.shape
+        B, K, T, D = k.shape                         # a row may have max_tokens
         try:
             self.k[layer] = k.new_empty(B, K, self.max_tokens, D)
             self.v[layer] = v.new_empty(B, K, self.max_tokens, D)
@@ -162,7 +161,7 @@ class Context:
     """What every layer of one forward pass shares. A row is one sequence of the batch."""
     cos: torch.Tensor                            # (T, D), or (B, 1, T, D) where rows differ in positions
     sin: torch.Tensor
-    lengths: torch.Tensor                        # (B,) real tokens of each row in this pass, then padding
+    lengths: torch.Tensor | None                 # (B,) real tokens of each row, then padding; None in a step
     host_lengths: list[int]                      # the same numbers, where the host can read them
     prompt_lengths: torch.Tensor | None = None   # (B,) how many of them are the prompt; None in a step
     longest_prompt: int = 0                      # the largest of those
@@ -195,7 +194,7 @@ class Attention(nn.Module):
         self.o = Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x, ctx, h=None):
-        """(B, T, C) to (B, T, C). h: norm(x), if computed, after that of tokens pending in skipping.py."""
+        """(B, T, C) to (B, T, C). h: norm(x), if computed; in a step after that of pending tokens."""
         h = self.norm(x) if h is None else h
         y = split_heads(self.qkv(h), self.head_dim)                           # (B, H + 2K, T, D)
         qk, v = y[:, :-self.n_kv_head], y[:, -self.n_kv_head:]
@@ -313,14 +312,14 @@ class Llama(nn.Module):
         """The residual stream (B, C) of one more token per row, token (B,)."""
         return run_layers(self.layers, self.embed(token[:, None]), ctx)[:, 0]
 
-    def step_context(self, cache, positions, device):
+    def step_context(self, cache, positions):
         """The Context of a step that continues `cache` by one token per row, at `positions` (a list)."""
         end, B, window = max(positions) + 1, len(positions), self.config.sliding_window
         if min(positions) != max(positions) or (window and end > window):
-            return self.ragged_context(cache, torch.tensor(positions, device=device), end)
+            positions = torch.tensor(positions, device=self.embed.weight.device)
+            return self.ragged_context(cache, positions, end)
         cos, sin = self.angles_of(slice(end - 1, end), end)
-        ones = torch.ones(B, dtype=torch.int64, device=device)
-        return Context(cos=cos, sin=sin, lengths=ones, host_lengths=[1] * B, cache=cache, decoding=True,
+        return Context(cos=cos, sin=sin, lengths=None, host_lengths=[1] * B, cache=cache, decoding=True,
                        end=end)
 
     def ragged_context(self, cache, positions, end):
@@ -334,8 +333,7 @@ class Llama(nn.Module):
         mask = additive_mask(visible, self.embed.weight.dtype)
         cos, sin = self.angles_of(positions, end)                               # (B, D)
         cos, sin = cos[:, None, None], sin[:, None, None]                     # (B, 1, 1, D)
-        ones = torch.ones_like(positions)
-        return Context(cos=cos, sin=sin, lengths=ones, host_lengths=[1] * B, mask=mask, cache=cache,
+        return Context(cos=cos, sin=sin, lengths=None, host_lengths=[1] * B, mask=mask, cache=cache,
                        decoding=True, end=end, positions=positions)
 
     def angles_of(self, positions, end):

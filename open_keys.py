@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from skipping import at_slots, copy_tokens, real_tokens, run_step
+from skipping import at_slots, copy_tokens, real_tokens
 from support.attention import MULTIPLE, additive_mask, products_are_faster
 from support.cuda import is_asynchronous, to_device
 
@@ -20,9 +20,7 @@ SHAPES = 128        # gathered columns on CUDA are filled up to a multiple: cuDN
 
 
 def run_open_only(skip, x, ctx, h, is_open):
-    """The sublayer on the open tokens only, is_open (B, T), which attend to open tokens only."""
-    if ctx.decoding:
-        return run_step(skip, x, ctx, h, is_open)
+    """The sublayer on a prompt's open tokens only, is_open (B, T), which attend to open tokens only."""
     is_open = is_open & real_tokens(x, ctx)
     n = is_open.sum(1)                                                   # (B,)
     host_n = n.tolist()                                                  # the one wait for the device

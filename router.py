@@ -149,6 +149,8 @@ class MindSkip(nn.Module):
         if self.scope == "sequence":
             return skipping.run_sequences(self, x, ctx, h, is_open)
         run_tokens = open_keys.run_open_only if self.kv == "open" else skipping.run_tokens
+        if ctx.decoding:
+            run_tokens = skipping.run_step
         y = run_tokens(self, x, ctx, h, is_open)
         return self.router.merge(self, x, y, score, is_open) if self.merges else y
 

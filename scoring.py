@@ -127,19 +127,19 @@ def rows_of(questions, tok, max_context, apart):
     """
     rows = []
     for n, q in enumerate(questions):
-        branches = {}                                        # {context's ids: {choice's place: its ids}}
+        by_context = {}                                      # {context's ids: {choice's place: its ids}}
         for place, (context, continuation) in enumerate(zip(q.contexts, q.continuations)):
             ids = tok.bos_ids + tok.encode(context.rstrip())
             whole = tok.bos_ids + tok.encode(context + continuation)
             if not ids or len(whole) <= len(ids):
                 raise InputError(f"question {q.id + 1}: its context or a choice has no token of its own")
-            branches.setdefault(tuple(ids), {})[place] = whole[len(ids):]
-        for ids, of in branches.items():
-            row = Row(n, list(ids), of, False)
+            by_context.setdefault(tuple(ids), {})[place] = whole[len(ids):]
+        for ids, branches in by_context.items():
+            row = Row(n, list(ids), branches, False)
             if not apart and size(row) <= max_context:
                 rows.append(row)
                 continue
-            for place, continuation in of.items():
+            for place, continuation in branches.items():
                 room = max_context + 1 - len(continuation)
                 rows.append(Row(n, row.context[-room:], {place: continuation}, len(ids) > room))
     return rows
@@ -173,11 +173,14 @@ def tree(model, rows, beginning):
     idx, position, branch = torch.zeros(3, len(rows), max(lengths), dtype=torch.int64)
     for b, (row, length) in enumerate(zip(rows, lengths)):
         n = len(row.context)
-        ids, at, of = row.context[start:], list(range(start, n)), [0] * (n - start)
+        ids, positions, branches = row.context[start:], list(range(start, n)), [0] * (n - start)
         for i, continuation in enumerate(row.branches.values(), 1):
-            ids, more = ids + continuation[:-1], len(continuation) - 1
-            at, of = [*at, *range(n, n + more)], of + [i] * more
-        idx[b, :length], position[b, :length], branch[b, :length] = map(torch.tensor, (ids, at, of))
+            n_read = len(continuation) - 1                                 # its last token is never read
+            ids = ids + continuation[:-1]
+            positions += range(n, n + n_read)
+            branches += [i] * n_read
+        for tensor, values in (idx, ids), (position, positions), (branch, branches):
+            tensor[b, :length] = torch.tensor(values)
     idx, position, branch = idx.to(device), position.to(device), branch.to(device)
     ctx = model.context(idx, lengths, [len(row.context) - start for row in rows])
     if start or int(branch.max()) > 1:                                     # not just one text a row
@@ -233,10 +236,10 @@ def log_likelihoods(model, questions, tok, budget, usages):
             for usage in usages:
                 usage.add()
 
-        def run(some, beginning=None):
+        def run(rows, beginning=None):
             shared = beginning.length if beginning else 0
             nonlocal tokens
-            for batch in pack(parallel.own(some), budget, lambda row: size(row) - shared):
+            for batch in pack(parallel.own(rows), budget, lambda row: size(row) - shared):
                 tokens += score(model, batch, beginning, out)
                 count()
                 bar.update(len(batch))

@@ -3,11 +3,11 @@
     run_sequences one gate per sequence: closed rows compute nothing and store nothing
     run_tokens    one gate per token, kv="all": closed tokens have a key and a value, and nothing else
     run_all       run_tokens of a short prompt on CUDA, where computing all takes less time than a wait
-    run_step      run_tokens of a step of generation: of an attention, products of all rows
+    run_step      one gate per token, in a step of generation: of an attention, products of all rows
     run_single    run_step of one row on a CPU, with as few operations as there can be
     run_captured  a step of generation in a CUDA graph: no tensor is read on the host
 
-One gate per token with kv="open" is in open_keys.py.
+With kv="open" a prompt is read in open_keys.py, whose OpenKeys give a step its Context.
 
 `skip` is the MindSkip (router.py), x (B, T, C) the residual stream before its sublayer and h = norm(x). What
 a running generation has to know of earlier tokens is kept in its cache, in cache.routing[name][skip]:
@@ -73,11 +73,9 @@ def select_rows(ctx, rows):
     return replace(ctx, **{name: select(getattr(ctx, name)) for name in names})
 
 
-# ------------------------------------------------------------------------ gates of tokens, keys of all tokens
+# ------------------------------------------------------------------------------------------- gates of tokens
 def run_tokens(skip, x, ctx, h, is_open):
-    """The sublayer on the open tokens only, is_open (B, T); keys and values are computed of all."""
-    if ctx.decoding:
-        return run_step(skip, x, ctx, h, is_open)
+    """The sublayer on a prompt's open tokens only, is_open (B, T); keys and values are computed of all."""
     if is_asynchronous(x) and x.numel() * sum(x.shape[1:]) < GATHERED_FROM:      # B * T * C * (T + C)
         return run_all(skip, x, ctx, h, is_open)
     attn, kv = skip.attn, None
@@ -120,7 +118,7 @@ def open_tokens(decided, lengths):
 
 
 def run_step(skip, x, ctx, h, is_open):
-    """run_tokens in a step of generation, one token per row, is_open (B, 1)."""
+    """The sublayer in a step of generation, one token per row, is_open (B, 1)."""
     attn = skip.attn
     decided = to_host(is_open)().squeeze(1)                              # (B,) on the host
     opened = decided.tolist()

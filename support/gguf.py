@@ -91,7 +91,8 @@ class GGUF(Checkpoint):
         self.config.setdefault("num_key_value_heads", self.config.get("num_attention_heads"))
         self.config |= {"model_type": arch, "tie_word_embeddings": "lm_head.weight" not in self.names}
         if "model.embed_tokens.weight" in self.names:
-            self.config["vocab_size"] = ([*self.stored["model.embed_tokens.weight"][1], 0])[0]
+            shape = self.stored["model.embed_tokens.weight"][1]
+            self.config["vocab_size"] = shape[0] if shape else 0
         scaling = self.rope_scaling(f"{arch}.rope")
         if scaling:
             self.config["rope_scaling"] = scaling

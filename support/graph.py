@@ -3,7 +3,7 @@
     with stepper(model, cache, rows) as step:
         x = step(token, positions)       # token (B,), positions: a list; the residual stream (B, C)
 
-Plain form: model.step(token, model.step_context(cache, positions, device)).
+Plain form: model.step(token, model.step_context(cache, positions)).
 """
 import functools
 import weakref
@@ -53,11 +53,10 @@ def can_capture(skip, window):
 @contextmanager
 def stepper(model, cache, rows):
     """How to continue `cache`, see above. A graph is kept for later generations of as many rows."""
-    device = model.embed.weight.device
     if not can_replay(model):
         with packed_weights(model, rows):
             def step(token, positions):
-                return model.step(token, model.step_context(cache, positions, device))
+                return model.step(token, model.step_context(cache, positions))
             yield step
         return
     columns = min(-(-cache.max_tokens // COLUMNS) * COLUMNS, model.config.max_context)

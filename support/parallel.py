@@ -67,7 +67,7 @@ def say_once(sentence):
         return sentence
 
 
-def told(error):
+def loss_of_others(error):
     """What to say of a RuntimeError that came of talking to other processes; None of another."""
     if processes.world > 1 and "gloo" in str(error):
         return LOST

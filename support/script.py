@@ -51,7 +51,7 @@ def run_script(name, main):
     from torch import OutOfMemoryError
 
     from support.files import InputError
-    from support.parallel import leave, say_once, told
+    from support.parallel import leave, loss_of_others, say_once
     keep_freed_memory()
     prepare_streams()
     try:
@@ -64,9 +64,9 @@ def run_script(name, main):
         advice = "lower --tokens, --batch or --context, or route fewer --layers"
         sys.exit(say_once(f"{name}: {why}; {advice}") or 1)
     except RuntimeError as e:
-        if not told(e):
+        if not loss_of_others(e):
             raise
-        sys.exit(say_once(f"{name}: {told(e)}") or 1)
+        sys.exit(say_once(f"{name}: {loss_of_others(e)}") or 1)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

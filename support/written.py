@@ -86,11 +86,10 @@ class Scores:
         self.texts, n_tokens, ended = zip(*answers)
         self.n_tokens, self.n_endless = sum(n_tokens), len(ended) - sum(ended)
         self.gold = [plain(question.continuations[0][1:]) for question in questions]
-        self.answers = {name: self.extracted(name) for name in EXTRACTIONS}
+        self.answers = {}
+        for name, (pattern, which) in EXTRACTIONS.items():
+            self.answers[name] = [extract(text, pattern, which) for text in self.texts]
         self.right = self.right_by("strict")
-
-    def extracted(self, extraction):
-        return [extract(text, *EXTRACTIONS[extraction]) for text in self.texts]
 
     def right_by(self, extraction):
         """Which answers are right, 0 or 1, float64 (n,)."""

@@ -363,7 +363,7 @@ def test_a_step_of_one_row_decides_as_any_step_with_few_operations(granularity, 
     skip = mindskips(model)[1]
     skip.threshold = 2.0
     model.generate(idx, 2)
-    x, ctx = torch.randn(1, 1, 48), model.step_context(model.cache, [41], idx.device)
+    x, ctx = torch.randn(1, 1, 48), model.step_context(model.cache, [41])
     with torch.no_grad(), Calls() as calls:
         assert skip(x, ctx) is x
     assert calls.n <= 4                              # two products, read by the host
