@@ -127,7 +127,7 @@ class ChatTemplate:
                 spans.append((question, len(after)))
                 continue
             content, start = message["content"].strip(), max(question, spans[-1][1] if spans else 0)
-            if i and not question:                   # it may stand in the question, too
+            if i and not question and messages[i - 1]["role"] != "assistant":    # it may stand there, too
                 start = end_of(messages[i - 1]["content"].strip(), text, start) or start
             end = end_of(content, text, start)
             if end and content:

@@ -146,6 +146,14 @@ def test_an_answer_is_looked_for_after_its_question_where_a_prefix_is_written_ot
         assert tok.decode(ids[:answer.index(True)]).endswith("chair[/INST] ")
 
 
+def test_two_answers_one_after_the_other(tmp_path):
+    """The second begins as the first, in a template with which no chat's text begins as a longer one's."""
+    tok = Tokenizer.from_pretrained(folder_of(tmp_path, byte_level(), "{{ messages | length }}" + CHATML))
+    chat = [("user", "A. apple B. chair"), ("assistant", "A"), ("assistant", "An apple")]
+    ids, answer = tok.encode_chat(messages_of(chat))
+    assert spoken(tok, ids, answer) == ["A<|im_end|>", "An apple<|im_end|>"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded on Linux alone")
 def test_a_template_under_a_limit_of_the_address_space(tmp_path):
     """Where less is allowed than a template would be given, that holds, and is no refusal."""
