@@ -309,8 +309,8 @@ def main():
     if max(args.static, default=0) > config.n_layer:
         raise InputError(f"--static {max(args.static)}: this model has {config.n_layer} layers; give fewer")
     if not args.routers:
-        gates = parse_layers(args.layers, config.n_layer)
-        check_reachable(min(args.capacity or [0.5]), len(gates), config.n_layer)
+        gates = len(parse_layers(args.layers, config.n_layer))
+        check_reachable(min(args.capacity or [0.5]), gates, config.n_layer)
     longest = longest_text(args)
     if longest > config.max_context:
         raise InputError(f"--context {max(args.context)}: {longest} tokens do not fit the model's context of"

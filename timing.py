@@ -58,16 +58,18 @@ def patterns(count, shape, share, seed, device):
 def override_of(layer, n_layers, share, seed):
     """For MindSkip.override: exactly this share of all layers' gates is open, at random. At token level each
     step of decoding has a pattern of its own. Patterns are made in the warm-up and kept."""
-    @functools.cache                                     # a look costs less than to take a slice
+    @functools.cache
     def drawn(count, shape, device):
-        return patterns(count, (n_layers, *shape), share, seed, device)[:, layer].unbind()
+        steps = patterns(count, (n_layers, *shape), share, seed, device)[:, layer]
+        return steps, steps.unbind()                     # a look in a tuple costs less than a slice
 
     def override(score, ctx):
-        steps = drawn(ctx.cache.max_tokens if ctx.decoding else 1, score.shape, score.device)
+        count = ctx.cache.max_tokens if ctx.decoding else 1
+        steps, each_step = drawn(count, score.shape, score.device)
         if ctx.positions is None:
-            wanted = steps[ctx.end - 1]                  # the last one, in a prompt
+            wanted = each_step[ctx.end - 1]              # the last one, in a prompt
         else:                                            # a captured step: the device knows where it is
-            wanted = torch.stack(steps).index_select(0, ctx.positions[:1])[0]
+            wanted = steps.index_select(0, ctx.positions[:1])[0]
         return wanted + (score - score.detach()) if score.requires_grad else wanted
     override.on_device = True
     return override
