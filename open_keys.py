@@ -26,14 +26,18 @@ def run_open_only(skip, x, ctx, h, is_open):
     host_n = n.tolist()                                                  # the one wait for the device
     skip.count(sum(host_n), ctx)
     columns = (~is_open).int().argsort(dim=1, stable=True)               # the open ones first, in order
-    multiple = MULTIPLE if products_are_faster(x) else 1                 # so that lengths recur
-    multiple = SHAPES if is_asynchronous(x) else multiple
+    multiple = 1
+    if is_asynchronous(x):
+        multiple = SHAPES
+    elif products_are_faster(x):
+        multiple = MULTIPLE
     widest = -(-max(host_n) // multiple) * multiple
     columns = columns[:, :widest]                                 # (B, N), rows filled up with closed ones
     is_real = torch.arange(columns.shape[1], device=x.device) < n[:, None]
     mask = ctx.mask
     if mask is not None:                                                 # (1, 1, T, T): a window
         mask = mask[0, 0][columns[:, :, None], columns[:, None]].masked_fill(~is_real[:, None], -math.inf)
+        mask.diagonal(dim1=1, dim2=2).zero_()                    # of no key at all a gradient would be NaN
         mask = mask[:, None]                                             # (B, 1, N, N)
     shorter = replace(ctx, cos=ctx.cos[columns][:, None], sin=ctx.sin[columns][:, None], mask=mask)
     if ctx.cache is not None:
@@ -82,17 +86,18 @@ class OpenKeys:
                 memory[self.layer] = F.pad(memory[self.layer], (0, 0, 0, GROWTH))
         if self.positions is None and min(slots) == max(slots):
             return replace(ctx, positions=None, mask=None, end=end)
-        step = at_slots(ctx, to_device(torch.tensor(slots), ctx.cos.device), end)
+        slots = to_device(torch.tensor(slots), ctx.cos.device)
+        new_ctx = at_slots(ctx, slots, end)
         if self.positions is not None:
-            step.mask += self.window_mask(ctx, step)
-        return step
+            self.note_positions(ctx, slots, end)
+        if self.positions is not None and ctx.mask is not None:          # (B or 1, 1, 1, S), of the text
+            of_slots = self.positions[:, None, None, :end]
+            new_ctx.mask += ctx.mask.expand(len(slots), 1, 1, -1).gather(3, of_slots)
+        return new_ctx
 
-    def window_mask(self, ctx, step):
-        """The mask of the text's positions, ctx.mask (B or 1, 1, 1, S), at those of the slots; 0 for none."""
-        if step.end > self.positions.shape[1]:
+    def note_positions(self, ctx, slots, end):
+        """Where in the text the tokens stand that are written to slots (B,), all below `end`."""
+        if end > self.positions.shape[1]:
             self.positions = F.pad(self.positions, (0, GROWTH))
-        here = torch.full_like(step.positions, ctx.end - 1) if ctx.positions is None else ctx.positions
-        self.positions.scatter_(1, step.positions[:, None], here[:, None])
-        if ctx.mask is None:
-            return 0
-        return ctx.mask.expand(len(self.n), 1, 1, -1).gather(3, self.positions[:, None, None, :step.end])
+        positions = torch.full_like(slots, ctx.end - 1) if ctx.positions is None else ctx.positions
+        self.positions.scatter_(1, slots[:, None], positions[:, None])

@@ -166,12 +166,24 @@ def test_files_keep_it_and_other_granularities_refuse_it(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("granularity", TOKEN)
-def test_lengths_that_recur_as_on_a_gpu(granularity, tiny, monkeypatch):
-    """Gathered columns are rounded up; what is too many is hidden."""
-    model, idx = routed(tiny, granularity, kv="open"), tokens()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lengths_that_recur_as_on_a_gpu(granularity, family, tmp_path, monkeypatch):
+    """Gathered columns are rounded up; what is too many is hidden, from gradients too."""
+    write_tiny(tmp_path, family)
+    model, idx = routed(tmp_path, granularity, kv="open"), tokens()
     with torch.no_grad():
         expected, out = real(model(idx, LENGTHS)), model.generate(idx, 6, lengths=LENGTHS)
         monkeypatch.setattr(open_keys, "is_asynchronous", lambda x: True)
         monkeypatch.setattr(open_keys, "SHAPES", 16)
         assert (real(model(idx, LENGTHS)) - expected).abs().max() < 1e-4
         assert torch.equal(model.generate(idx, 6, lengths=LENGTHS), out)
+
+
+def test_a_token_that_sees_no_key_has_no_gradient(tmp_path):
+    """Of those that fill up gathered columns, some are beyond the window of all that are open."""
+    write_tiny(tmp_path, "Mistral with a window")
+    model = routed(tmp_path, "attn_token", kv="open").bfloat16()
+    x, skip = torch.randn(8, 40, 48, dtype=torch.bfloat16, requires_grad=True), mindskips(model)[1]
+    skip.override = lambda score, ctx: (torch.arange(40) < 2).float().expand(8, -1)
+    skip(x, model.context(tokens(), LENGTHS)).sum().backward()
+    assert x.grad.isfinite().all()
