@@ -194,8 +194,11 @@ class Run:
 
     def is_due(self, step):
         """Whether a step's result is to be saved: every few steps, at the end, and before the run stops."""
-        self.stopped = max(parallel.gathered([self.signal]))        # processes stop at the same step
+        self.note_signal()
         return self.stopped or step + 1 == self.n_steps or (step + 1) % self.args.save_every == 0
+
+    def note_signal(self):
+        self.stopped = max(parallel.gathered([self.signal]))        # processes stop at the same step
 
     def steps(self):
         """The steps that remain. After Ctrl-C or SIGTERM the running step is finished and saved, and the run
@@ -213,7 +216,7 @@ class Run:
             for step in self.bar:
                 yield step
                 if step + 1 == self.n_steps:         # a signal may have come during the last save
-                    self.is_due(step)
+                    self.note_signal()
                 if self.stopped:
                     parallel.gathered([])            # wait for what process 0 saves
                     self.bar.close()
