@@ -118,7 +118,7 @@ class Cache:
 
     def __init__(self, config, max_tokens):
         self.max_tokens, self.window = max_tokens, config.sliding_window
-        self.k = [None] * config.n_layer             # (B, K, max_tokens, D) each
+        self.k = [None] * config.n_layer             # (B, K, columns, D) each
         self.v = [None] * config.n_layer
         self.routing = defaultdict(dict)             # what skipping.py has to know of earlier tokens
 
@@ -128,7 +128,7 @@ class Cache:
 
     def store_prompt(self, layer, k, v):
         """Store a prompt's keys and values from column 0 on."""
-        B, K, T, D = k.shape                         # a row may have max_tokens
+        B, K, T, D = k.shape
         try:
             self.k[layer] = k.new_empty(B, K, self.max_tokens, D)
             self.v[layer] = v.new_empty(B, K, self.max_tokens, D)
@@ -162,7 +162,7 @@ class Context:
     cos: torch.Tensor                            # (T, D), or (B, 1, T, D) where rows differ in positions
     sin: torch.Tensor
     lengths: torch.Tensor | None                 # (B,) real tokens of each row, then padding; None in a step
-    host_lengths: list[int]                      # the same numbers, where the host can read them
+    host_lengths: list[int]                      # the same on the host; in a step 1 each
     prompt_lengths: torch.Tensor | None = None   # (B,) how many of them are the prompt; None in a step
     longest_prompt: int = 0                      # the largest of those
     mask: torch.Tensor | None = None             # (B or 1, 1, T, S) added to scores; None: causal

@@ -17,7 +17,7 @@ gradients reach w and b. `model.eval()` skips what is closed, wherever that save
     mlp_token         the MLP, for one token              (it has none)
 
 (*) With kv="open" not computed, not stored: a closed token takes no part, as in Mixture of Depths.
-A step in a CUDA graph may compute what is closed all the same: see run_captured in skipping.py.
+A step of several rows, or in a CUDA graph, may compute what is closed all the same: see skipping.py.
 
 The gate of a sequence reads the mean over its prompt (pool="all": over the whole text) and holds from then
 on.
@@ -148,10 +148,12 @@ class MindSkip(nn.Module):
             return self.run_gated(x, ctx, h, score, is_open)
         if self.scope == "sequence":
             return skipping.run_sequences(self, x, ctx, h, is_open)
-        run_tokens = open_keys.run_open_only if self.kv == "open" else skipping.run_tokens
         if ctx.decoding:
-            run_tokens = skipping.run_step
-        y = run_tokens(self, x, ctx, h, is_open)
+            y = skipping.run_step(self, x, ctx, h, is_open)
+        elif self.kv == "open":
+            y = open_keys.run_open_only(self, x, ctx, h, is_open)
+        else:
+            y = skipping.run_tokens(self, x, ctx, h, is_open)
         return self.router.merge(self, x, y, score, is_open) if self.merges else y
 
     def __getstate__(self):

@@ -88,8 +88,10 @@ def run_tokens(skip, x, ctx, h, is_open):
     n_real = sum(ctx.host_lengths)
     if len(at) >= NEARLY_OPEN * n_real:
         y = skip.sublayer(x, ctx, h)
+        if len(at) == n_real:
+            return y
         closed = to_device(open_indices(~decided.flatten()), x.device)
-        return copy_tokens(y, closed, x.flatten(0, 1)[closed]) if len(at) < n_real else y
+        return copy_tokens(y, closed, x.flatten(0, 1)[closed])
     if attn and not kv:
         kv = keys_values(attn, ctx, h)
     return run_gathered(skip, x, ctx, h, at, counts, kv) if len(at) else x
@@ -164,7 +166,8 @@ class Single(NamedTuple):
         norm, router = skip.norm, skip.router
         logit = logit_of_token(norm, router.weight, router.bias)
         attn = skip.attn if skip.kv == "all" else None
-        pending, open_keys = routing["pending"].setdefault(skip, []), routing["open keys"].get(skip)
+        pending = routing["pending"].setdefault(skip, []) if attn else []
+        open_keys = routing["open keys"].get(skip)
         return cls(skip.sublayer, attn, norm.weight, norm.eps, logit, pending, open_keys)
 
 

@@ -110,8 +110,8 @@ def products_are_faster(q):
 
 
 def fill(at, counts, x):
-    """Gathered tokens, at (N,), counts[b] of row b, and the last once more and again, so that there are a
-    MULTIPLE of them: in bfloat16 oneDNN plans each new shape, for longer than its product takes."""
+    """Gathered tokens, at (N,), counts[b] of row b, filled up with their last one to a MULTIPLE of them: in
+    bfloat16 oneDNN plans each new shape, for longer than its product takes."""
     n_more = -len(at) % MULTIPLE if products_are_faster(x) else 0
     if n_more == 0:
         return at, counts
@@ -127,7 +127,7 @@ def parts_are_faster(q, S):
 
 def attention_by_products(q, k, v, mask=None, causal=False, positions=None):
     """`attention` by plain products, CHUNK queries at a time: causal ones with the keys up to their last.
-    positions (T,), int32, rising: query t sees the keys up to positions[t]."""
+    positions (T,), int32, rising: query t sees the keys up to positions[t]; then they are filled up, too."""
     (B, H, n, D), K = q.shape, k.shape[1]
     if positions is not None and n % MULTIPLE:
         q = F.pad(q, (0, 0, 0, -n % MULTIPLE))

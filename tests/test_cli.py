@@ -57,6 +57,7 @@ def test_a_sentence_is_written_at_once_as_other_processes_may_write_between():
     reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)               # keeps writes apart
     body = "from weights import InputError; raise InputError('a: wrong; do this')"
     subprocess.run([sys.executable, "-u", "-c", SCRIPT.format(body)], stderr=writer, cwd=ROOT, timeout=120)
+    reader.settimeout(10)
     assert reader.recv(1000) == b"x.py: a: wrong; do this\n"
     reader.close()
     writer.close()

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import Llama, RMSNorm
 from support import attention as attentions
-from support.attention import additive_mask, attention, attention_of_some
+from support.attention import additive_mask, attention, attention_of_some, fill
 from support.cuda import only_for
 from support.kernels import MKL, ONEDNN, Linear, logit_of_token, packed_weights, root_mean_square
 
@@ -182,6 +182,25 @@ def test_attention_of_some_queries_against_all_of_them(masks, by_parts, T, S, mo
     expected = torch.cat([whole[b, :, c] for b, c in enumerate(columns)], 1)[None]
     found = attention_of_some(chosen, k, v, [len(c) for c in columns], at, at, T, mask)
     assert (found - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("counts", [[70], [96], [35, 0], [3, 45, 0, 20], [64, 33]])
+def test_gathered_tokens_are_filled_up_with_the_last_one(counts):
+    """In bfloat16, and attend as before, against float64."""
+    T, B = 80, len(counts)
+    at = torch.cat([row * T + torch.randperm(T)[:n].sort().values for row, n in enumerate(counts)])
+    q, k, v = torch.randn(6, B * T, 16).bfloat16(), *torch.randn(2, B, 2, T, 16).bfloat16()
+    filled, new_counts = fill(at, counts, q)
+    n, row = len(at), int(at[-1]) // T
+    assert len(filled) % 32 == 0 and len(filled) < n + 32 and torch.equal(filled[:n], at)
+    assert set(filled[n:].tolist()) <= {int(at[-1])}
+    assert new_counts == [c + (len(filled) - n) * (b == row) for b, c in enumerate(counts)]
+    y = attention_of_some(q[None, :, filled], k, v, new_counts, filled, filled, T)[0, :, :n].double()
+    for i, (b, t) in enumerate(zip((at // T).tolist(), (at % T).tolist())):
+        keys, values = (s[b, :, :t + 1].double().repeat_interleave(3, 0) for s in (k, v))
+        weights = (keys @ q[:, at[i], :, None].double() / 4).softmax(1)
+        assert (y[:, i] - (weights.mT @ values)[:, 0]).abs().max() < 0.03
+    assert fill(at, counts, q.float()) == (at, counts)
 
 
 @pytest.mark.parametrize("n, S, grad, expected", [(1024, 2048, False, 1), (1024, 2048, True, 0),

@@ -706,9 +706,10 @@ def test_new_linear_gates_are_open_at_any_threshold(threshold, tiny):
         assert float(skip.router.bias.detach()) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("granularity", ["attn_token", "block_sequence"])
-def test_a_routed_model_can_be_copied_at_any_time(granularity, tiny):
-    model, idx = routed(tiny, granularity), tokens()
+@pytest.mark.parametrize("granularity, kv", [("attn_token", "all"), ("block_sequence", "all"),
+                                             ("attn_token", "open")])
+def test_a_routed_model_can_be_copied_at_any_time(granularity, kv, tiny):
+    model, idx = routed(tiny, granularity, kv=kv), tokens()
     model.train()(idx).sum().backward()
     model.eval().generate(idx[:1], 3)                    # of one row, which keeps what its gates read
     model.train()(idx)                                   # with the graph of a training pass
