@@ -90,9 +90,9 @@ class OpenKeys:
         new_ctx = at_slots(ctx, slots, end)
         if self.positions is not None:
             self.note_positions(ctx, slots, end)
-        if self.positions is not None and ctx.mask is not None:          # (B or 1, 1, 1, S), of the text
-            of_slots = self.positions[:, None, None, :end]
-            new_ctx.mask += ctx.mask.expand(len(slots), 1, 1, -1).gather(3, of_slots)
+            if ctx.mask is not None:                                     # (B or 1, 1, 1, S), of the text
+                of_slots = self.positions[:, None, None, :end]
+                new_ctx.mask += ctx.mask.expand(len(slots), 1, 1, -1).gather(3, of_slots)
         return new_ctx
 
     def note_positions(self, ctx, slots, end):

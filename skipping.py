@@ -128,17 +128,15 @@ def run_step(skip, x, ctx, h, is_open):
     skip.count(n_open, ctx)
     if not attn:
         return run_rows(skip, x, ctx, open_indices(decided), h)
-    if skip.kv == "open":
-        if n_open == 0:
-            return x
-        ctx = ctx.cache.routing["open keys"][skip].step(ctx, opened)
-    else:
-        pending = ctx.cache.routing["pending"].setdefault(skip, [])
-        if n_open == 0:
+    pending = ctx.cache.routing["pending"].setdefault(skip, [])          # none with kv="open"
+    if n_open == 0:
+        if skip.kv == "all":
             defer(attn, pending, h, None, ctx)
-            return x
-        if pending:
-            ctx, h = with_pending(attn, pending, h, None, ctx)
+        return x
+    if pending:
+        ctx, h = with_pending(attn, pending, h, None, ctx)
+    if skip.kv == "open":
+        ctx = ctx.cache.routing["open keys"][skip].step(ctx, opened)
     if n_open == len(x):
         return skip.sublayer(x, ctx, h)
     with only_for(is_open.squeeze(1), {}):           # products read their weights for one row as for all
@@ -166,8 +164,7 @@ class Single(NamedTuple):
         norm, router = skip.norm, skip.router
         logit = logit_of_token(norm, router.weight, router.bias)
         attn = skip.attn if skip.kv == "all" else None
-        pending = routing["pending"].setdefault(skip, []) if attn else []
-        open_keys = routing["open keys"].get(skip)
+        pending, open_keys = routing["pending"].setdefault(skip, []), routing["open keys"].get(skip)
         return cls(skip.sublayer, attn, norm.weight, norm.eps, logit, pending, open_keys)
 
 

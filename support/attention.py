@@ -129,9 +129,10 @@ def attention_by_products(q, k, v, mask=None, causal=False, positions=None):
     """`attention` by plain products, CHUNK queries at a time: causal ones with the keys up to their last.
     positions (T,), int32, rising: query t sees the keys up to positions[t]; then they are filled up, too."""
     (B, H, n, D), K = q.shape, k.shape[1]
-    if positions is not None and n % MULTIPLE:
-        q = F.pad(q, (0, 0, 0, -n % MULTIPLE))
-        positions = F.pad(positions, (0, -n % MULTIPLE), value=int(positions[-1]))
+    n_more = -n % MULTIPLE
+    if positions is not None and n_more:
+        q = F.pad(q, (0, 0, 0, n_more))
+        positions = F.pad(positions, (0, n_more), value=int(positions[-1]))
     T = q.shape[2]
     q = q.mul(D ** -0.5).unflatten(1, (K, -1)).flatten(0, 1)                  # (BK, H/K, T, D)
     k, v = k.flatten(0, 1), v.flatten(0, 1)                                   # (BK, S, D)
