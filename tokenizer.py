@@ -38,9 +38,11 @@ def told(sentence):
 
 
 class TokenizersFile:
-    """A tokenizer.json, run by `tokenizers`. marks: texts in its vocabulary that are special tokens too."""
+    """A tokenizer.json, run by `tokenizers`. marks: texts in its vocabulary that are special tokens too;
+    decoder: the added_tokens_decoder of a tokenizer_config.json, which may name more, as those of fine-tunes
+    do."""
 
-    def __init__(self, spec, marks=()):
+    def __init__(self, spec, marks=(), decoder=None):
         if "Prepend" in json.dumps(spec.get("normalizer")):      # the space before a text would hide them
             spec = spec | {"added_tokens": [token | {"normalized": False} if token["special"] else token
                                             for token in spec["added_tokens"]]}
@@ -48,6 +50,8 @@ class TokenizersFile:
         self.inner.no_truncation()
         self.inner.no_padding()
         there = {token.content for token in self.inner.get_added_tokens_decoder().values()}
+        for i in sorted(decoder or {}, key=int):
+            self.add_missing(int(i), decoder[i], there)
         known = [text for text in marks if text and self.inner.token_to_id(text) is not None]
         self.inner.add_special_tokens([text for text in known if text not in there])
         added = self.inner.get_added_tokens_decoder()                                # {id: AddedToken}
@@ -55,6 +59,16 @@ class TokenizersFile:
                         if token.special or token.content in known}
         self.spec = spec
         self.id_of = {}                          # ids that stand for others, see `renamed`
+
+    def add_missing(self, i, entry, there):
+        """Add the token i of a decoder, unless its text is among those that are `there`."""
+        if entry["content"] in there:
+            return
+        there.add(entry["content"])
+        self.inner.add_tokens([tokenizers.AddedToken(**entry)])
+        if self.inner.token_to_id(entry["content"]) != i:
+            raise ValueError(f"tokenizer_config.json says that {entry['content']!r} is token {i}, for which"
+                             " tokenizer.json has no place")
 
     def renamed(self, names):
         """The same tokenizer with other texts for its special tokens: names, {text: other text}."""
@@ -141,8 +155,9 @@ class Tokenizer:
         if "ranks" in found:
             return cls(TiktokenFile(found["ranks"]), config)
         with told(f"{checkpoint.path}: its tokenizer cannot be read by `tokenizers`; get it again"):
-            file = TokenizersFile(found["json"], [mark(config, key) for key in SPECIAL_TOKENS])
-        return cls(file, config)
+            marks = [mark(config, key) for key in SPECIAL_TOKENS]
+            file = TokenizersFile(found["json"], marks, config.get("added_tokens_decoder"))
+            return cls(file, config)
 
     def encode(self, text, special=True):
         """Token ids of a string, nothing added. special=False reads special tokens as plain text."""

@@ -62,6 +62,9 @@ def open_checkpoint(name_or_path):
         return GGUF(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
         folder = Path(fetch_from_hub(name))
+        if not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+            raise InputError(f"{name}: has no config.json on the hub; of GGUF files download one, and give"
+                             " its path")
         return Folder(folder, f"delete {folder.parents[1]}, and it is fetched again")
     raise InputError(f"{shown}: {'is a file, but no model' if is_file else 'no such model'}; give {MODELS}")
 
@@ -70,7 +73,7 @@ SPECIAL_TOKENS = "bos_token", "eos_token", "unk_token", "pad_token"      # keys 
 MODELS = "smollm2-135m, a folder with config.json and *.safetensors, a .gguf file or a hub id"
 HUB_FILES = ["config.json", "generation_config.json", "adapter_config.json", "*.safetensors",
              "*.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-             "chat_template.jinja"]
+             "special_tokens_map.json", "chat_template.jinja"]
 
 
 def fetch_from_hub(name):
@@ -183,9 +186,12 @@ class Folder(Checkpoint):
             raise InputError(f"{self.path / file}: tensor {name} cannot be read ({reason(e)})") from None
 
     def tokenizer(self):
-        where, config = self.path / "tokenizer_config.json", dict(self.config)
+        where = self.path / "tokenizer_config.json"
+        config = {key: self.config[key] for key in (*SPECIAL_TOKENS, "chat_template") if key in self.config}
         if where.name in self.files:
             config |= read_json(where, self.remedy)
+        if "added_tokens_decoder" not in config and "special_tokens_map.json" in self.files:      # older ones
+            config = read_json(self.path / "special_tokens_map.json", self.remedy) | config
         if "chat_template.jinja" in self.files:
             config["chat_template"] = read_text(self.path / "chat_template.jinja", self.remedy)
         if isinstance(read_value(config, where, "chat_template", (str, list), None), list):
@@ -196,6 +202,7 @@ class Folder(Checkpoint):
             token = read_value(config, where, key, (str, dict), None)
             if isinstance(token, dict):
                 read_value(token, where, "content", str)
+        read_value(config, where, "added_tokens_decoder", dict, {})
         ends = []
         for file in "config.json", "generation_config.json":
             if file in self.files:

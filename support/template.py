@@ -172,8 +172,10 @@ def refuse(why):
     raise TemplateError(why)
 
 
-def tojson(value, **options):
-    return json.dumps(value, ensure_ascii=False, **options)
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """As transformers has it: jinja's own would escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)
 
 
 @contextmanager

@@ -102,6 +102,14 @@ def test_refused(name, words, hub, tmp_path):
     assert name in done.stderr and all(word in done.stderr for word in words)
 
 
+def test_a_repository_of_gguf_files_alone(hub, tmp_path):
+    hub.files = {"model-Q4_0.gguf": b"GGUF", "README.md": b""}
+    done = sample("owner/model", hub, tmp_path)
+    said = done.stderr.splitlines()[-1]                     # after the package's own warning
+    assert done.returncode == 1 and "sample.py: owner/model: has no config.json on the hub" in said
+    assert not hub.fetched and "Traceback" not in done.stderr
+
+
 def test_a_damaged_copy_names_the_folder_to_delete(hub, tmp_path):
     assert sample("owner/model", hub, tmp_path).returncode == 0
     copy = next(tmp_path.rglob("model.safetensors")).resolve()

@@ -148,6 +148,7 @@ def test_a_folder_is_written_as_it_was_read(tiny, tmp_path):
     again = Llama.from_pretrained(tmp_path / "m")
     for (name, p), (same, q) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert name == same and torch.equal(p, q)
+    assert not {"hidden_size"} & json.loads((tmp_path / "m" / "tokenizer_config.json").read_text()).keys()
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     with torch.no_grad():
         idx = torch.arange(20)[None]

@@ -248,6 +248,16 @@ def test_templates_that_fail_say_so_in_a_sentence(source, named, tmp_path, monke
     assert len(str(caught.value).splitlines()) == 1 and time.perf_counter() - start < 5
 
 
+@pytest.mark.parametrize("arguments", ["", "ensure_ascii=True", "False, 2", "sort_keys=True, indent=1"])
+def test_json_as_transformers_writes_it(arguments, tmp_path):
+    source = "{{ {'b': 'é<', 'a': messages} | tojson(" + arguments + ") }}"
+    folder = folder_of(tmp_path, byte_level(), source)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    chat = messages_of(CHATS[3])
+    expected = theirs.apply_chat_template(chat, chat_template=source, tokenize=False)
+    assert Tokenizer.from_pretrained(folder).template.render(chat)[0] == expected
+
+
 def test_the_date_that_a_template_reads(tmp_path):
     tok = Tokenizer.from_pretrained(folder_of(tmp_path, byte_level(), "{{ strftime_now('%d %b %Y') }}"))
     chat = messages_of(CHATS[3])

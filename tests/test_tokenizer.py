@@ -184,6 +184,36 @@ def test_marks_keep_what_the_file_says_of_them(special, tmp_path):
     assert not {1, 2} & {*ours.encode("<|im_start|>a<|im_end|>", special=False)}
 
 
+def test_tokens_that_only_the_config_names(tmp_path):
+    """As fine-tunes leave them whose tokenizer.json is still their base's."""
+    spec = json.loads(train_tokenizer().to_str())
+    n = len(spec["model"]["vocab"])
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    decoder = {n + 1: {"content": "<think>", "special": False} | flags,
+               n: {"content": "<|sep|>", "special": True} | flags,
+               1: {"content": "<|im_start|>", "special": True} | flags}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": decoder}
+    folder_with(tmp_path, spec, config)
+    ours, reference = Tokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in "the fox<|sep|> jumps", "<|im_start|>a<think>b</think>":
+        assert ours.encode(text) == reference(text, add_special_tokens=False).input_ids
+    assert ours.special["<|sep|>"] == n and n not in ours.encode("<|sep|>", special=False)
+    decoder[n + 7] = decoder.pop(n + 1)
+    folder_with(tmp_path, spec, config)
+    with pytest.raises(InputError, match=rf"{tmp_path}: .* '<think>' is token {n + 7}"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config, eos", [
+    ({}, "<|im_end|>"), ({"eos_token": "<|im_start|>"}, "<|im_start|>"), ({"added_tokens_decoder": {}}, None),
+])
+def test_the_special_tokens_of_older_folders(config, eos, tmp_path):
+    folder_with(tmp_path, json.loads(train_tokenizer().to_str()), config)
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ours.eos_id == (ours.special[eos] if eos else None)
+
+
 def llama3_folder(tmp_path):
     """(A folder with a tokenizer.model, the same vocabulary in `tokenizers`)."""
     theirs = train_tokenizer(LLAMA3, specials=[])
@@ -233,6 +263,12 @@ def test_tokenizer_of_a_gguf(pre, tmp_path):
     assert Tokenizer.from_pretrained(tmp_path / "folder").bos_id == ours.bos_id
     for text in strings(800, seed=2):
         assert ours.encode(text) == theirs.encode(text).ids, repr(text)
+
+
+def test_a_vocabulary_without_letters(tmp_path):
+    spec = {"model": {"type": "WordLevel", "vocab": {"b": 0}, "unk_token": "<unk>"}, "added_tokens": []}
+    with pytest.raises(InputError, match="cannot be read"):
+        Tokenizer.from_pretrained(folder_with(tmp_path, json.loads(train_tokenizer().to_str()) | spec))
 
 
 def test_incomplete_tokenizer_json(tmp_path):
