@@ -103,11 +103,11 @@ def field(record, name, where, kind=str):
     """A field of a record, of the right kind; text may be a list of parts {"type": "text", "text": ...}."""
     value = record.get(name) if isinstance(record, dict) else None
     if kind is str and isinstance(value, list):
-        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
-                 for part in value]
-        if not all(isinstance(part, str) for part in parts):
-            raise InputError(f"{where}: a part of {name!r} is not text; only text is learned from")
-        return "".join(parts)
+        texts = [part.get("text") for part in value if isinstance(part, dict) and part.get("type") == "text"]
+        if len(texts) < len(value) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{where}: {name!r} is a list, not all of whose parts are {{'type': 'text',"
+                             " 'text': '...'}}; give one text")
+        return "".join(texts)
     if not isinstance(value, kind):
         raise InputError(f"{where}: lacks the field {name!r}, or it is not a {kind.__name__}")
     return value
@@ -116,13 +116,18 @@ def field(record, name, where, kind=str):
 def messages_of(record, form, where):
     """A record as a chat, [{"role", "content"}, ...]."""
     if form in ("chat", "conversations"):
+        for name in "tools", "functions", "chat_template_kwargs":
+            if record.get(name):
+                raise InputError(f"{where}: has {name!r} for its template, which are not supported; take such"
+                                 " chats out")
         role, content = ("role", "content") if form == "chat" else ("from", "value")
         messages = []
         for m in field(record, "messages" if form == "chat" else "conversations", where, list):
             name = field(m, role, where)
-            if m.get("tool_calls") or name in ("tool", "function", "function_call"):
+            calls = m.get("tool_calls") or m.get("function_call")
+            if calls or name in ("tool", "function", "function_call"):
                 raise InputError(f"{where}: has tool calls, which are not supported; take such chats out")
-            if m.get("reasoning_content") or m.get("thinking"):
+            if m.get("reasoning_content") or m.get("thinking") or m.get("reasoning"):
                 raise InputError(f"{where}: has a thought beside its text, which templates write in ways of"
                                  " their own; put it into the text, or take it out")
             name = ROLES.get(name, name)
