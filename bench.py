@@ -272,16 +272,18 @@ def parse_arguments():
         raise InputError("--routers: they were tuned for a model's own weights; leave out --random-weights")
     if args.loss and "train" not in args.phase:
         raise InputError("--loss: only of --phase train")
-    if args.kv == "open" and args.granularity and not {*KV_OPEN} & {*args.granularity}:
+    if args.granularity is None:
+        args.granularity = ["attn_sequence", "attn_token"]
+    if args.kv == "open" and not {*KV_OPEN} & {*args.granularity}:
         raise InputError(f"--kv open: only for {' and '.join(KV_OPEN)}; add one to --granularity")
+    if args.kv == "open" and "train" in args.phase and args.granularity[0] not in KV_OPEN:
+        raise InputError("--kv open: --phase train times the first --granularity alone; put attn_token first")
     if args.static and args.phase == ["train"]:
         raise InputError("--static: not of --phase train, which has nothing to tune without routers")
     if "transformers" in args.against and args.phase == ["train"]:
         raise InputError("--against transformers: not of --phase train; it reads prompts and decodes")
     if "masked" in args.against and "prefill" not in args.phase:
         raise InputError("--against masked: only of --phase prefill, where all can be computed at once")
-    if args.granularity is None:
-        args.granularity = ["attn_sequence", "attn_token"]
     args.layers, args.kv, args.loss = args.layers or "all", args.kv or "all", args.loss or "ce"
     check_destinations(args.json, read=(args.routers, args.model))
     args.device, args.dtype = device_and_dtype(args.device, args.dtype)

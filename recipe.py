@@ -155,8 +155,9 @@ def check_flags(args, recipe, n_embd):
 
 def check_harm(args, recipe, router):
     """Refuse what method "harm" cannot do; router: one of the recipe's gate."""
-    is_linear = type(router).forward is LinearRouter.forward and router.bias is not None
-    if not (is_linear and can_measure_harm(args.granularity, recipe.loss, recipe.train)):
+    is_linear = type(router).forward is LinearRouter.forward
+    has_no_other = {name for name, _ in router.named_parameters()} == {"weight", "bias"}
+    if not (is_linear and has_no_other and can_measure_harm(args.granularity, recipe.loss, recipe.train)):
         raise InputError("--method harm: only for linear gates at sequence level, with a bias, --loss kl and"
                          " a frozen model; else give --method ramp")
     for flag in "lr", "penalty", "clip":

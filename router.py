@@ -19,8 +19,7 @@ gradients reach w and b. `model.eval()` skips what is closed, wherever that save
 (*) With kv="open" not computed, not stored: a closed token takes no part, as in Mixture of Depths.
 A step of several rows, or in a CUDA graph, may compute what is closed all the same: see skipping.py.
 
-The gate of a sequence reads the mean over its prompt (pool="all": over the whole text) and holds from then
-on.
+The gate of a sequence reads its prompt's mean (pool="all": the whole text's), and holds from then on.
 """
 import json
 import math
@@ -78,7 +77,8 @@ class LinearRouter(nn.Linear):
 #   attach(sublayer)     called once, for parameters whose shapes depend on the sublayer
 #   merge(skip, x, y, score, is_open)    at token level, in place of x + g * f(h): the residual stream (B, T,
 #       C) after the sublayer, from y = x + f(h); in model.eval() y = x where a token is closed
-# A LinearRouter's score is also computed by skipping.run_single, without these calls; a subclass's is not.
+# A LinearRouter's score is also computed by skipping.run_single, without these calls; a subclass's is not. On
+# CUDA a step of generation is captured in a graph, so that these calls should read no tensor on the host.
 GATES = {
     "linear": LinearRouter,                             # open at first
     "unbiased": partial(LinearRouter, bias=False),      # the paper's: scores of 0.5 at first, just open
@@ -177,7 +177,7 @@ class MindSkip(nn.Module):
     def is_single(self, x):
         """Whether skipping.run_single serves for a step's x (B, 1, C): inference of one row on a CPU, by the
         linear router, not in float64."""
-        if not self.is_plain or self.training:
+        if not self.is_plain or self.training or self.router._forward_hooks:
             return False
         return len(x) == 1 and x.device.type == "cpu" and x.dtype != torch.float64
 

@@ -112,7 +112,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     for name in "dense", "routed":
-        check_output(args.model, Path(args.out) / name)
+        check_output(args.model, Path(args.out) / name, args.routers)
     device, dtype = device_and_dtype(args.device, args.dtype)
     checkpoint = open_checkpoint(args.model)
     context = Config.from_hf(checkpoint.config, checkpoint.path).max_context

@@ -145,6 +145,7 @@ def packed_weights(model, rows):
     The copies live no longer than the context: nothing can be stale after a weight was changed.
     """
     layers = [module for module in model.modules() if isinstance(module, Linear)]
+    outer = [(layer.packed, layer.rows) for layer in layers]     # of a generation that this one interrupts
     n_bytes = sum(layer.weight.nbytes for layer in layers)
     try:
         if should_pack(n_bytes, layers[0].weight.device, layers[0].weight.dtype):
@@ -152,8 +153,8 @@ def packed_weights(model, rows):
                 layer.packed, layer.rows = {}, rows
         yield
     finally:
-        for layer in layers:
-            layer.packed = None
+        for layer, (packed, rows) in zip(layers, outer):
+            layer.packed, layer.rows = packed, rows
 
 
 @fused

@@ -28,11 +28,12 @@ SAME_ON_RESUME = ("model", "dtype", "seed", "data", "data_weights", "init", "gra
 def check_output(model, out, init=None):
     """Refuse a folder `out` that cannot be written, or in which a run would write over what it reads: its
     model, or the router file that it begins with."""
-    source, target = (Path(os.path.realpath(os.path.expanduser(path))) for path in (model, out))
-    if source in (target, target / "model"):
+    target = Path(os.path.realpath(os.path.expanduser(out)))
+    source = os.path.realpath(os.path.expanduser(model))
+    if source in (str(target), os.path.realpath(target / "model")):
         raise InputError(f"--out {out}: the run would write over its model, {model}; choose another folder")
-    if init and Path(os.path.realpath(init)) == target / "routers.safetensors":
-        raise InputError(f"--init {init}: the run would write over it, and --resume would miss it; give"
+    if init and os.path.realpath(init) == os.path.realpath(target / "routers.safetensors"):
+        raise InputError(f"--out {out}: the run would write over the routers that it reads, {init}; give"
                          " another --out")
     check_destinations(*(target / name for name in (*FILES, "model/config.json")))
 

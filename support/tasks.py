@@ -187,6 +187,8 @@ def read_task(name, data_dir=None, num_fewshot=None, limit=None):
     shots = task.shots if num_fewshot is None else num_fewshot
     examples = {}                                                            # {group: texts}
     for where, record in (read_split(name, task.examples, data_dir) or []) if shots else []:
+        if len(examples.get("", [])) == shots:           # enough, of a task without groups
+            break
         contexts, continuations, _, gold, group = parse(task, where, record)
         examples.setdefault(group, []).append(contexts[gold] + continuations[gold] + "\n\n")
     parsed = [(where, parse(task, where, record)) for where, record in lines[:limit]]

@@ -252,6 +252,7 @@ def test_random_model_runs(tmp_path):
     (["--phase", "train", "--static", 2], "--static:"), (["--loss", "kl"], "--loss:"),
     (["--routers", "/nowhere", "--random-weights"], "--random-weights"),
     (["--kv", "open", "--granularity", "attn_sequence"], "--kv open:"),
+    (["--kv", "open", "--phase", "train"], "--kv open: --phase train times the first"),
 ])
 def test_bench_refuses(arguments, named, tiny, call):
     status, said = call(bench.main, "--model", tiny, "--rounds", 2, "--context", 40, *arguments)

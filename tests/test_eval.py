@@ -95,6 +95,16 @@ def test_last_counts_without_tasks_too(monkeypatch):
     assert evaluation.parse_arguments().last == 5
 
 
+def test_examples_that_are_not_used_are_not_read(question_files):
+    """As the harness formats those alone that stand in a prompt."""
+    with open(question_files / "winogrande" / "train.jsonl", "a") as f:
+        f.write('{"sentence": 5}\n')
+    before = questions_of(question_files, "winogrande", shots=2)
+    assert before[0].contexts[0].count("\n\n") == 2
+    with pytest.raises(InputError, match="train.jsonl, line"):
+        questions_of(question_files, "winogrande", shots=99)
+
+
 def questions_of(folder, name, shots=0, limit=None):
     return read_task(name, folder, shots, limit)[0]
 

@@ -87,6 +87,21 @@ def test_gates_that_read_more(tiny, call, tmp_path, monkeypatch):
     assert load_file(tmp_path / "out" / "routers.safetensors")["layers.1.weight"].shape == (1, 96)
 
 
+class Shifted(LinearRouter):
+    """A gate with a parameter that no regression fits."""
+
+    def __init__(self, n_embd, scope, pool="prompt"):
+        super().__init__(n_embd, scope, pool)
+        self.shift = torch.nn.Parameter(torch.zeros(n_embd))
+
+
+def test_gates_that_it_cannot_fit(tiny, call, tmp_path, monkeypatch):
+    monkeypatch.setitem(GATES, "shifted", Shifted)
+    flags = "--granularity", "attn_sequence", "--gate", "shifted", "--steps", 2, "--out", tmp_path / "out"
+    status, said = call(train_router.main, "--model", tiny, "--device", "cpu", *flags)
+    assert status == 1 and "--method harm: only for linear gates" in said
+
+
 def test_an_override_is_heard_and_kept(tiny, groups):
     """What a gate does is what its override says, whatever its router would."""
     model = add_routers(Llama.from_pretrained(tiny), "attn_sequence")

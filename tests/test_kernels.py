@@ -134,6 +134,10 @@ def test_packed_weights_have_the_product_and_last_as_long_as_a_generation(tiny, 
         layer.weight.data.neg_()                     # which no counter of versions would tell
     changed = model.generate(idx, 8)
     assert not torch.equal(changed, before) and torch.equal(copied.generate(idx, 8), before)
+    with packed_weights(model, 3):                           # a generation that another one interrupts
+        copied.generate(idx, 2)
+        model.generate(idx, 2)
+        assert all(layer.packed is not None and layer.rows == 3 for layer in layers)
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
     with packed_weights(model, 3):                           # too large for a machine of 10,000 bytes
         assert all(layer.packed is None for layer in layers)

@@ -95,3 +95,13 @@ def test_where_it_cannot_write_is_told_first(arguments, router_file, call, tmp_p
     (tmp_path / "lora" / "dense").symlink_to(arguments[1])
     status, said = call(lora.main, *flags, "--out", tmp_path / "lora")
     assert status == 1 and is_one_sentence(said) and "write over its model" in said
+
+
+def test_it_does_not_write_over_the_routers_that_it_reads(arguments, router_file, call, tmp_path):
+    path = tmp_path / "lora" / "routed" / "routers.safetensors"
+    path.parent.mkdir(parents=True)
+    router_file("attn_token").rename(path)
+    before = path.read_bytes()
+    status, said = call(lora.main, *arguments[:4], "--routers", path, "--out", tmp_path / "lora")
+    assert status == 1 and is_one_sentence(said) and "write over the routers" in said
+    assert path.read_bytes() == before

@@ -531,6 +531,14 @@ class Shifted(router.LinearRouter):
         return super().pooled(h, ctx) + self.shift
 
 
+def test_a_hook_on_a_router_is_heard_in_prompts_and_steps(tiny):
+    model = routed(tiny, "attn_token")
+    for skip in mindskips(model).values():
+        skip.router.register_forward_hook(lambda module, read, logit: torch.full_like(logit, -9.0))
+    model.generate(tokens()[:1], 6)
+    assert capacity(model, routed=True) == 0
+
+
 def test_a_kind_of_gate_is_one_entry_and_its_name_is_in_the_file(tiny, tmp_path, monkeypatch):
     path = tmp_path / "r.safetensors"
     monkeypatch.setitem(router.GATES, "shifted", Shifted)

@@ -353,15 +353,26 @@ def test_a_run_does_not_write_over_its_model(out, arguments, call, tiny, tmp_pat
     assert {path: path.read_bytes() for path in model.iterdir()} == before
 
 
-def test_a_run_does_not_write_over_the_routers_that_it_begins_with(arguments, call, tiny, tmp_path):
+@pytest.mark.parametrize("name", ["link/routers.safetensors", "best.safetensors"])
+def test_a_run_does_not_write_over_the_routers_that_it_begins_with(name, arguments, call, tiny, tmp_path):
     """By whatever path; --resume would miss them."""
     (tmp_path / "out").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "out")
-    save_routers(add_routers(Llama.from_pretrained(tiny), "attn_token"), tmp_path / "out/routers.safetensors")
-    before = (tmp_path / "out" / "routers.safetensors").read_bytes()
-    status, said = call(main, *arguments, "--init", tmp_path / "link" / "routers.safetensors")
-    assert status == 1 and "write over it" in said and is_one_sentence(said)
-    assert (tmp_path / "out" / "routers.safetensors").read_bytes() == before
+    save_routers(add_routers(Llama.from_pretrained(tiny), "attn_token"), tmp_path / name)
+    if name == "best.safetensors":
+        (tmp_path / "out" / "routers.safetensors").symlink_to(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    status, said = call(main, *arguments, "--init", tmp_path / name)
+    assert status == 1 and "write over the routers" in said and is_one_sentence(said)
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_run_does_not_write_over_its_model_through_a_link(arguments, call, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model").symlink_to(tmp_path / "mine")
+    status, said = call(main, *arguments, "--model", tmp_path / "mine", "--train", "all")
+    assert status == 1 and "write over its model" in said and is_one_sentence(said)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
