@@ -40,13 +40,13 @@ from router import GRANULARITIES, KV_OPEN, load_routers, remove_routers, routed_
 from support.cli import check_reachable, common_arguments, number, numbers, parse_layers, words
 from support.cuda import plain_kernels
 from support.data import DEFAULT_DATA, read_samples
-from support.files import check_destinations
+from support.files import InputError, check_destinations, write_file
 from support.machine import device_and_dtype, device_name, rates
 from support.memory import bench_bytes, free_bytes, linux_bytes, weight_bytes
 from support.run import routers_entry
 from timing import SHAPES, STEPS, UNTIMED, Transformers, Variant, random_model
 from tokenizer import Tokenizer
-from weights import InputError, open_checkpoint, write_file
+from weights import open_checkpoint
 
 FIELDS = ("phase", "variant", "granularity", "capacity", "batch", "context", "ms", "tokens_per_s", "speedup",
           "limit", "efficiency", "of_peak", "peak_bytes", "cache_bytes")
@@ -54,8 +54,8 @@ FIELDS = ("phase", "variant", "granularity", "capacity", "batch", "context", "ms
 
 def make_variants(model, args, phase, batch, context):
     """What is compared for one phase, batch and context: the first one with all others."""
-    def make(name, granularity=None, asked=None, kind=Variant):
-        return kind(model, args, phase, name, batch, context, granularity, asked)
+    def make(name, granularity=None, asked=None, n_removed=0, kind=Variant):
+        return kind(model, args, phase, name, batch, context, granularity, asked, n_removed)
     asked = args.capacity or [None]                                       # None: as the router file has it
     if not args.routers:
         n, gates = model.config.n_layer, len(parse_layers(args.layers, model.config.n_layer))
@@ -68,7 +68,7 @@ def make_variants(model, args, phase, batch, context):
         variants += [make("routed", granularity, c) for c in asked]
         if "masked" in args.against and phase == "prefill":
             variants.append(make("masked", granularity, asked[0]))
-    variants += [make("static", asked=n) for n in args.static]
+    variants += [make("static", n_removed=n) for n in args.static]
     if "transformers" in args.against:
         variants.append(make("transformers", kind=Transformers))
     return variants
@@ -94,23 +94,28 @@ def compare(model, args, phase, batch, context):
         if args.device.type == "cpu" and v.name != "transformers":
             v.peak = peak_in_child(args, phase, batch, context, i)
         seconds = statistics.median(v.times)
-        if v.share is not None and v.cache_bytes is not None:            # as in prefill and decode
-            v.capacity, v.share, v.cache_bytes = (statistics.fmean(values) for values in zip(*v.ran))
+        if v.granularity and phase != "train":                # what is open depends on each round's text
+            v.capacity, _, v.cache_bytes = (statistics.fmean(values) for values in zip(*v.ran))
         speedups = [d / t for d, t in zip(dense, v.times)]               # each within one round
-        low, _, high = statistics.quantiles(speedups if i else v.times, n=4)
+        relative = [t / seconds for t in v.times] if i == 0 else speedups
+        low, _, high = statistics.quantiles(relative, n=4)
         row = dict.fromkeys(FIELDS) | {
             "phase": phase, "variant": v.name, "granularity": v.granularity, "capacity": v.capacity,
             "batch": batch, "context": context, "ms": 1000 * seconds, "speedup": statistics.median(speedups),
             "tokens_per_s": batch * (1 if phase == "decode" else context) / seconds,
             "peak_bytes": v.peak, "cache_bytes": v.cache_bytes, "interval": None,
-            "spread": (high - low) / (1 if i else seconds)}
+            "spread": high - low}
         if v.name == "routed":
-            shares = [share for _, share, _ in v.ran]
-            least = [n + c * (d - n) for d, n, c in zip(dense, none[v.granularity], shares)]
+            capacities = [routed_capacity for _, routed_capacity, _ in v.ran]
+            least = [n + c * (d - n) for d, n, c in zip(dense, none[v.granularity], capacities)]
             row["limit"] = statistics.median(d / t for d, t in zip(dense, least))
             row["efficiency"] = row["speedup"] / row["limit"]
             row["interval"] = interval([best / t for best, t in zip(least, v.times)])
-        row["of_peak"] = v.share_of_peak(seconds)
+        peak, rate = "bandwidth" if phase == "decode" else "flops", v.rate(seconds)
+        if v.name == "dense":                    # the machine may have been busy when its peak was measured
+            setattr(args, peak, max(getattr(args, peak), rate))
+        if rate is not None:
+            row["of_peak"] = min(1.0, rate / getattr(args, peak))
         rows.append(row)
     return rows
 
@@ -129,7 +134,7 @@ def run_once(variants, round_):
     parts = zip_longest(*(v.run(round_) for v in variants), fillvalue=0.0)      # zip would let but one end
     for v, seconds in zip(variants, zip(*parts)):
         v.times.append(sum(seconds))
-        v.ran.append((v.capacity, v.share, v.cache_bytes))
+        v.ran.append((v.capacity, v.routed_capacity, v.cache_bytes))
 
 
 def interval(values):

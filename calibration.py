@@ -16,8 +16,8 @@ TRAINING_SAMPLES = 24                                # samples of the training d
 PROMPTS = 8 * TRAINING_SAMPLES                       # of them, where gates read the prompt alone
 LOGITS = 0.5, 0.25, 0.12, 0, -0.12, -0.25, -0.5, -1  # the curve's thresholds, as logits
 STRIDE = 4                                           # at token level the curve is of every fourth text
-ERROR = 0.003                                        # the search ends this near to the capacity asked for,
-ATTEMPTS = 12                                        # or after so many thresholds
+ERROR = 0.003                                        # the search ends this near to the capacity asked for
+ATTEMPTS = 12                                        # and after so many thresholds
 NEIGHBOURS = 0.3                                     # it interpolates between capacities this near
 
 
@@ -26,11 +26,11 @@ def measured_capacity(model, batches, start=0):
     """Overall capacity on batches, which processes share, of decisions (score >= threshold): all tokens from
     column `start` on, or all sequences, count. Logits are not computed."""
     n_open = n_seen = 0
-    for batch, counts in parallel.share(batches):
+    for batch, is_counted in parallel.share(batches):
         ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
         with trace(model) as decisions:
             run_layers(model.layers, model.embed(batch.idx), ctx)
-        if not counts:
+        if not is_counted:
             continue
         column = torch.arange(batch.idx.shape[1])
         tokens = (column >= start) & (column < batch.lengths.cpu()[:, None])     # (B, T)

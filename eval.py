@@ -30,12 +30,11 @@ from support import parallel
 from support.batches import Batch, batches, pack
 from support.cli import common_arguments, number, numbers
 from support.data import DEFAULT_DATA, HELD_OUT, PLAIN_PIECE, PLAIN_PROMPT, read_samples
-from support.files import check_destinations
+from support.files import InputError, check_destinations, write_file
 from support.machine import device_and_dtype
 from support.run import file_hash, routers_entry, weights_hash
 from support.tasks import QUESTIONS, TASKS, read_task, standard_error
 from tokenizer import Tokenizer
-from weights import InputError, write_file
 
 STATIC_BATCHES, STATIC_TOKENS = 8, 1024         # what the layers of --static are chosen on
 
@@ -155,7 +154,8 @@ def save(results, args):
     it."""
     if args.json:                                    # all processes make it, the first writes it
         entries = {variant: result.entry() for variant, result in results.items() if result.keep}
-        first = entries.pop(list(entries)[1 if args.routers else 0])
+        name = next(v for v in entries if v.startswith("routed")) if args.routers else "dense"
+        first = entries.pop(name)
         entries |= {"routers": args.routers_entry} if args.routers else {}
         if parallel.is_first():
             write_file(args.json, json.dumps(first | entries, allow_nan=False).encode())
@@ -328,7 +328,8 @@ def main():
     show_average({variant: result.tasks for variant, result in results.items()})
     if samples:
         run_text(args.text, samples, setters, results, model, args, device)
-        tokens += sum(len(s.ids) for s in samples) * (2 * len(setters) - 1)
+        n_passes = 2 * len(setters) - 1              # a dense one beside each but the dense one
+        tokens += n_passes * sum(len(s.ids) for s in samples)
         save(results, args)
     seconds = time.perf_counter() - start
     print(f"\n{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} per second")

@@ -119,9 +119,9 @@ def tune(model, source, recipe, capacity, run):
     for step in run.steps():
         target = recipe.target(step, run.n_steps, capacity)
         rows = []
-        for (_, batch), counts in parallel.share(next(source)):
+        for (_, batch), is_counted in parallel.share(next(source)):
             harm, inputs, is_open, sequence_kl = measure(model, batch)
-            if counts:
+            if is_counted:
                 n_open, batch_kl = int(is_open.sum()), float(sequence_kl.sum())
                 rows.append((harm.cpu(), inputs.cpu(), batch_kl, len(batch.targets), n_open))
         harms, read, kls, n_tokens, open_counts = zip(*parallel.gathered(rows))

@@ -64,9 +64,7 @@ def hidden_states(model, batch, teacher=None):
     (None without one). A model can be its own teacher: the layers below its first router then run once for
     both."""
     all_train = model.embed.weight.requires_grad                     # all weights, not only the routers'
-    first = 0                                                        # layers below run once, for both passes
-    if not all_train and (teacher is None or teacher is model):
-        first = first_active(model)
+    first = first_active(model) if teacher in (None, model) else 0   # layers below run once, for both passes
     ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
     with torch.set_grad_enabled(all_train and torch.is_grad_enabled()):
         below = run_layers(model.layers[:first], model.embed(batch.idx), ctx)

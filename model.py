@@ -144,11 +144,11 @@ class Cache:
     def store_step(self, layer, k, v, ctx):
         """Store each row's T latest tokens, (B, K, T, D): those pending in skipping.py, then this step's."""
         keys, values, T = self.k[layer], self.v[layer], k.shape[2]
-        if ctx.positions is None:                    # every row is at the same position
+        if ctx.slots is None:                        # every row is at the same position
             keys[:, :, ctx.end - T:ctx.end] = k
             values[:, :, ctx.end - T:ctx.end] = v
         else:
-            store(keys, values, k, v, ctx.positions)     # support/attention.py's
+            store(keys, values, k, v, ctx.slots)     # support/attention.py's
         return keys[:, :, :ctx.end], values[:, :, :ctx.end]
 
     def bytes(self):
@@ -169,7 +169,7 @@ class Context:
     cache: Cache | None = None
     decoding: bool = False                       # a step that continues the cache, one token per row
     end: int = 0                                 # decoding: keys to attend to, this step's included
-    positions: torch.Tensor | None = None        # decoding: (B,) where each row writes; None: all at end - 1
+    slots: torch.Tensor | None = None            # decoding: (B,) cache column each row writes; None: end - 1
     captured: bool = False                       # decoding: in a CUDA graph: the host can read no tensor
 
 
@@ -194,7 +194,8 @@ class Attention(nn.Module):
         self.o = Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x, ctx, h=None):
-        """(B, T, C) to (B, T, C). h: norm(x), if computed; in a step after that of pending tokens."""
+        """(B, T, C) to (B, T, C). h: norm(x), if computed; in a step it may begin with earlier tokens, whose
+        keys were deferred (skipping.py)."""
         h = self.norm(x) if h is None else h
         y = split_heads(self.qkv(h), self.head_dim)                           # (B, H + 2K, T, D)
         qk, v = y[:, :-self.n_kv_head], y[:, -self.n_kv_head:]
@@ -334,7 +335,7 @@ class Llama(nn.Module):
         cos, sin = self.angles_of(positions, end)                               # (B, D)
         cos, sin = cos[:, None, None], sin[:, None, None]                     # (B, 1, 1, D)
         return Context(cos=cos, sin=sin, lengths=None, host_lengths=[1] * B, mask=mask, cache=cache,
-                       decoding=True, end=end, positions=positions)
+                       decoding=True, end=end, slots=positions)
 
     def angles_of(self, positions, end):
         """cos and sin as `rotate` wants them, in the model's dtype, at positions that all lie below `end`."""
@@ -415,17 +416,15 @@ class Llama(nn.Module):
             tied = checkpoint.tie("model.embed_tokens.weight", "lm_head.weight")
             config = replace(config, tie_embeddings=tied)
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(config).to(dtype)
         parts = [checkpoint_parts(name, weight, config) for name, weight in model.named_parameters()]
         checkpoint.check_tensors({source: part.shape for pairs in parts for source, part in pairs})
-        for name, parameter in list(model.named_parameters()):   # a tied head is not among them
-            weight = torch.empty(parameter.shape, device=device, dtype=dtype)
-            for source, part in checkpoint_parts(name, weight, config):
-                part.copy_(checkpoint.tensor(source))
-            module, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module), leaf, nn.Parameter(weight))
+        model.to_empty(device=device)
         if config.tie_embeddings:
             model.head.weight = model.embed.weight
+        for name, parameter in model.named_parameters():       # a tied head is not among them
+            for source, part in checkpoint_parts(name, parameter.detach(), config):
+                part.copy_(checkpoint.tensor(source))
         return model.eval()
 
     def save_pretrained(self, folder, source):

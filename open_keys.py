@@ -15,8 +15,8 @@ from skipping import at_slots, copy_tokens, real_tokens
 from support.attention import MULTIPLE, additive_mask, products_are_faster
 from support.cuda import is_asynchronous, to_device
 
-GROWTH = 64         # columns by which a cache of open tokens grows
-SHAPES = 128        # gathered columns on CUDA are filled up to a multiple: cuDNN plans each new shape
+GROWTH = 64             # columns by which a cache of open tokens grows
+CUDA_MULTIPLE = 128     # of gathered columns: cuDNN plans each new shape
 
 
 def run_open_only(skip, x, ctx, h, is_open):
@@ -25,24 +25,24 @@ def run_open_only(skip, x, ctx, h, is_open):
     n = is_open.sum(1)                                                   # (B,)
     host_n = n.tolist()                                                  # the one wait for the device
     skip.count(sum(host_n), ctx)
-    columns = (~is_open).int().argsort(dim=1, stable=True)               # the open ones first, in order
+    order = (~is_open).int().argsort(dim=1, stable=True)                 # (B, T), a row's open tokens first
     multiple = 1
     if is_asynchronous(x):
-        multiple = SHAPES
+        multiple = CUDA_MULTIPLE
     elif products_are_faster(x):
         multiple = MULTIPLE
     widest = -(-max(host_n) // multiple) * multiple
-    columns = columns[:, :widest]                                 # (B, N), rows filled up with closed ones
-    is_real = torch.arange(columns.shape[1], device=x.device) < n[:, None]
+    columns = order[:, :widest]                                  # (B, N), a short row ends in closed ones
+    holds_open = torch.arange(columns.shape[1], device=x.device) < n[:, None]
     mask = ctx.mask
     if mask is not None:                                                 # (1, 1, T, T): a window
-        mask = mask[0, 0][columns[:, :, None], columns[:, None]].masked_fill(~is_real[:, None], -math.inf)
+        mask = mask[0, 0][columns[:, :, None], columns[:, None]].masked_fill(~holds_open[:, None], -math.inf)
         mask.diagonal(dim1=1, dim2=2).zero_()                    # of no key at all a gradient would be NaN
         mask = mask[:, None]                                             # (B, 1, N, N)
     shorter = replace(ctx, cos=ctx.cos[columns][:, None], sin=ctx.sin[columns][:, None], mask=mask)
     if ctx.cache is not None:
         ctx.cache.routing["open keys"][skip] = OpenKeys(ctx.cache, skip.attn, columns, host_n)
-        shorter.cache = copy.copy(ctx.cache)                             # its lists are the same
+        shorter.cache = copy.copy(ctx.cache)             # the same k and v, allocated for fewer tokens
         shorter.cache.max_tokens = columns.shape[1] + GROWTH
     if not any(host_n):
         return x
@@ -51,7 +51,7 @@ def run_open_only(skip, x, ctx, h, is_open):
     open_x, open_h = (t.flatten(0, 1).index_select(0, at).view(B, N, C) for t in (x, h))
     y = skip.sublayer(open_x, shorter, open_h)
     if min(host_n) < N:
-        y = torch.where(is_real[..., None], y, open_x)
+        y = torch.where(holds_open[..., None], y, open_x)
     return copy_tokens(x, at, y.flatten(0, 1))
 
 
@@ -85,7 +85,7 @@ class OpenKeys:
             if end > memory[self.layer].shape[2]:
                 memory[self.layer] = F.pad(memory[self.layer], (0, 0, 0, GROWTH))
         if self.positions is None and min(slots) == max(slots):
-            return replace(ctx, positions=None, mask=None, end=end)
+            return replace(ctx, slots=None, mask=None, end=end)
         slots = to_device(torch.tensor(slots), ctx.cos.device)
         new_ctx = at_slots(ctx, slots, end)
         if self.positions is not None:
@@ -99,5 +99,7 @@ class OpenKeys:
         """Where in the text the tokens stand that are written to slots (B,), all below `end`."""
         if end > self.positions.shape[1]:
             self.positions = F.pad(self.positions, (0, GROWTH))
-        positions = torch.full_like(slots, ctx.end - 1) if ctx.positions is None else ctx.positions
+        positions = ctx.slots                            # in the whole text a token's column is its position
+        if positions is None:
+            positions = torch.full_like(slots, ctx.end - 1)
         self.positions.scatter_(1, slots[:, None], positions[:, None])

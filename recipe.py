@@ -22,8 +22,8 @@ from support.files import InputError
 from support.own_text import write_text
 
 OWN_TEXTS, OWN_TOKENS = 288, 256      # texts that the model writes, and tokens of each
-CALIBRATION_TEXTS, CALIBRATION_TOKENS = 64, 128       # of these the first, cut, calibrate the threshold
-NOT_LEARNED = 24                      # of these the first are not tuned on; texts 24 to 63 serve both
+CALIBRATION_TEXTS, CALIBRATION_TOKENS = 64, 128       # the first texts, cut, calibrate the threshold
+NOT_LEARNED = 24                      # texts before this one are not tuned on; 24 to 63 serve both
 
 
 # ---------------------------------------------------------------------------------------------- regularizers
@@ -121,8 +121,8 @@ ONLY_BIASES = replace(DEFAULT, lr=0.02, tokens_cpu=512)
 RECIPES = {"paper": PAPER, "default": DEFAULT}
 
 
-def default_for(granularity, loss, train, method):
-    """DEFAULT, or the form of it for this granularity and these values."""
+def default_for(granularity, loss=DEFAULT.loss, train=DEFAULT.train, method=None, **_):
+    """DEFAULT, or the form of it for this granularity and these of the values that were given."""
     if method in (None, "harm") and can_measure_harm(granularity, loss, train):
         return BY_HARM
     if train == "bias":
@@ -167,14 +167,13 @@ def check_harm(args, recipe, router):
         raise InputError("--init: --method harm fits routers afresh to what it measures; give --method ramp")
 
 
-def choose(name, granularity, **values):
+def choose_recipe(name, granularity, **values):
     """The recipe of a run: PAPER or a form of DEFAULT, with those of the values replaced that are not
     None."""
     given = {key: value for key, value in values.items() if value is not None}
     recipe = RECIPES[name]
     if recipe is DEFAULT:
-        wanted = replace(DEFAULT, **given)
-        recipe = default_for(granularity, wanted.loss, wanted.train, given.get("method"))
+        recipe = default_for(granularity, **given)
     return replace(recipe, **given)
 
 

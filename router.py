@@ -35,8 +35,8 @@ import open_keys
 import skipping
 from support.checked import open_router_file, tensor_of
 from support.cli import parse_layers
+from support.files import InputError, write_file
 from support.kernels import first_mean, logit, recomputed
-from weights import InputError, write_file
 
 GRANULARITIES = [f"{part}_{scope}" for part in ("attn", "mlp", "block") for scope in ("sequence", "token")]
 KV_OPEN = "attn_token", "block_token"                 # granularities that may have kv="open"
@@ -130,16 +130,16 @@ class MindSkip(nn.Module):
             return None
         return self.sublayer.attn if self.part == "block" else self.sublayer
 
-    def forward(self, x, ctx, h=None):
+    def forward(self, x, ctx, h=None):                   # h: None but for the dense model's, see Block
         if self.bypass:
             return self.sublayer(x, ctx, h)
         if ctx.captured:
             return skipping.run_captured(self, x, ctx)
         if ctx.decoding and self.scope == "sequence":
             return skipping.run_rows(self, x, ctx, ctx.cache.routing["open rows"][self])
-        if ctx.decoding and h is None and self.is_single(x):
+        if ctx.decoding and self.is_single(x):
             return skipping.run_single(self, x, ctx)
-        h = self.norm(x) if h is None else h
+        h = self.norm(x)
         score = self.score(h, ctx)                                       # (B,), or (B, T) at token level
         is_open = score >= self.threshold
         if self.trace is not None:

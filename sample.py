@@ -15,9 +15,9 @@ from model import Llama
 from router import capacity, dense, load_routers, mindskips, trace
 from support.cli import common_arguments, number
 from support.cuda import plain_kernels
+from support.files import InputError
 from support.machine import device_and_dtype
 from tokenizer import Tokenizer
-from weights import InputError
 
 
 class Printer:

@@ -22,10 +22,10 @@ from router import decisions_on, mindskips, overall_capacity, trace
 from support import parallel, written
 from support.attention import additive_mask
 from support.batches import common_beginning, pack
+from support.files import InputError
 from support.graph import release
 from support.memory import rows_that_fit
 from support.tasks import TASKS, Scores
-from weights import InputError
 
 SHARED = 32                                     # tokens from which a common beginning is worth keeping
 TOKENS = {"cpu": 512, "cuda": 16384}            # per batch

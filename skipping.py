@@ -12,12 +12,18 @@ With kv="open" a prompt is read in open_keys.py, whose OpenKeys give a step its 
 `skip` is the MindSkip (router.py), x (B, T, C) the residual stream before its sublayer and h = norm(x). What
 a running generation has to know of earlier tokens is kept in its cache, in cache.routing[name][skip]:
 
-    open rows     indices, on the host, of the rows whose prompt opened the gate
-    pending       [(x, rms, cos, sin)] of steps without an open token, whose keys and values are not yet
-                  computed, see defer: of run_single x and its root mean square, else h and None
-    single        of run_single: a Single
-    open keys     an OpenKeys (open_keys.py)
-    is open, decisions, n open      of a captured step, on the device: see run_captured, next_slots
+    "open rows"   sequence level: indices, on the host, of the rows whose prompt opened the gate
+    "pending"     token level, kv="all": [(x, rms, cos, sin)] of steps without an open token, whose keys and
+                  values are not yet computed, see defer: of run_single x and its root mean square, else h
+                  and None
+    "open keys"   kv="open": an OpenKeys (open_keys.py)
+    "single"      of run_single: a Single
+
+and in a CUDA graph, (B,) each, on the device, made by support/graph.py:
+
+    "is open"     sequence level: what the prompt decided
+    "decisions"   token level: what this step decides
+    "n open"      kv="open": how many tokens were open before this step
 """
 import math
 from collections.abc import Callable
@@ -69,7 +75,7 @@ def select_rows(ctx, rows):
         # per row: (B,), (B, 1, T, D), (B, 1, T, S); the same for all rows: (T, D), (1, 1, T, S)
         has_rows = t is not None and t.dim() in (1, 4) and len(t) > 1
         return t[rows] if has_rows else t
-    names = "cos", "sin", "mask", "positions"                # per row, and read by a sublayer
+    names = "cos", "sin", "mask", "slots"                    # per row, and read by a sublayer
     return replace(ctx, **{name: select(getattr(ctx, name)) for name in names})
 
 
@@ -139,7 +145,7 @@ def run_step(skip, x, ctx, h, is_open):
         ctx = ctx.cache.routing["open keys"][skip].step(ctx, opened)
     if n_open == len(x):
         return skip.sublayer(x, ctx, h)
-    with only_for(is_open.squeeze(1), {}):           # products read their weights for one row as for all
+    with only_for(is_open.squeeze(1)):      # closed rows do not attend; products are of all rows, see there
         y = attn(x, ctx, h)
     x = torch.where(is_open[..., None], y, x)
     if skip.part == "block":
@@ -306,4 +312,4 @@ def at_slots(ctx, slots, end):
     belongs, slots (B,), all below `end`, and sees those before. If it is closed, the next open one overwrites
     them."""
     visible = torch.arange(end, device=slots.device) <= slots[:, None, None, None]
-    return replace(ctx, positions=slots, end=end, mask=additive_mask(visible, ctx.cos.dtype))
+    return replace(ctx, slots=slots, end=end, mask=additive_mask(visible, ctx.cos.dtype))

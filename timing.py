@@ -17,9 +17,9 @@ from recipe import overall_penalty
 from router import KV_OPEN, add_routers, capacity, close_all, load_routers, mindskips
 from support.batches import Batch
 from support.data import Sample
+from support.files import InputError
 from support.graph import release, stepper
 from support.machine import Work
-from weights import InputError
 
 SHAPES = {
     "smollm2-135m": Config(30, 9, 3, 576, 1536, 49152, 64, 8192, rope_theta=1e5, tie_embeddings=True),
@@ -36,14 +36,15 @@ UNTIMED = 4     # decoded before them: the first ones lay out weights, or captur
 def random_model(config, device, dtype):
     """A Llama with random weights, made on its device in its dtype: right for timing, never for accuracy."""
     with torch.device("meta"):
-        model = Llama(config)
-    for name, p in list(model.named_parameters()):
-        module, _, leaf = name.rpartition(".")
-        w = torch.empty(p.shape, device=device, dtype=dtype)
-        w = w.fill_(1) if p.dim() == 1 else w.normal_(0, 0.02)
-        setattr(model.get_submodule(module), leaf, torch.nn.Parameter(w))
+        model = Llama(config).to(dtype)
+    model.to_empty(device=device)
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
+    for weight in model.parameters():
+        if weight.dim() == 1:                                # a norm's, or a bias
+            weight.data.fill_(1)
+        else:
+            weight.data.normal_(0, 0.02)
     return model.eval()
 
 
@@ -66,10 +67,10 @@ def override_of(layer, n_layers, share, seed):
     def override(score, ctx):
         count = ctx.cache.max_tokens if ctx.decoding else 1
         steps, each_step = drawn(count, score.shape, score.device)
-        if ctx.positions is None:
+        if ctx.slots is None:
             wanted = each_step[ctx.end - 1]              # the last one, in a prompt
         else:                                            # a captured step: the device knows where it is
-            wanted = steps.index_select(0, ctx.positions[:1])[0]
+            wanted = steps.index_select(0, ctx.slots[:1])[0]
         return wanted + (score - score.detach()) if score.requires_grad else wanted
     override.on_device = True
     return override
@@ -92,16 +93,17 @@ class Removed(torch.nn.Module):
 class Variant:
     """One way to run the model. `run(round_)` does it once, on the texts of that round: a generator of the
     seconds of its parts, between which other variants may have a turn. Their sum is the measurement: of
-    decoding, one step. asked: the capacity to run at (routed if gates are drawn at random, else overall), or
-    the number of attentions to remove."""
+    decoding, one step. asked: the capacity to run at, routed if gates are drawn at random, else overall;
+    n_removed: how many attentions "static" lacks."""
 
-    def __init__(self, whole, args, phase, name, batch, context, granularity=None, asked=None):
+    def __init__(self, whole, args, phase, name, batch, context, granularity=None, asked=None, n_removed=0):
         self.whole, self.args, self.phase, self.name = whole, args, phase, name
         self.batch, self.context, self.granularity, self.asked = batch, context, granularity, asked
         self.times, self.cache_bytes, self.peak, self.work = [], None, None, Work()
-        self.capacity = self.share = None       # overall and routed, as found in the run
+        self.n_removed = n_removed
+        self.capacity = self.routed_capacity = None     # as found in the run
         if name == "static":
-            self.capacity = 1 - asked / whole.config.n_layer
+            self.capacity = 1 - n_removed / whole.config.n_layer
         self.ran = []                           # of each measurement: these two, and cache_bytes
 
     @functools.cached_property
@@ -119,8 +121,8 @@ class Variant:
             for skip in mindskips(model).values():
                 skip.override = close_all
         if self.name == "static":
-            for i in range(self.asked):
-                model.layers[i * len(model.layers) // self.asked].attn = Removed()
+            for i in range(self.n_removed):
+                model.layers[i * len(model.layers) // self.n_removed].attn = Removed()
         return model
 
     def run(self, round_):
@@ -131,7 +133,7 @@ class Variant:
         yield from getattr(self, self.phase)()
         if self.granularity:
             self.capacity = capacity(self.model)
-            self.share = capacity(self.model, routed=True)
+            self.routed_capacity = capacity(self.model, routed=True)
         if self.args.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated() - getattr(self.args, "their_bytes", 0)
             release(self.model)                 # its graph, whose cache would be in the next one's peak
@@ -143,19 +145,15 @@ class Variant:
         self.idx = text[first:first + self.batch, :self.context]
         self.counts = round_ == 0
 
-    def share_of_peak(self, seconds):
-        """Of the machine's bandwidth in decoding, else of its operations. None where gates are data of a CUDA
+    def rate(self, seconds):
+        """Bytes per second in decoding, else operations per second. None where gates are data of a CUDA
         graph, which reads more than the eager step that was counted."""
-        args, decodes = vars(self.args), self.phase == "decode"
+        if self.phase != "decode":
+            return self.work.flops / seconds
         is_sequence_of_one = self.batch == 1 and self.granularity and self.granularity.endswith("sequence")
-        if decodes and args["device"].type == "cuda" and self.granularity and not is_sequence_of_one:
+        if self.args.device.type == "cuda" and self.granularity and not is_sequence_of_one:
             return None
-        peak, rate = "flops", self.work.flops / seconds
-        if decodes:
-            peak, rate = "bandwidth", self.work.bytes / STEPS / seconds
-        if self.name == "dense":
-            args[peak] = max(args[peak], rate)               # the machine was busy when it was measured
-        return min(1.0, rate / args[peak])
+        return self.work.bytes / STEPS / seconds
 
     def time(self, work):
         """Seconds that `work` takes on the device; nan in round 0, where it is counted."""
@@ -186,7 +184,10 @@ class Variant:
         """After the untimed ones, step(0) to step(UNTIMED - 1): the parts of the mean of STEPS more."""
         for i in range(UNTIMED):
             step(i)
-        yield 0.0                               # first all variants come here, then one is timed
+        for skip in mindskips(self.model).values() if self.granularity else ():
+            if skip.scope == "token":           # capacity is that of the steps, not of the prompt (of a graph
+                skip.opened = skip.seen = 0     # with the untimed ones)
+        yield 0.0                               # a pause: all variants get here before one is timed
         for seconds in self.time_parts(lambda i: step(UNTIMED + i), STEPS):
             yield seconds / STEPS
 
@@ -217,12 +218,7 @@ class Variant:
                 nonlocal token
                 x = next_x(token, [self.context + i] * self.batch)
                 token = sample(model.head(model.norm(x)))
-            parts = self.time_steps(step)
-            yield next(parts)
-            for skip in mindskips(model).values():
-                if skip.scope == "token":       # capacity is that of the timed steps, not of the prompt
-                    skip.opened = skip.seen = 0
-            yield from parts
+            yield from self.time_steps(step)
         self.cache_bytes = cache.bytes()
 
     def train(self):

@@ -16,9 +16,10 @@ from functools import cached_property
 import tiktoken
 import tokenizers
 
+from support.files import InputError, reason
 from support.gguf import LLAMA3_SPLIT
 from support.template import ChatTemplate
-from weights import SPECIAL_TOKENS, InputError, open_checkpoint, reason
+from weights import SPECIAL_TOKENS, open_checkpoint
 
 LLAMA3_SPECIAL = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",

@@ -30,7 +30,7 @@ import harm
 import losses
 from calibration import calibrate
 from model import Llama
-from recipe import RECIPES, Penalty, check_flags, choose, excess_penalty, make_source, own_text
+from recipe import RECIPES, Penalty, check_flags, choose_recipe, excess_penalty, make_source, own_text
 from router import (
     GATES,
     GRANULARITIES,
@@ -47,12 +47,12 @@ from support import parallel
 from support.batches import Batch, hold_out, mixture, pack
 from support.cli import check_reachable, common_arguments, number, numbers, parse_layers
 from support.data import DEFAULT_DATA, HELD_OUT, read_samples
+from support.files import InputError
 from support.machine import device_and_dtype
 from support.memory import tokens_that_fit
 from support.own_text import own_text_file
 from support.run import Run, check_output, file_hash, settings_of
 from tokenizer import Tokenizer
-from weights import InputError
 
 FIXED_DATE = datetime(2024, 7, 26)      # for chat templates that print today's: a run does not depend on it
 
@@ -76,11 +76,11 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
 
         loss = 0.0
         measured = []                                # of each batch: (kind of text, capacity)
-        for (kind, batch), counts in parallel.share(batches):        # counts: False for a filler, see share
-            price = counts * penalties[kind].value / len(batches)
-            regularizer = partial(recipe.regularizer, model, price, target)
-            loss += losses.backward(model, batch, recipe.loss, counts * weight, regularizer, teacher)
-            if counts:
+        for (kind, batch), is_counted in parallel.share(batches):    # False: a filler, see share
+            penalty = is_counted * penalties[kind].value / len(batches)
+            regularizer = partial(recipe.regularizer, model, penalty, target)
+            loss += losses.backward(model, batch, recipe.loss, is_counted * weight, regularizer, teacher)
+            if is_counted:
                 measured.append((kind, capacity(model)))
         loss = parallel.summed(float(loss))[0]
         parallel.sum_gradients(trained(model).values())
@@ -210,7 +210,7 @@ def make_recipe(args, n_samples, model):
     does not go together."""
     keys = ("gate", "loss", "train", "method", "lr", "model_lr", "penalty", "pool", "kv", "steps", "epochs",
             "clip")
-    recipe = choose(args.recipe, args.granularity, **{key: getattr(args, key) for key in keys})
+    recipe = choose_recipe(args.recipe, args.granularity, **{key: getattr(args, key) for key in keys})
     check_capacity(args, recipe, model.config.n_layer)
     check_flags(args, recipe, model.config.n_embd)
     if args.init:

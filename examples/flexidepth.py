@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import Block, swiglu  # noqa: E402
 from recipe import PAPER, RECIPES, Recipe  # noqa: E402
 from router import GATES, LinearRouter, mindskips  # noqa: E402
+from support.files import InputError  # noqa: E402
 from support.kernels import recomputed  # noqa: E402
 from support.script import run_script  # noqa: E402
-from weights import InputError  # noqa: E402
 
 SCRIPTS = "train_router", "eval", "bench", "sample"
 

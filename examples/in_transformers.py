@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from router import GATES, threshold_for  # noqa: E402
 from support.checked import open_router_file, tensor_of  # noqa: E402
 from support.cli import parse_layers  # noqa: E402
+from support.files import InputError  # noqa: E402
 from support.script import run_script  # noqa: E402
-from weights import InputError  # noqa: E402
 
 SIZES = {"n_layer": "num_hidden_layers", "n_embd": "hidden_size", "n_head": "num_attention_heads",
          "n_kv_head": "num_key_value_heads", "intermediate": "intermediate_size", "vocab_size": "vocab_size"}

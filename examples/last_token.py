@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from router import GATES, LinearRouter  # noqa: E402
+from support.files import InputError  # noqa: E402
 from support.script import run_script  # noqa: E402
-from weights import InputError  # noqa: E402
 
 
 class LastToken(LinearRouter):

@@ -26,11 +26,12 @@ from scoring import evaluate, perplexity  # noqa: E402
 from support.batches import Batch, batches, hold_out, pack  # noqa: E402
 from support.cli import common_arguments, number  # noqa: E402
 from support.data import DEFAULT_DATA, HELD_OUT, read_samples  # noqa: E402
+from support.files import InputError  # noqa: E402
 from support.machine import device_and_dtype  # noqa: E402
 from support.run import check_output  # noqa: E402
 from support.script import run_script  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from weights import InputError, open_checkpoint  # noqa: E402
+from weights import open_checkpoint  # noqa: E402
 
 
 class LowRank(nn.Module):

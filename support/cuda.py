@@ -101,8 +101,9 @@ def plain_kernels():
     return choose("triton", False)
 
 
-def only_for(is_open, n_gated):
+def only_for(is_open, n_gated=None):
     """Within it products of one token, and attention of one token per row, may leave out rows whose gate is
     closed: is_open (B,) bool, on the device. What they return of those rows must not be used. Of a Linear in
-    n_gated, {Linear: n}, only the first n outputs; the others are computed all the same."""
-    return choose("gate", (is_open, n_gated))
+    n_gated, {Linear: n}, only the first n outputs; the others are computed all the same. (Of several rows all
+    products are: they read their weights for one row as for all.)"""
+    return choose("gate", (is_open, n_gated or {}))

@@ -209,30 +209,37 @@ def test_forced_gates_are_the_same_in_a_captured_step():
     score, override = torch.rand(3, 1), timing.override_of(1, 4, 0.5, 0)
     opened, cache = [], SimpleNamespace(max_tokens=13)
     for position in 10, 11, 12:
-        eager = SimpleNamespace(decoding=True, cache=cache, positions=None, end=position + 1)
-        captured = SimpleNamespace(decoding=True, cache=cache, positions=torch.full((3,), position))
+        eager = SimpleNamespace(decoding=True, cache=cache, slots=None, end=position + 1)
+        captured = SimpleNamespace(decoding=True, cache=cache, slots=torch.full((3,), position))
         opened.append(override(score, captured))
         assert torch.equal(opened[-1], override(score, eager))
     assert not opened[0].equal(opened[1]) or not opened[1].equal(opened[2])
 
 
-@pytest.mark.parametrize("granularity, batch, share", [
-    (None, 1, 0.25), (None, 8, 0.25), ("attn_sequence", 1, 0.25), ("attn_sequence", 8, None),
+@pytest.mark.parametrize("granularity, batch, rate", [
+    (None, 1, 10.0), (None, 8, 10.0), ("attn_sequence", 1, 10.0), ("attn_sequence", 8, None),
     ("attn_token", 1, None)])
-def test_the_share_of_peak_is_of_bytes_that_were_counted(granularity, batch, share):
+def test_rates_are_of_bytes_that_were_counted(granularity, batch, rate):
     """A captured step with gates reads more than the eager one, but for one sequence with its own gates."""
-    args = SimpleNamespace(device=torch.device("cuda"), bandwidth=40.0)
-    variant = SimpleNamespace(args=args, phase="decode", batch=batch, granularity=granularity, name="routed",
+    args = SimpleNamespace(device=torch.device("cuda"))
+    variant = SimpleNamespace(args=args, phase="decode", batch=batch, granularity=granularity,
                               work=SimpleNamespace(bytes=timing.STEPS * 20, flops=16))
-    assert timing.Variant.share_of_peak(variant, 2.0) == share
+    assert timing.Variant.rate(variant, 2.0) == rate
     args.device = torch.device("cpu")
-    assert timing.Variant.share_of_peak(variant, 2.0) == 0.25
-    for name, rates in ("routed", (4.0, 4.0)), ("dense", (10.0, 8.0)):
-        args.bandwidth = args.flops = 4.0            # measured while the machine was busy
-        variant.name = name
-        for variant.phase in "decode", "prefill":
-            assert timing.Variant.share_of_peak(variant, 2.0) == 1
-        assert (args.bandwidth, args.flops) == rates
+    assert timing.Variant.rate(variant, 2.0) == 10.0
+    variant.phase = "prefill"
+    assert timing.Variant.rate(variant, 2.0) == 8.0
+
+
+def test_no_share_of_peak_is_above_one(tiny, call, tmp_path, monkeypatch):
+    """The dense model's own rate counts where the machine was busy when its peak was measured."""
+    monkeypatch.setattr(bench, "rates", lambda device, dtype: (1e9, 1.0))
+    monkeypatch.setattr(bench, "peak_in_child", lambda *args: None)
+    status, _ = call(bench.main, "--model", tiny, "--device", "cpu", "--context", 40, "--rounds", 2,
+                     "--phase", "prefill", "--json", tmp_path / "b.json")
+    table = json.loads((tmp_path / "b.json").read_text())
+    assert status == 0 and table["rows"][0]["of_peak"] == 1
+    assert all(0 < row["of_peak"] <= 1 for row in table["rows"])
 
 
 def test_random_model_runs(tmp_path):

@@ -153,7 +153,7 @@ def test_checkpoints(arguments, call, tmp_path, tiny, monkeypatch):
     tensors, meta = load_file(path), safe_metadata(path)
     metrics = (tmp_path / "out" / "metrics.jsonl").read_bytes()
     model = add_routers(Llama.from_pretrained(tiny))
-    recipe = train_router.choose("default", "attn_token", loss="ce")
+    recipe = train_router.choose_recipe("default", "attn_token", loss="ce")
     args = SimpleNamespace(out=tmp_path / "out", steps=3, resume=True, save_every=1, train="routers")
     settings, good = json.loads(meta["arguments"]), 0
 

@@ -174,7 +174,7 @@ def test_lengths_that_recur_as_on_a_gpu(granularity, family, tmp_path, monkeypat
     with torch.no_grad():
         expected, out = real(model(idx, LENGTHS)), model.generate(idx, 6, lengths=LENGTHS)
         monkeypatch.setattr(open_keys, "is_asynchronous", lambda x: True)
-        monkeypatch.setattr(open_keys, "SHAPES", 16)
+        monkeypatch.setattr(open_keys, "CUDA_MULTIPLE", 16)
         assert (real(model(idx, LENGTHS)) - expected).abs().max() < 1e-4
         assert torch.equal(model.generate(idx, 6, lengths=LENGTHS), out)
 

@@ -15,7 +15,7 @@ import recipe
 import train_router
 from calibration import calibrate, calibration_batches, measured_capacity, shifted
 from model import Llama
-from recipe import DEFAULT, PAPER, Penalty, choose, own_text, ramp
+from recipe import DEFAULT, PAPER, Penalty, choose_recipe, own_text, ramp
 from router import add_routers, capacity, mindskips, straight_through, trace
 from support.batches import Batch, common_beginning
 from support.data import pieces, read_samples
@@ -203,17 +203,17 @@ def test_an_epoch_of_the_paper_takes_each_sample_once(arguments, call, tok, tmp_
 
 
 def test_which_form_of_the_default_is_chosen():
-    assert choose("default", "attn_token") == DEFAULT
-    assert choose("default", "attn_sequence").method == "harm"
-    assert choose("default", "attn_sequence").steps == 48
+    assert choose_recipe("default", "attn_token") == DEFAULT
+    assert choose_recipe("default", "attn_sequence").method == "harm"
+    assert choose_recipe("default", "attn_sequence").steps == 48
     for values in dict(loss="ce"), dict(train="all"), dict(method="ramp"):
-        recipe = choose("default", "mlp_sequence", **values)
+        recipe = choose_recipe("default", "mlp_sequence", **values)
         assert recipe.method == "ramp" and recipe.bias_lr == 0.02 and recipe.lr == 0.0003
         assert recipe.tokens_cpu == 512                                   # gates of sequences are few
-    only_biases = choose("default", "attn_token", train="bias")
+    only_biases = choose_recipe("default", "attn_token", train="bias")
     assert (only_biases.lr, only_biases.tokens_cpu) == (0.02, 512)
-    assert choose("default", "attn_token", steps=7, lr=None).steps == 7
-    assert choose("paper", "attn_sequence", penalty=0.1) == dataclasses.replace(PAPER, penalty=0.1)
+    assert choose_recipe("default", "attn_token", steps=7, lr=None).steps == 7
+    assert choose_recipe("paper", "attn_sequence", penalty=0.1) == dataclasses.replace(PAPER, penalty=0.1)
 
 
 def test_ramp_is_half_open_at_the_threshold_and_ends_as_the_step():
@@ -242,8 +242,8 @@ def test_the_ramp_narrows_and_the_target_falls():
 def test_the_model_writes_text_to_learn_from(granularity, tiny, samples):
     """The dense model's own, the same for the same seed; its beginnings calibrate the threshold."""
     model = Llama.from_pretrained(tiny)
-    held, own = own_text(model, choose("default", granularity), samples, seed=3)
-    again, same = own_text(model, choose("default", granularity), samples, seed=3)
+    held, own = own_text(model, choose_recipe("default", granularity), samples, seed=3)
+    again, same = own_text(model, choose_recipe("default", granularity), samples, seed=3)
     assert torch.equal(held, again) and own == same and held.shape == (64, 128)
     n, n_tokens = recipe.OWN_TEXTS - recipe.NOT_LEARNED, recipe.OWN_TOKENS
     assert sum(len(s.ids) for s in own) == n * n_tokens and all(all(s.answer) for s in own)
@@ -252,7 +252,7 @@ def test_the_model_writes_text_to_learn_from(granularity, tiny, samples):
     assert len({tuple(s.ids) for s in own}) == len(own)
     if granularity == "attn_token":
         assert [s.ids[:128] for s in own[:40]] == held[24:].tolist()
-    held, own = own_text(model, choose("default", granularity, loss="ce"), samples, seed=3)
+    held, own = own_text(model, choose_recipe("default", granularity, loss="ce"), samples, seed=3)
     assert own is None and held.shape == (64, 128)
     assert own_text(model, PAPER, samples, seed=3) == (None, None)
 

@@ -20,7 +20,7 @@ import eval as evaluation
 import sample
 import train_router
 from model import Llama
-from recipe import DEFAULT, Penalty, choose
+from recipe import DEFAULT, Penalty, choose_recipe
 from router import (
     GATES,
     GRANULARITIES,
@@ -285,7 +285,7 @@ def test_gates_are_ramps_that_narrow_over_a_run(arguments, call, monkeypatch):
 def test_a_price_moves_once_a_step_by_the_mean_of_its_batches(tiny, monkeypatch):
     """Two kinds of text, each with its price; the loss is weighted by tokens, the penalty by batches."""
     model, used, seen, lines = add_routers(Llama.from_pretrained(tiny)), iter([0.9, 0.5, 0.7, 0.7]), [], []
-    recipe = choose("default", "attn_token", penalty=2.0, falls_until=0.0)
+    recipe = choose_recipe("default", "attn_token", penalty=2.0, falls_until=0.0)
 
     def backward(model, batch, loss, weight, regularizer, teacher):
         seen.append((weight, regularizer.args[1], model.layers[0].attn.estimator.keywords["width"]))
