@@ -117,8 +117,8 @@ def calibrate(model, samples, own_ids, capacity, tokens):
         for attempt in range(ATTEMPTS):
             if abs(measured[nearest()] - capacity) < ERROR:
                 break
-            is_far = attempt >= 4 or 4.0 in measured or -4.0 in measured
-            end = 16.0 if is_far else 4.0            # logit of a threshold that is taken to close all gates
+            is_near = attempt < 4 and not {-4.0, 4.0} & measured.keys()
+            end = 4.0 if is_near else 16.0           # logit of a threshold that is taken to close all gates
             known = estimates | measured | {-end: 1.0, end: least}
             low = max(logit for logit, c in known.items() if c >= capacity)
             high = min(logit for logit, c in known.items() if c <= capacity)
