@@ -194,8 +194,7 @@ class Attention(nn.Module):
         self.o = Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x, ctx, h=None):
-        """(B, T, C) to (B, T, C). h: norm(x), if computed; in a step it may begin with earlier tokens, whose
-        keys were deferred (skipping.py)."""
+        """(B, T, C) to (B, T, C). h: norm(x), if computed; in a step it may follow that of pending tokens."""
         h = self.norm(x) if h is None else h
         y = split_heads(self.qkv(h), self.head_dim)                           # (B, H + 2K, T, D)
         qk, v = y[:, :-self.n_kv_head], y[:, -self.n_kv_head:]
@@ -407,8 +406,7 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_path, device="cpu", dtype=torch.float32):
         """A Llama in eval mode with the weights of `smollm2-135m`, a Hugging Face folder, a .gguf file or a
-        hub id. Tensors are read one by one, straight to `device` and `dtype`. InputError names what is
-        missing or misshapen.
+        hub id, read tensor by tensor. InputError names what is missing or misshapen.
         """
         checkpoint = open_checkpoint(name_or_path)
         config = Config.from_hf(checkpoint.config, checkpoint.path)
@@ -419,12 +417,14 @@ class Llama(nn.Module):
             model = cls(config).to(dtype)
         parts = [checkpoint_parts(name, weight, config) for name, weight in model.named_parameters()]
         checkpoint.check_tensors({source: part.shape for pairs in parts for source, part in pairs})
-        model.to_empty(device=device)
         if config.tie_embeddings:
-            model.head.weight = model.embed.weight
-        for name, parameter in model.named_parameters():       # a tied head is not among them
+            model.head.weight = None                           # to_empty would part it from the embedding
+        model.to_empty(device=device)
+        for name, parameter in model.named_parameters():
             for source, part in checkpoint_parts(name, parameter.detach(), config):
                 part.copy_(checkpoint.tensor(source))
+        if config.tie_embeddings:
+            model.head.weight = model.embed.weight
         return model.eval()
 
     def save_pretrained(self, folder, source):

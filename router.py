@@ -130,7 +130,7 @@ class MindSkip(nn.Module):
             return None
         return self.sublayer.attn if self.part == "block" else self.sublayer
 
-    def forward(self, x, ctx, h=None):                   # h: None but for the dense model's, see Block
+    def forward(self, x, ctx, h=None):                   # h: of a sublayer's signature; none is given here
         if self.bypass:
             return self.sublayer(x, ctx, h)
         if ctx.captured:
@@ -177,7 +177,7 @@ class MindSkip(nn.Module):
     def is_single(self, x):
         """Whether skipping.run_single serves for a step's x (B, 1, C): inference of one row on a CPU, by the
         linear router, not in float64."""
-        if not self.is_plain or self.training or self.router._forward_hooks:
+        if not self.is_plain or self.training or self.router._forward_hooks or self.router._forward_pre_hooks:
             return False
         return len(x) == 1 and x.device.type == "cpu" and x.dtype != torch.float64
 

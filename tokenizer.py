@@ -44,9 +44,9 @@ class TokenizersFile:
     do."""
 
     def __init__(self, spec, marks=(), decoder=None):
-        if "Prepend" in json.dumps(spec.get("normalizer")):      # the space before a text would hide them
-            spec = spec | {"added_tokens": [token | {"normalized": False} if token["special"] else token
-                                            for token in spec["added_tokens"]]}
+        self.prepends = "Prepend" in json.dumps(spec.get("normalizer"))
+        if self.prepends:
+            spec = spec | {"added_tokens": [self.findable(token) for token in spec["added_tokens"]]}
         self.inner = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self.inner.no_truncation()
         self.inner.no_padding()
@@ -61,15 +61,21 @@ class TokenizersFile:
         self.spec = spec
         self.id_of = {}                          # ids that stand for others, see `renamed`
 
+    def findable(self, token):
+        """A special token that the space which the normalizer puts before a text does not hide."""
+        return token | {"normalized": False} if self.prepends and token.get("special") else token
+
     def add_missing(self, i, entry, there):
-        """Add the token i of a decoder, unless its text is among those that are `there`."""
-        if entry["content"] in there:
+        """Add the token i of a decoder, unless its text is among those that are `there`, or tokenizer.json
+        has another text for i."""
+        text = entry["content"]
+        if text in there or self.inner.id_to_token(i) not in (None, text):
             return
-        there.add(entry["content"])
-        self.inner.add_tokens([tokenizers.AddedToken(**entry)])
-        if self.inner.token_to_id(entry["content"]) != i:
-            raise ValueError(f"tokenizer_config.json says that {entry['content']!r} is token {i}, for which"
-                             " tokenizer.json has no place")
+        there.add(text)
+        self.inner.add_tokens([tokenizers.AddedToken(**self.findable(entry))])
+        if self.inner.token_to_id(text) != i:
+            raise ValueError(f"tokenizer_config.json says that {text!r} is token {i}, but tokenizer.json ends"
+                             f" before {i - 1}")
 
     def renamed(self, names):
         """The same tokenizer with other texts for its special tokens: names, {text: other text}."""

@@ -169,7 +169,7 @@ def parse_arguments():
                                                 " finished run there is replaced, one that is not is kept")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--tokens", type=count, help="tokens per batch (default: the recipe's, or what fits)")
-    p.add_argument("--accumulate", type=count, default=1, help="batches per step, not with --recipe paper")
+    p.add_argument("--accumulate", type=count, default=1, help="batches per step and process; not for paper")
     p.add_argument("--shard", action="store_true",
                    help="with torchrun: each process holds a part of the frozen weights")
     p.add_argument("--held-out", type=count, default=HELD_OUT, help="last samples of --data, for the table")

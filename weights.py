@@ -190,8 +190,6 @@ class Folder(Checkpoint):
         config = {key: self.config[key] for key in (*SPECIAL_TOKENS, "chat_template") if key in self.config}
         if where.name in self.files:
             config |= read_json(where, self.remedy)
-        if "added_tokens_decoder" not in config and "special_tokens_map.json" in self.files:      # older ones
-            config = read_json(self.path / "special_tokens_map.json", self.remedy) | config
         if "chat_template.jinja" in self.files:
             config["chat_template"] = read_text(self.path / "chat_template.jinja", self.remedy)
         if isinstance(read_value(config, where, "chat_template", (str, list), None), list):
@@ -202,7 +200,8 @@ class Folder(Checkpoint):
             token = read_value(config, where, key, (str, dict), None)
             if isinstance(token, dict):
                 read_value(token, where, "content", str)
-        read_value(config, where, "added_tokens_decoder", dict, {})
+        if read_value(config, where, "added_tokens_decoder", dict, None) is None:                # older ones
+            config |= self.special_tokens_map()
         ends = []
         for file in "config.json", "generation_config.json":
             if file in self.files:
@@ -214,6 +213,18 @@ class Folder(Checkpoint):
         if "tokenizer.model" in self.files:
             return found | {"ranks": self.path / "tokenizer.model"}
         raise InputError(f"{self.path}: has no tokenizer.json and no tokenizer.model; copy one of them there")
+
+
+    def special_tokens_map(self):
+        """{key: text} of special_tokens_map.json, if there is one."""
+        path = self.path / "special_tokens_map.json"
+        tokens = read_json(path, self.remedy) if path.name in self.files else {}
+        tokens = {key: tokens[key] for key in SPECIAL_TOKENS if tokens.get(key) is not None}
+        for key in tokens:
+            if isinstance(tokens[key], dict):
+                tokens[key] = read_value(tokens[key], path, "content", str)
+            read_value(tokens, path, key, str)
+        return tokens
 
 
 def write_folder(folder, source, tensors):

@@ -106,7 +106,7 @@ def field(record, name, where, kind=str):
         texts = [part.get("text") for part in value if isinstance(part, dict) and part.get("type") == "text"]
         if len(texts) < len(value) or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{where}: {name!r} is a list, not all of whose parts are {{'type': 'text',"
-                             " 'text': '...'}}; give one text")
+                             " 'text': '...'}; give one text")
         return "".join(texts)
     if not isinstance(value, kind):
         raise InputError(f"{where}: lacks the field {name!r}, or it is not a {kind.__name__}")
@@ -117,7 +117,7 @@ def messages_of(record, form, where):
     """A record as a chat, [{"role", "content"}, ...]."""
     if form in ("chat", "conversations"):
         for name in "tools", "functions", "chat_template_kwargs":
-            if record.get(name):
+            if has_values(record.get(name)):
                 raise InputError(f"{where}: has {name!r} for its template, which are not supported; take such"
                                  " chats out")
         role, content = ("role", "content") if form == "chat" else ("from", "value")
@@ -154,6 +154,13 @@ def messages_of(record, form, where):
         messages += turn(*pair)
     messages += turn(question, field(record, answer, where))
     return with_system(record, messages, where)
+
+
+def has_values(value):
+    """Whether a field says something: not "[]", as some files have it, nor an object of nulls."""
+    if isinstance(value, dict):
+        return any(of_key is not None for of_key in value.values())
+    return value not in (None, [], "", "[]", "{}")
 
 
 def turn(question, answer):

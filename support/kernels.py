@@ -145,16 +145,18 @@ def packed_weights(model, rows):
     The copies live no longer than the context: nothing can be stale after a weight was changed.
     """
     layers = [module for module in model.modules() if isinstance(module, Linear)]
-    outer = [(layer.packed, layer.rows) for layer in layers]     # of a generation that this one interrupts
     n_bytes = sum(layer.weight.nbytes for layer in layers)
+    if layers[0].packed is not None:         # a generation within another, which uses what that one has
+        yield
+        return
     try:
         if should_pack(n_bytes, layers[0].weight.device, layers[0].weight.dtype):
             for layer in layers:
                 layer.packed, layer.rows = {}, rows
         yield
     finally:
-        for layer, (packed, rows) in zip(layers, outer):
-            layer.packed, layer.rows = packed, rows
+        for layer in layers:
+            layer.packed = None
 
 
 @fused

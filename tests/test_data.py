@@ -109,10 +109,11 @@ def test_what_stands_before_a_record(tok, tmp_path):
     ({"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]}, "has tool calls"),
     ({"messages": [], "tools": [{"name": "f"}]}, "line 1: has 'tools'"),
     ({"messages": [], "chat_template_kwargs": {"enable_thinking": False}}, "has 'chat_template_kwargs'"),
+    ({"conversations": [], "tools": '[{"name": "f"}]'}, "line 1: has 'tools'"),
     ({"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}, "line 1: 'content' is a list"),
     ({"messages": [{"role": "assistant", "content": [{"type": "text"}]}]}, "line 1: 'content' is a list"),
     ({"instruction": "a", "output": ["one answer", "another"]}, "line 1: 'output' is a list"),
-    ({"text": ["one document", "another"]}, "line 1: 'text' is a list"),
+    ({"text": ["one document", "another"]}, r"line 1: 'text' is a list.*\.\.\.'}; give one text"),
     ({"conversations": [{"from": "gpt"}]}, "'value'"), ({"prompt": "a"}, "'instruction'"),
     ({"instruction": "a", "output": None}, "'output'"),
     ({"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "answer of weight 0"),
@@ -125,6 +126,14 @@ def test_records_that_are_refused(record, named, tok, tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps(record))
     with pytest.raises(InputError, match=named):
         read_samples(tmp_path / "d.jsonl", tok, 512)
+
+
+def test_tools_that_are_none(tok, tmp_path):
+    chat = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    rows = [chat, chat | {"tools": "[]"}, chat | {"tools": [], "chat_template_kwargs": {"thinking": None}}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples, _ = read_samples(tmp_path / "d.jsonl", tok, 512)
+    assert len(samples) == 3 and samples[0] == samples[1] == samples[2]
 
 
 def test_what_has_nothing_to_learn_from_is_counted(tok, tmp_path, capsys):

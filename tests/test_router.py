@@ -537,6 +537,11 @@ def test_a_hook_on_a_router_is_heard_in_prompts_and_steps(tiny):
         skip.router.register_forward_hook(lambda module, read, logit: torch.full_like(logit, -9.0))
     model.generate(tokens()[:1], 6)
     assert capacity(model, routed=True) == 0
+    heard = []
+    model = routed(tiny, "attn_token")
+    mindskips(model)[0].router.register_forward_pre_hook(lambda module, read: heard.append(read))
+    model.generate(tokens()[:1], 6)
+    assert len(heard) == 6
 
 
 def test_a_kind_of_gate_is_one_entry_and_its_name_is_in_the_file(tiny, tmp_path, monkeypatch):

@@ -204,14 +204,44 @@ def test_tokens_that_only_the_config_names(tmp_path):
         Tokenizer.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("config, eos", [
-    ({}, "<|im_end|>"), ({"eos_token": "<|im_start|>"}, "<|im_start|>"), ({"added_tokens_decoder": {}}, None),
-])
-def test_the_special_tokens_of_older_folders(config, eos, tmp_path):
+@pytest.mark.parametrize("config", [{}, {"eos_token": "<|im_start|>"}, {"added_tokens_decoder": {}}])
+@pytest.mark.parametrize("token", [
+    "<|im_end|>", {"content": "<|im_end|>", "lstrip": False, "normalized": False, "rstrip": False,
+                   "single_word": False}])
+def test_the_special_tokens_of_older_folders(token, config, tmp_path):
+    """special_tokens_map.json counts where tokenizer_config.json has no added_tokens_decoder."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | config
     folder_with(tmp_path, json.loads(train_tokenizer().to_str()), config)
-    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
-    ours = Tokenizer.from_pretrained(tmp_path)
-    assert ours.eos_id == (ours.special[eos] if eos else None)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": token, "pad_token": None}))
+    ours, reference = Tokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.eos_id == reference.eos_token_id
+    write_folder(tmp_path / "again", open_checkpoint(tmp_path), {})
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").eos_token_id == ours.eos_id
+
+
+@pytest.mark.parametrize("value", [3, ["x"], {"content": 1}, {}])
+def test_special_tokens_that_are_no_text(value, tmp_path):
+    folder_with(tmp_path, json.loads(train_tokenizer().to_str()))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": value}))
+    with pytest.raises(InputError, match="special_tokens_map.json"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_token_for_whose_id_the_file_has_another_text(tmp_path):
+    """As Yi's: the file counts."""
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    config = {"added_tokens_decoder": {"5": flags | {"content": "<|other|>"}}}
+    ours = Tokenizer.from_pretrained(folder_with(tmp_path, json.loads(train_tokenizer().to_str()), config))
+    assert "<|other|>" not in ours.special
+
+
+def test_a_missing_token_behind_a_normalizer_that_prepends(tmp_path):
+    spec = sentencepiece()
+    n = len(spec["model"]["vocab"])
+    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": True}
+    config = {"added_tokens_decoder": {str(n): flags | {"content": "<|sep|>"}}}
+    ours = Tokenizer.from_pretrained(folder_with(tmp_path, spec, config))
+    assert n in ours.encode("the fox<|sep|>the fox") and n not in ours.encode("a<|sep|>", special=False)
 
 
 def llama3_folder(tmp_path):
