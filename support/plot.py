@@ -5,12 +5,14 @@
 Of the metrics.jsonl of a run: curves.png, loss and capacity against the step. Of the files that eval.py
 --json wrote: kl.png, KL to the dense model against overall capacity, a panel per text; accuracy.png, the mean
 score of the tasks against it; keep.png, how often each layer ran on each task or text. Of these and of files
-that bench.py --json wrote, of the same capacities: tradeoff.png, KL against measured speedup, a column per
+that bench.py --json wrote, of the same capacities: tradeoff.png, KL against measured speedup, a panel per
 setting, and a table of the speedup at equal KL.
 """
 from support.script import run_script  # isort: skip (before torch, see there)
 
 import io
+import math
+from itertools import cycle
 from pathlib import Path
 
 from support.cli import Parser
@@ -91,21 +93,28 @@ def keep(figure, evaluations):
 
 
 def tradeoff(points):
-    """A figure of points, see tradeoffs: a row of panels per text, a column per setting; the lines to the
-    right win."""
+    """A figure of points, see tradeoffs: a panel per setting, four side by side; a line's colour tells the
+    gates, its style the text. The lines to the right win."""
     settings = sorted({setting for by_setting in points.values() for setting in by_setting})
+    n_columns = min(4, len(settings))
+    n_rows = math.ceil(len(settings) / n_columns)
+    figure = new_figure(1 + 3.5 * n_columns, 0.5 + 3 * n_rows)
+    panels = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True).flatten()
     colors = {}                                                       # the same in all panels
-    figure = new_figure(1 + 3.5 * len(settings), 0.5 + 3.5 * len(points))
-    panels = figure.subplots(len(points), len(settings), squeeze=False, sharey="row")
-    for row, (text, by_setting) in zip(panels, points.items()):
-        for axes, (phase, batch, context) in zip(row, settings):
-            for name, dots in sorted(by_setting.get((phase, batch, context), {}).items()):
-                color = colors.setdefault(name, f"C{len(colors)}")
-                axes.plot(*zip(*dots), marker="o", markersize=4, color=color, label=plain(name))
-            axes.axvline(1, color="grey", linewidth=0.5)
-            axes.set(title=f"{phase}, {context:,} tokens, batch {batch}", xlabel="speedup over dense")
-        row[0].set(ylabel=f"KL to dense on {plain(short(text))}")
-    fullest = max(panels[0], key=lambda axes: len(axes.lines))
+    for axes, setting in zip(panels, settings):
+        for (text, by_setting), style in zip(points.items(), cycle(["-", "--", ":"])):
+            for name, dots in sorted(by_setting.get(setting, {}).items()):
+                axes.plot(*zip(*dots), marker="o", markersize=4, linestyle=style,
+                          color=colors.setdefault(name, f"C{len(colors)}"),
+                          label=plain(f"{name}, {short(text)}"))
+        phase, batch, context = setting
+        axes.axvline(1, color="grey", linewidth=0.5)
+        axes.set(title=f"{phase}, {context:,} tokens, batch {batch}")
+    for axes in panels[len(settings):]:
+        axes.set_axis_off()
+    figure.supxlabel("speedup over dense")
+    figure.supylabel("KL to dense")
+    fullest = max(panels, key=lambda axes: len(axes.lines))
     fullest.legend(fontsize=7)
     return figure
 
