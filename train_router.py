@@ -77,8 +77,8 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
         loss = 0.0
         measured = []                                # of each batch: (kind of text, capacity)
         for (kind, batch), is_counted in parallel.share(batches):    # False: a filler, see share
-            penalty = is_counted * penalties[kind].value / len(batches)
-            regularizer = partial(recipe.regularizer, model, penalty, target)
+            penalty_share = is_counted * penalties[kind].value / len(batches)
+            regularizer = partial(recipe.regularizer, model, penalty_share, target)
             loss += losses.backward(model, batch, recipe.loss, is_counted * weight, regularizer, teacher)
             if is_counted:
                 measured.append((kind, capacity(model)))
