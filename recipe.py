@@ -203,20 +203,23 @@ class Penalty:
         self.value = max(0.0, self.level + 10 * excess)
 
 
-def own_text(model, recipe, samples, seed, path=None):
+def own_text(model, recipe, samples, seed, path=None, run=None):
     """What the dense model writes after random first tokens, as in LLM-QAT (arXiv 2305.17888): text of
     another kind than the training samples, whose labels, the dense model's probabilities, are known.
 
     Returns (token ids (n, T) to calibrate on, Samples to learn from or None); (None, None) where neither is
     used.
-    path: see write_text.
+    path: see write_text; run: a Run, whose checkpoints have the text.
     """
     learns = recipe.learns_own_text and reads_dense(recipe.loss)
     if not learns and not recipe.calibrates:
         return None, None
     n, n_tokens = (OWN_TEXTS, OWN_TOKENS) if learns else (CALIBRATION_TEXTS, CALIBRATION_TOKENS)
+    n_tokens = min(n_tokens, model.config.max_context)
+    write = partial(write_text, model, n, n_tokens, seed, path)
     with dense(model):
-        ids = write_text(model, n, min(n_tokens, model.config.max_context), seed, path)
+        ids = run.constant("own text", (n, n_tokens), write) if run else write()
+    ids = ids.to(model.embed.weight.device)
     to_calibrate = ids[:CALIBRATION_TEXTS, :CALIBRATION_TOKENS]
     if not learns:
         return to_calibrate, None

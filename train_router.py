@@ -314,7 +314,7 @@ def main():
     place_routers(model, recipe, args)
     if args.shard:
         parallel.shard(model)
-    own_ids, own_samples = own_text(model, recipe, train_set, args.seed, text_path)
+    own_ids, own_samples = own_text(model, recipe, train_set, args.seed, text_path, run)
     teacher = None
     if recipe.train == "all":
         teacher = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False)

@@ -104,6 +104,7 @@ class Run:
         self.metrics, self.path, self.routers = (self.out / name for name in FILES)
         self.id = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         self.start, self.checkpoint, self.signal = 0, None, 0
+        self.constants = {}
         if args.resume and not self.path.exists():
             raise InputError(f"--resume: there is no {self.path}; run without --resume")
         self.file = self.open_metrics()
@@ -182,10 +183,17 @@ class Run:
         """A tensor of the checkpoint, checked: see tensor_of."""
         return tensor_of(self.checkpoint, name, shape, self.path)
 
+    def constant(self, name, shape, make):
+        """Whole numbers that a run begins with, such as token ids: what make() gives. Checkpoints have them,
+        and with --resume they are the checkpoint's."""
+        numbers = self.tensor(name, shape).long() if self.checkpoint else make()
+        self.constants[name] = numbers.float()       # exact below 2^24
+        return numbers
+
     def save(self, step, tensors):
         if not parallel.is_first():
             return
-        tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        tensors = {key: tensor.cpu().contiguous() for key, tensor in (self.constants | tensors).items()}
         for key, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise InputError(f"step {step}: {key} is no longer finite; {self.slower()}{self.kept()}")

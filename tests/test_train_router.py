@@ -17,6 +17,7 @@ from safetensors.torch import load, load_file
 
 import bench
 import eval as evaluation
+import recipe as recipes
 import sample
 import train_router
 from model import Llama
@@ -200,6 +201,7 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(stop_at, more, argumen
     monkeypatch.setattr(Run, "log", real)
     with open(tmp_path / "again" / "metrics.jsonl", "a") as f:
         f.write('{"step": "written after the last checkpoint"}\n')
+    monkeypatch.setattr(recipes, "write_text", lambda *_: pytest.fail("its text is in the checkpoint"))
     assert call(main, *arguments, "--resume")[0] == 0
     assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == whole
     one, two = load(tuned), load((tmp_path / "again" / "routers.safetensors").read_bytes())
