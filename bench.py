@@ -111,7 +111,8 @@ def compare(model, args, phase, batch, context):
             row["limit"] = statistics.median(d / t for d, t in zip(dense, least))
             row["efficiency"] = row["speedup"] / row["limit"]
             row["interval"] = interval([best / t for best, t in zip(least, v.times)])
-        peak, rate = "bandwidth" if phase == "decode" else "flops", v.rate(seconds)
+        peak = "bandwidth" if phase == "decode" else "flops"
+        rate = v.rate(seconds)
         if v.name == "dense":                    # the machine may have been busy when its peak was measured
             setattr(args, peak, max(getattr(args, peak), rate))
         if rate is not None:

@@ -186,7 +186,8 @@ class Variant:
         """After the untimed ones, step(0) to step(UNTIMED - 1): the parts of the mean of STEPS more."""
         for i in range(UNTIMED):
             step(i)
-        for skip in mindskips(self.model).values() if self.granularity else ():
+        skips = mindskips(self.model) if self.granularity else {}
+        for skip in skips.values():
             if skip.scope == "token":           # capacity is that of the steps, not of the prompt (of a graph
                 skip.opened = skip.seen = 0     # with the untimed ones)
         yield 0.0                               # a pause: all variants get here before one is timed

@@ -196,12 +196,11 @@ class Folder(Checkpoint):
             for named in read_list(config, where, "chat_template", dict):
                 read_value(named, where, "name", str)
                 read_value(named, where, "template", str)
-        for key in SPECIAL_TOKENS:
-            token = read_value(config, where, key, (str, dict), None)
-            if isinstance(token, dict):
-                read_value(token, where, "content", str)
-        if read_value(config, where, "added_tokens_decoder", dict, None) is None:                # older ones
-            config |= self.special_tokens_map()
+        special_tokens(config, where)                                    # refuses what is none
+        path = self.path / "special_tokens_map.json"
+        is_older = read_value(config, where, "added_tokens_decoder", dict, None) is None
+        if is_older and path.name in self.files:
+            config |= special_tokens(read_json(path, self.remedy), path)
         ends = []
         for file in "config.json", "generation_config.json":
             if file in self.files:
@@ -215,16 +214,16 @@ class Folder(Checkpoint):
         raise InputError(f"{self.path}: has no tokenizer.json and no tokenizer.model; copy one of them there")
 
 
-    def special_tokens_map(self):
-        """{key: text} of special_tokens_map.json, if there is one."""
-        path = self.path / "special_tokens_map.json"
-        tokens = read_json(path, self.remedy) if path.name in self.files else {}
-        tokens = {key: tokens[key] for key in SPECIAL_TOKENS if tokens.get(key) is not None}
-        for key in tokens:
-            if isinstance(tokens[key], dict):
-                tokens[key] = read_value(tokens[key], path, "content", str)
-            read_value(tokens, path, key, str)
-        return tokens
+def special_tokens(config, where):
+    """{key: text} of the special tokens that a file names, each as text or as an object with "content"."""
+    texts = {}
+    for key in SPECIAL_TOKENS:
+        token = read_value(config, where, key, (str, dict), None)
+        if isinstance(token, dict):
+            token = read_value(token, where, "content", str)
+        if token is not None:
+            texts[key] = token
+    return texts
 
 
 def write_folder(folder, source, tensors):
