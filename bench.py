@@ -5,18 +5,18 @@
     python bench.py --against transformers,masked
     python bench.py --phase train --layers last:15
 
-All variants run in turns, round after round, in one process, and medians are compared; on a CPU they take
-turns at every layer of a prompt and every step of decoding, where the memory holds all their caches. `none`
-has every gate closed: what it takes cannot be skipped, so the limit at routed capacity c is t_dense / (t_none
-+ c (t_dense - t_none)), and the efficiency of skipping is the measured speedup over that limit. Without
---routers the open gates are drawn at random, exactly as many as the capacity asks for; the routers' scores
-are computed all the same. With --routers each round reads texts of its own, and capacity is the mean. `of
-peak` is, for decode, the bytes of the weights, keys and values that a step reads over its time, as a share of
-the memory bandwidth of a large copy or sum; else the products' operations over time, as a share of the rate
-of one large product; both are measured at the start, or the dense model's own, where they are higher, and
-bytes and operations are those of a round before, which is counted and not timed. Peak memory counts the
-weights; on a CPU each variant is run once more for it, in a process of its own. timing.py runs and times a
-variant.
+All variants run in turns, round after round, in one process (timing.py), and medians are compared; on a CPU
+they take turns at every layer of a prompt and every step of decoding, where memory holds all their caches.
+Without --routers the open gates are drawn at random, exactly as many as the capacity asks for; the routers'
+scores are computed all the same. With it each round reads texts of its own, and capacity is the mean.
+
+    none         every gate closed: what this takes cannot be skipped
+    limit        at routed capacity c: t_dense / (t_none + c (t_dense - t_none))
+    efficiency   of skipping: the measured speedup over the limit
+    of peak      in decode, bytes of weights, keys and values read per second, over the memory's rate; else
+                 operations per second, over the rate of one large product. Rates are measured at the start,
+                 or the dense model's own where it is higher; round 0, not timed, counts bytes and operations
+    peak MiB     weights included; on a CPU each variant is run once more for it, in a process of its own
 """
 from support.script import run_script  # isort: skip (before torch, see there)
 
@@ -86,7 +86,7 @@ def compare(model, args, phase, batch, context):
                 first = round_ % len(group)          # who finds the weights in no cache is another each time
                 run_once(group[first:] + group[:first], round_)
     for v in variants:
-        del v.times[:2], v.ran[:2]
+        del v.times[:2], v.results[:2]
     dense = variants[0].times
     none = {v.granularity: v.times for v in variants if v.name == "none"}
     rows = []
@@ -95,7 +95,7 @@ def compare(model, args, phase, batch, context):
             v.peak = peak_in_child(args, phase, batch, context, i)
         seconds = statistics.median(v.times)
         if v.granularity and phase != "train":                # what is open depends on each round's text
-            v.capacity, _, v.cache_bytes = (statistics.fmean(values) for values in zip(*v.ran))
+            v.capacity, _, v.cache_bytes = (statistics.fmean(values) for values in zip(*v.results))
         speedups = [d / t for d, t in zip(dense, v.times)]               # each within one round
         relative = [t / seconds for t in v.times] if i == 0 else speedups
         low, _, high = statistics.quantiles(relative, n=4)
@@ -106,17 +106,17 @@ def compare(model, args, phase, batch, context):
             "peak_bytes": v.peak, "cache_bytes": v.cache_bytes, "interval": None,
             "spread": high - low}
         if v.name == "routed":
-            capacities = [routed_capacity for _, routed_capacity, _ in v.ran]
+            capacities = [routed_capacity for _, routed_capacity, _ in v.results]
             least = [n + c * (d - n) for d, n, c in zip(dense, none[v.granularity], capacities)]
             row["limit"] = statistics.median(d / t for d, t in zip(dense, least))
             row["efficiency"] = row["speedup"] / row["limit"]
             row["interval"] = interval([best / t for best, t in zip(least, v.times)])
-        peak = "bandwidth" if phase == "decode" else "flops"
+        bound = "bandwidth" if phase == "decode" else "flops"            # the machine's rate that limits v
         rate = v.rate(seconds)
-        if v.name == "dense":                    # the machine may have been busy when its peak was measured
-            setattr(args, peak, max(getattr(args, peak), rate))
+        if v.name == "dense":                   # the machine may have been busy when its rate was measured
+            setattr(args, bound, max(getattr(args, bound), rate))
         if rate is not None:
-            row["of_peak"] = min(1.0, rate / getattr(args, peak))
+            row["of_peak"] = min(1.0, rate / getattr(args, bound))
         rows.append(row)
     return rows
 
@@ -135,7 +135,7 @@ def run_once(variants, round_):
     parts = zip_longest(*(v.run(round_) for v in variants), fillvalue=0.0)      # zip would let but one end
     for v, seconds in zip(variants, zip(*parts)):
         v.times.append(sum(seconds))
-        v.ran.append((v.capacity, v.routed_capacity, v.cache_bytes))
+        v.results.append((v.capacity, v.routed_capacity, v.cache_bytes))
 
 
 def interval(values):
@@ -159,13 +159,13 @@ def peak_in_child(args, phase, batch, context, i):
     start.set_forkserver_preload(["losses"])
     with ProcessPoolExecutor(1, start) as pool:
         try:
-            return pool.submit(peak, args, phase, batch, context, i).result()
+            return pool.submit(peak_here, args, phase, batch, context, i).result()
         except BrokenProcessPool:                           # the system killed it
             return None
 
 
-def peak(args, phase, batch, context, i):
-    """The same, in this process."""
+def peak_here(args, phase, batch, context, i):
+    """What peak_in_child measures, in this process."""
     before = linux_bytes("VmRSS")
     v = make_variants(make_model(args), args, phase, batch, context)[i]
     Path("/proc/self/clear_refs").write_text("5")           # forget the peak of loading
@@ -317,8 +317,8 @@ def main():
     if max(args.static, default=0) > config.n_layer:
         raise InputError(f"--static {max(args.static)}: this model has {config.n_layer} layers; give fewer")
     if not args.routers:
-        gates = len(parse_layers(args.layers, config.n_layer))
-        check_reachable(min(args.capacity or [0.5]), gates, config.n_layer)
+        n_gates = len(parse_layers(args.layers, config.n_layer))
+        check_reachable(min(args.capacity or [0.5]), n_gates, config.n_layer)
     longest = longest_text(args)
     if longest > config.max_context:
         raise InputError(f"--context {max(args.context)}: {longest} tokens do not fit the model's context of"

@@ -70,7 +70,7 @@ def override_of(layer, n_layers, share, seed):
         count = ctx.cache.max_tokens if ctx.decoding else 1
         steps, each_step = drawn(count, score.shape, score.device)
         if ctx.slots is None:
-            wanted = each_step[ctx.end - 1]              # the last one, in a prompt
+            wanted = each_step[ctx.end - 1]              # end is 0 in a prompt, which takes the last
         else:                                            # a captured step: the device knows where it is
             wanted = steps.index_select(0, ctx.slots[:1])[0]
         return wanted + (score - score.detach()) if score.requires_grad else wanted
@@ -106,7 +106,7 @@ class Variant:
         self.capacity = self.routed_capacity = None     # as found in the run
         if name == "static":
             self.capacity = 1 - n_removed / whole.config.n_layer
-        self.ran = []                           # of each measurement: these two, and cache_bytes
+        self.results = []                      # of each measurement: (capacity, routed capacity, cache bytes)
 
     @functools.cached_property
     def model(self):
@@ -183,13 +183,13 @@ class Variant:
                 yield self.time(functools.partial(do, i))
 
     def time_steps(self, step):
-        """After the untimed ones, step(0) to step(UNTIMED - 1): the parts of the mean of STEPS more."""
+        """Run UNTIMED steps, then STEPS timed ones: yields seconds over STEPS, whose sum is the mean."""
         for i in range(UNTIMED):
             step(i)
         skips = mindskips(self.model) if self.granularity else {}
         for skip in skips.values():
-            if skip.scope == "token":           # capacity is that of the steps, not of the prompt (of a graph
-                skip.opened = skip.seen = 0     # with the untimed ones)
+            if skip.scope == "token":           # the prompt does not count in the capacity (the untimed steps
+                skip.opened = skip.seen = 0     # do where a graph replays them: it counts at its end)
         yield 0.0                               # a pause: all variants get here before one is timed
         for seconds in self.time_parts(lambda i: step(UNTIMED + i), STEPS):
             yield seconds / STEPS
