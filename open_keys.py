@@ -37,7 +37,7 @@ def run_open_only(skip, x, ctx, h, is_open):
     mask = ctx.mask
     if mask is not None:                                                 # (1, 1, T, T): a window
         mask = mask[0, 0][columns[:, :, None], columns[:, None]].masked_fill(~holds_open[:, None], -math.inf)
-        mask.diagonal(dim1=1, dim2=2).zero_()                    # of no key at all a gradient would be NaN
+        mask.diagonal(dim1=1, dim2=2).zero_()          # a filler that saw no key would have NaN gradients
         mask = mask[:, None]                                             # (B, 1, N, N)
     shorter = replace(ctx, cos=ctx.cos[columns][:, None], sin=ctx.sin[columns][:, None], mask=mask)
     if ctx.cache is not None:
@@ -61,7 +61,7 @@ def mask_closed_keys(ctx, gate, dtype):
     T, mask = gate.shape[1], ctx.mask
     if mask is None:
         mask = additive_mask(torch.ones(T, T, dtype=torch.bool, device=gate.device).tril(), dtype)
-    log_gate = torch.where(gate > 0, gate.clamp(min=1e-30).log(), -1e4)     # of -inf alone softmax is NaN
+    log_gate = torch.where(gate > 0, gate.clamp(min=1e-30).log(), -1e4)     # softmax of only -inf is NaN
     return replace(ctx, mask=mask + log_gate.to(dtype)[:, None, None])                      # (B, 1, T, T)
 
 
@@ -71,7 +71,7 @@ class OpenKeys:
 
     def __init__(self, cache, attn, columns, n):
         """Of a prompt whose open tokens are at `columns` (B, N), n (a list) of each row."""
-        self.memories, self.layer = (cache.k, cache.v), attn.layer       # not the cache, which refers to this
+        self.memories, self.layer = (cache.k, cache.v), attn.layer       # to keep the cache would be a cycle
         self.n, self.positions = n, columns if cache.window else None
         if not any(n):
             for memory in self.memories:

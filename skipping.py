@@ -145,7 +145,7 @@ def run_step(skip, x, ctx, h, is_open):
         ctx = ctx.cache.routing["open keys"][skip].step(ctx, opened)
     if n_open == len(x):
         return skip.sublayer(x, ctx, h)
-    with only_for(is_open.squeeze(1)):      # closed rows do not attend; products are of all rows, see there
+    with only_for(is_open.squeeze(1)):                  # attention of open rows alone, products of all
         y = attn(x, ctx, h)
     x = torch.where(is_open[..., None], y, x)
     if skip.part == "block":
@@ -201,17 +201,17 @@ def run_single(skip, x, ctx):
     return x
 
 
-def run_gathered(skip, x, ctx, h, on_host, counts, kv):
-    """The sublayer on gathered tokens: on_host (N,), counts: see open_tokens; kv: see keys_values, None for
+def run_gathered(skip, x, ctx, h, host_at, counts, kv):
+    """The sublayer on gathered tokens: host_at (N,), counts: see open_tokens; kv: see keys_values, None for
     an MLP."""
-    attn, n = skip.attn, len(on_host)
-    on_host, counts = fill(on_host, counts, x)
-    at = to_device(on_host, x.device)
+    attn, n = skip.attn, len(host_at)
+    host_at, counts = fill(host_at, counts, x)
+    at = to_device(host_at, x.device)
     open_x = x.flatten(0, 1).index_select(0, at)                         # (N, C), row after row
     open_h = h.flatten(0, 1).index_select(0, at)
     if attn:
         q = queries(attn, open_h, ctx, at)                               # (H, N, D)
-        y = attention_of_some(q[None], *kv, counts, on_host, at, x.shape[1], ctx.mask)[0]
+        y = attention_of_some(q[None], *kv, counts, host_at, at, x.shape[1], ctx.mask)[0]
         open_x = attn.o(merge_heads(y), plus=open_x)
     else:
         open_x = skip.sublayer(open_x, ctx, open_h)
@@ -255,24 +255,24 @@ def rotate_some(q, cos, sin, at):
 
 # A step of generation in which no token is open defers its keys and values: they are computed in one product
 # with those of the next step that has open tokens, or when PENDING steps have deferred theirs.
-def defer(attn, pending, x, rms, ctx):
-    """Defer a step's keys and values. x: the step's x if rms is given, else its h."""
+def defer(attn, pending, x_or_h, rms, ctx):
+    """Defer a step's keys and values. x_or_h: its x with its root mean square rms, or its h with None."""
     if len(pending) < PENDING - 1:
-        pending.append((x, rms, ctx.cos, ctx.sin))
+        pending.append((x_or_h, rms, ctx.cos, ctx.sin))
     else:
-        keys_values(attn, *with_pending(attn, pending, x, rms, ctx))
+        keys_values(attn, *with_pending(attn, pending, x_or_h, rms, ctx))
 
 
-def with_pending(attn, pending, x, rms, ctx):
-    """A step, joined with the pending ones: a Context with the angles of all, and h (B, n, C) of all, its own
-    last. Then none is pending. x, rms: see defer."""
-    pending.append((x, rms, ctx.cos, ctx.sin))
-    xs, all_rms, cos, sin = zip(*pending)
+def with_pending(attn, pending, x_or_h, rms, ctx):
+    """The Context and h (B, n, C) of the pending steps and this one, its own last; then none is pending.
+    x_or_h, rms: see defer."""
+    pending.append((x_or_h, rms, ctx.cos, ctx.sin))
+    inputs, all_rms, cos, sin = zip(*pending)
     pending.clear()
     if ctx.cos.dim() == 4:                                # (B, 1, 1, D), but of earlier steps perhaps (1, D)
-        cos = [of_step.expand(len(x), 1, 1, -1) for of_step in cos]
-        sin = [of_step.expand(len(x), 1, 1, -1) for of_step in sin]
-    cos, sin, h = torch.cat(cos, -2), torch.cat(sin, -2), torch.cat(xs, 1)
+        cos = [of_step.expand(len(x_or_h), 1, 1, -1) for of_step in cos]
+        sin = [of_step.expand(len(x_or_h), 1, 1, -1) for of_step in sin]
+    cos, sin, h = torch.cat(cos, -2), torch.cat(sin, -2), torch.cat(inputs, 1)
     if rms is not None:
         h = normalized(h, torch.tensor(all_rms)[:, None], attn.norm.weight)
     return replace(ctx, cos=cos, sin=sin), h

@@ -55,7 +55,7 @@ def attention(q, k, v, mask=None, causal=False):
     kernels = cuda.triton_kernels(q)
     if kernels and q.shape[2] == 1 and kernels_fit(q, k):
         return kernels.attention_of_token(q, k, v, mask, cuda.choices.gate[0])
-    if q.shape[2] == 1:   # one token: the query heads of a key head are as good as its rows, and much faster
+    if q.shape[2] == 1:        # one token: a key head's query heads are the rows of one product, much faster
         is_open = cuda.choices.gate[0] if q.device.type == "cpu" else None  # the host can read it
         y = attention_of_token(q.view(*k.shape[:2], -1, q.shape[3]), k, v, mask, is_open)
         return y.reshape(q.shape)
@@ -157,10 +157,10 @@ def attention_by_products(q, k, v, mask=None, causal=False, positions=None):
     return torch.cat(outputs, 2)[:, :, :n]
 
 
-def keys_seen(on_host, positions, S, dtype):
+def keys_seen(host_positions, positions, S, dtype):
     """How many of S keys are seen by one of the queries at these rising positions (n,), which the host knows
     too, and the mask of the last of these, which not all queries see, (n, last ones); None for one query."""
-    first, last, n = int(on_host[0]), int(on_host[-1]), len(on_host)
+    first, last, n = int(host_positions[0]), int(host_positions[-1]), len(host_positions)
     if n == 1:
         return last + 1, None
     end = min(S, last + 1 + -(last + 1) % MULTIPLE)
@@ -168,13 +168,13 @@ def keys_seen(on_host, positions, S, dtype):
     return end, additive_mask(key <= positions[:, None], dtype)
 
 
-def attention_of_some(q, k, v, counts, on_host, at, T, mask=None):
+def attention_of_some(q, k, v, counts, host_at, at, T, mask=None):
     """Causal attention for some queries only, row by row.
 
     q (1, H, N, D): the chosen queries of row 0, counts[0] of them, then those of row 1, and so on; k and v
     (B, K, S, D), whose last T keys are this pass's own. at (N,): row * T + column of each query, on the
-    device, and on the host. The query at column t sees the keys up to S - T + t or, given a mask (B or 1, 1,
-    T, S) that hides at least all later ones, those that the mask shows. Returns (1, H, N, D).
+    device, and host_at on the host. The query at column t sees the keys up to S - T + t or, given a mask (B
+    or 1, 1, T, S) that hides at least all later ones, those that the mask shows. Returns (1, H, N, D).
     """
     outputs, done, S = [], 0, k.shape[2]
     kernels = cuda.triton_kernels(q)
@@ -187,30 +187,30 @@ def attention_of_some(q, k, v, counts, on_host, at, T, mask=None):
         if n == 0:
             continue
         keys, values, queries = k[row:row + 1], v[row:row + 1], q[:, :, done:done + n]
-        row_on_host = (on_host[done:done + n] % T + (S - T)).int()
-        positions = row_on_host if q.device.type == "cpu" else (at[done:done + n] % T + (S - T)).int()
+        host_positions = (host_at[done:done + n] % T + (S - T)).int()
+        positions = host_positions if q.device.type == "cpu" else (at[done:done + n] % T + (S - T)).int()
         if n > 1 and mask is None and products_are_faster(q):
             y = attention_by_products(queries, keys, values, positions=positions)
         elif mask is None and parts_are_faster(queries, S):
             y = attention_by_parts(queries, keys, values, positions.long())
         else:
             row_mask = None if mask is None else mask[row if len(mask) > 1 else 0, 0]           # (T, S)
-            y = attention_in_chunks(queries, keys, values, row_on_host, positions, row_mask)
+            y = attention_in_chunks(queries, keys, values, host_positions, positions, row_mask)
         outputs.append(y)
         done += n
     return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
 
 
-def attention_in_chunks(q, k, v, on_host, positions, mask):
+def attention_in_chunks(q, k, v, host_positions, positions, mask):
     """attention_of_some for one row, a few queries at a time: q (1, H, n, D), k and v (1, K, S, D), positions
     (n,) of the queries, on the device and on the host, mask (T, S) or None."""
     (_, H, n, D), (_, K, S, _), outputs = q.shape, k.shape, []
     size = CHUNK if products_are_faster(q) else CALL
     if n > 1 and q.device.type == "cpu" and not products_are_faster(q):
         q, k, v = q.view(K, -1, n, D), for_query_heads(k, H), for_query_heads(v, H)
-    chunks = zip(q.split(size, 2), on_host.split(size), positions.split(size))
-    for queries, chunk_on_host, chunk in chunks:
-        end, bias = keys_seen(chunk_on_host, chunk, S, q.dtype)
+    chunks = zip(q.split(size, 2), host_positions.split(size), positions.split(size))
+    for queries, host_chunk, chunk in chunks:
+        end, bias = keys_seen(host_chunk, chunk, S, q.dtype)
         if mask is not None:
             bias = mask[chunk - (S - len(mask)), :end]                                          # (n, end)
         outputs.append(attention(queries, k[:, :, :end], v[:, :, :end], bias))
