@@ -12,13 +12,13 @@ from support import parallel
 from support.batches import Batch, common_beginning, pack
 from support.data import PLAIN_PROMPT, Sample, pieces
 
-TRAINING_SAMPLES = 24                                # samples of the training data that are measured
-PROMPTS = 8 * TRAINING_SAMPLES                       # of them, where gates read the prompt alone
+TRAINING_SAMPLES = 24                                # samples of the training data that are measured whole
+PROMPTS = 8 * TRAINING_SAMPLES                       # or their prompts alone, if gates read no more
 LOGITS = 0.5, 0.25, 0.12, 0, -0.12, -0.25, -0.5, -1  # the curve's thresholds, as logits
 STRIDE = 4                                           # at token level the curve is of every fourth text
-ERROR = 0.003                                        # the search ends this near to the capacity asked for
-ATTEMPTS = 12                                        # and after so many thresholds
-NEIGHBOURS = 0.3                                     # it interpolates between capacities this near
+ERROR = 0.003                                        # in capacity, at which the search ends
+ATTEMPTS = 12                                        # thresholds, at most, that the search measures
+NEIGHBOURS = 0.3                                     # in capacity: bounds farther apart are bisected
 
 
 @torch.no_grad()
@@ -57,9 +57,9 @@ def calibration_batches(gates_read_prompts, samples, own_ids, tokens, stride=1):
 
 
 def shifted(curve, exact, least):
-    """A curve {threshold's logit: capacity}, moved so that it is `exact` at logit 0: each share s of open
-    gates changes in proportion to sqrt(s (1 - s)). Shares of 0 and 1 stay; if the share at logit 0 is one of
-    these, all stay."""
+    """A curve {threshold's logit: capacity}, moved so that it is `exact` at logit 0; least: the capacity of
+    closed gates. Each share s of open gates changes in proportion to sqrt(s (1 - s)): 0 and 1 stay, and all
+    do where the share at logit 0 is one of these."""
     shares = {logit: (c - least) / (1 - least) for logit, c in curve.items()}
     spreads = {logit: math.sqrt(max(0.0, s * (1 - s))) for logit, s in shares.items()}
     excess = (exact - curve[0]) / (1 - least)
@@ -117,8 +117,8 @@ def calibrate(model, samples, own_ids, capacity, tokens):
         for attempt in range(ATTEMPTS):
             if abs(measured[nearest()] - capacity) < ERROR:
                 break
-            is_near = attempt < 4 and not {-4.0, 4.0} & measured.keys()
-            end = 4.0 if is_near else 16.0           # logit of a threshold that is taken to close all gates
+            # ends where all gates are taken to be open, or closed: logits of 4 at first, later of 16
+            end = 4.0 if attempt < 4 and not {-4.0, 4.0} & measured.keys() else 16.0
             known = estimates | measured | {-end: 1.0, end: least}
             low = max(logit for logit, c in known.items() if c >= capacity)
             high = min(logit for logit, c in known.items() if c <= capacity)

@@ -32,7 +32,7 @@ from support.cli import common_arguments, number, numbers
 from support.data import DEFAULT_DATA, HELD_OUT, PLAIN_PIECE, PLAIN_PROMPT, read_samples
 from support.files import InputError, check_destinations, write_file
 from support.machine import device_and_dtype
-from support.run import file_hash, routers_entry, weights_hash
+from support.run import routers_entry, weights_hash
 from support.tasks import QUESTIONS, TASKS, read_task, standard_error
 from tokenizer import Tokenizer
 
@@ -40,8 +40,8 @@ STATIC_BATCHES, STATIC_TOKENS = 8, 1024         # what the layers of --static ar
 
 
 # --------------------------------------------------------------------------------------------------- variants
-def by_harm(model, samples, args, device):
-    """All layers, those first whose attention the output misses least, closed one at a time on `samples`."""
+def layers_by_harm(model, samples, args, device):
+    """All layers, least harm first: the KL that closing a layer's attention alone adds on `samples`."""
     add_routers(model, "attn_token")                                       # all open
     groups = islice(batches(samples, STATIC_TOKENS, args.seed), STATIC_BATCHES)
     total = 0                                                              # (n_layer,)
@@ -94,9 +94,8 @@ def make_variants(model, tok, args, device):
     if args.routers:
         for name, capacity in named("routed", args.capacity).items():
             setters[name] = partial(load_routers, model, args.routers, capacity)
-            meta = setters[name]()                                   # a bad file is told before the work
-        settings["routers of hash"] = file_hash(args.routers)
-        args.routers_entry = routers_entry(args.routers, meta)
+            args.routers_entry = routers_entry(args.routers, setters[name]())    # refuses a bad file early
+        settings["routers of hash"] = args.routers_entry["hash"]
     parallel.check_same(settings)
     if args.static:
         if max(args.static) > model.config.n_layer:
@@ -105,7 +104,7 @@ def make_variants(model, tok, args, device):
         samples, _ = read_samples(args.static_data, tok, min(STATIC_TOKENS, model.config.max_context))
         if not samples:
             raise InputError(f"--static-data {args.static_data}: no sample has an answer; give another file")
-        ranked = by_harm(model, samples[:-HELD_OUT] or samples, args, device)
+        ranked = layers_by_harm(model, samples[:-HELD_OUT] or samples, args, device)
         parallel.check_same({"attentions of least harm": ranked})
 
         def static(layers):
@@ -150,8 +149,8 @@ class Result:
 
 
 def save(results, args):
-    """Write --json: the (first) routed model's entry, or the dense one's, with the other variants' beside
-    it."""
+    """Write --json: the entry of the (first) routed model, or of the dense one, with those of the other
+    variants beside it, if they have run."""
     if args.json:                                    # all processes make it, the first writes it
         entries = {variant: result.entry() for variant, result in results.items() if result.keep}
         name = next(v for v in entries if v.startswith("routed")) if args.routers else "dense"
@@ -217,7 +216,7 @@ def show_average(scores):
         if variant != "dense":
             differences = [scores[variant][name].right - scores["dense"][name].right for name in tasks]
             difference = 100 * sum(float(d.mean()) for d in differences) / len(tasks)
-            interval = 196 * math.sqrt(sum(standard_error(d) ** 2 for d in differences)) / len(tasks)
+            interval = 100 * 1.96 * math.sqrt(sum(standard_error(d) ** 2 for d in differences)) / len(tasks)
             line += f"{'':6}{difference:+9.1f}{plus_minus(interval, 5)}"
         print(line)
 

@@ -194,7 +194,7 @@ class Attention(nn.Module):
         self.o = Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x, ctx, h=None):
-        """(B, T, C) to (B, T, C). h: norm(x), if computed; in a step it may follow that of pending tokens."""
+        """(B, T, C) to (B, T, C). h: norm(x), if computed; in a step after that of pending tokens."""
         h = self.norm(x) if h is None else h
         y = split_heads(self.qkv(h), self.head_dim)                           # (B, H + 2K, T, D)
         qk, v = y[:, :-self.n_kv_head], y[:, -self.n_kv_head:]
@@ -294,11 +294,11 @@ class Llama(nn.Module):
         if len(outside):
             raise InputError(f"token id {int(outside[0])} is not in the model's vocabulary of"
                              f" {self.config.vocab_size}; is this tokenizer the model's own?")
-        lengths = checked([T] * B if lengths is None else lengths, "lengths", B, T, idx.device)
+        lengths = row_lengths([T] * B if lengths is None else lengths, "lengths", B, T, idx.device)
         if prompt_lengths is None:
             prompt_lengths = lengths.clamp(max=PLAIN_PROMPT)      # its beginning stands in for a prompt
         else:
-            prompt_lengths = checked(prompt_lengths, "prompt_lengths", B, lengths, idx.device)
+            prompt_lengths = row_lengths(prompt_lengths, "prompt_lengths", B, lengths, idx.device)
         window, mask = self.config.sliding_window, None
         if window and T > window:
             t = torch.arange(T, device=idx.device)
@@ -450,8 +450,8 @@ def sample(logits, temperature=0.0, top_k=None):
     return torch.searchsorted(cumulative, level, right=True).squeeze(1).clamp(max=cumulative.shape[1] - 1)
 
 
-def checked(values, name, B, most, device):
-    """Row lengths as (B,) int64 on `device`, each from 1 to `most`, a number or one per row."""
+def row_lengths(values, name, B, most, device):
+    """Row lengths as (B,) int64 on `device`; InputError unless each is from 1 to `most`, a number or (B,)."""
     values = torch.as_tensor(values, device=device, dtype=torch.int64)
     if values.shape != (B,) or bool(((values < 1) | (values > most)).any()):
         limit = most if isinstance(most, int) else most.tolist()

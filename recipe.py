@@ -23,7 +23,7 @@ from support.own_text import write_text
 
 OWN_TEXTS, OWN_TOKENS = 288, 256      # texts that the model writes, and tokens of each
 CALIBRATION_TEXTS, CALIBRATION_TOKENS = 64, 128       # the first texts, cut, calibrate the threshold
-NOT_LEARNED = 24                      # texts before this one are not tuned on; 24 to 63 serve both
+NOT_LEARNED = 24                      # texts 0 to 23 only calibrate, 24 to 63 are tuned on, too
 
 
 # ---------------------------------------------------------------------------------------------- regularizers
@@ -177,7 +177,7 @@ def choose_recipe(name, granularity, **values):
     return replace(recipe, **given)
 
 
-# --------------------------------------------------------------------------------------------- their objects
+# ------------------------------------------------------------------------------------ ramp, penalty, own text
 def ramp(score, threshold, width):
     """A gate between 0 and 1, one half at the threshold: sigmoid((logit(score) - logit(threshold)) / width).
 

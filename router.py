@@ -130,7 +130,7 @@ class MindSkip(nn.Module):
             return None
         return self.sublayer.attn if self.part == "block" else self.sublayer
 
-    def forward(self, x, ctx, h=None):                   # h: of a sublayer's signature; none is given here
+    def forward(self, x, ctx, h=None):                   # h: in every sublayer's signature; here None
         if self.bypass:
             return self.sublayer(x, ctx, h)
         if ctx.captured:
@@ -157,7 +157,7 @@ class MindSkip(nn.Module):
         return self.router.merge(self, x, y, score, is_open) if self.merges else y
 
     def __getstate__(self):
-        """What a copy is made of: not of the graph of a training pass."""
+        """For copies: without the autograd graph that a training pass leaves in `opened` and `gates`."""
         opened = self.opened.detach() if torch.is_tensor(self.opened) else self.opened
         return vars(self) | {"opened": opened, "gates": None}
 
@@ -192,7 +192,7 @@ class MindSkip(nn.Module):
         n_seen = sum(ctx.host_lengths) if self.scope == "token" else len(ctx.host_lengths)
         if ctx.decoding:
             n_open, n_seen = self.opened + n_open, self.seen + n_seen
-        vars(self).update(opened=n_open, seen=n_seen, gates=gates)       # nn.Module.__setattr__: 15 us
+        vars(self).update(opened=n_open, seen=n_seen, gates=gates)       # nn.Module's setattr takes 15 us
 
     def run_gated(self, x, ctx, h, score, is_open):
         """Training: x + g * f(h), everything computed, since dL/dg is the product of f(h) and dL/dy."""
@@ -215,12 +215,12 @@ class MindSkip(nn.Module):
 # --------------------------------------------------------------------------------------------- a routed model
 def mindskips(model):
     """{layer: its MindSkip} of a model, in order."""
-    found = {}
+    skips = {}
     for i, layer in enumerate(model.layers):
         for module in layer.modules():
             if isinstance(module, MindSkip):
-                found[i] = module
-    return found
+                skips[i] = module
+    return skips
 
 
 @contextmanager
@@ -254,8 +254,8 @@ def trace(model):
 
 
 def decisions_on(decisions, tokens):
-    """Decisions (n,) of all layers in one traced pass; at token level of those in a mask `tokens` (B, T)."""
-    decided = torch.stack([is_open for (is_open,) in decisions.values()]).cpu()      # (layers, B) or (..., T)
+    """Decisions (n,) of all layers in one traced pass; at token level of the tokens in a mask (B, T)."""
+    decided = torch.stack([is_open for (is_open,) in decisions.values()]).cpu()    # (layers, B) or (.., B, T)
     return (decided[:, tokens] if decided.dim() == 3 else decided).flatten()
 
 
@@ -307,7 +307,7 @@ def overall_capacity(shares, n_layer):
 
 
 def routed_share(capacity, n_routed, n_layer):
-    """The share of n_routed gates that is open where overall capacity is `capacity`."""
+    """The routed capacity of n_routed of n_layer layers at which overall capacity is `capacity`."""
     return 1 - (1 - capacity) * n_layer / n_routed
 
 
@@ -320,8 +320,8 @@ def open_shares(model):
 
 
 def capacity(model, routed=False):
-    """Overall capacity, the mean gate (routed=True: of routed layers), in the last forward pass that was not
-    dense; after `generate`, in its prompt and all steps, also of rows that ended. Training has soft gates."""
+    """Overall capacity (routed=True: routed capacity) of the last forward pass that was not dense; after
+    `generate`, of its prompt and all steps, rows that had ended included. In training gates are soft."""
     shares = open_shares(model)
     n_layer = len(shares) if routed and shares else model.config.n_layer
     return float(torch.as_tensor(overall_capacity(shares, n_layer)).detach())
@@ -337,7 +337,7 @@ def shape_of(model):
 def save_routers(model, path, calibration=None, **notes):
     """Write the routers to a safetensors file: tensors layers.N.weight (1, n_embd), layers.N.bias (1,), or
     what the kind of gate has, and as metadata what they are for. calibration: [(threshold, overall
-    capacity)], as `calibrate` found them, from which `load_routers` reads others; notes: strings to keep."""
+    capacity)] of `calibrate`, between which `load_routers` interpolates; notes: strings, kept as they are."""
     skips = mindskips(model)
     if not skips:
         raise InputError("save_routers: the model has no routers; add_routers first")
@@ -367,7 +367,7 @@ def threshold_for(capacity, meta, path):
                          " the model was trained after it, or it was saved without one; leave out"
                          " --capacity")
     thresholds, capacities = zip(*table)
-    if not capacities[0] - 5e-4 <= capacity <= capacities[-1] + 5e-4:        # the ends as they are printed
+    if not capacities[0] - 5e-4 <= capacity <= capacities[-1] + 5e-4:        # the ends, as printed
         raise InputError(f"{path}: its calibration has capacities from {capacities[0]:.3f} to"
                          f" {capacities[-1]:.3f}, not {capacity}; ask for one of these, or tune for it")
     return float(np.interp(capacity, capacities, thresholds))

@@ -71,10 +71,11 @@ def show_shaded(tok, ids, gates, n_layer):
     ran = torch.stack([torch.cat([gate[0] for gate in passes]) for passes in gates.values()]).float()
     share = (ran.sum(0) + n_layer - len(gates)) / n_layer                                  # (tokens,)
     shown = ""
-    for n, one in enumerate(share.tolist(), 1):
+    for n, token_share in enumerate(share.tolist(), 1):
         text = tok.decode(ids[:n]).rstrip("\ufffd")
-        grey = 232 + round(23 * one)                       # of the terminal's colours, black to white
-        print(f"\033[48;5;{grey}m\033[38;5;{231 if one < 0.5 else 16}m{text[len(shown):]}\033[0m", end="")
+        grey = 232 + round(23 * token_share)                       # of the terminal's colours, black to white
+        ink = 231 if token_share < 0.5 else 16
+        print(f"\033[48;5;{grey}m\033[38;5;{ink}m{text[len(shown):]}\033[0m", end="")
         shown = text
     print("\n")
 

@@ -183,7 +183,7 @@ def tree(model, rows, beginning):
             tensor[b, :length] = torch.tensor(values)
     idx, position, branch = idx.to(device), position.to(device), branch.to(device)
     ctx = model.context(idx, lengths, [len(row.context) - start for row in rows])
-    if start or int(branch.max()) > 1:                                     # not just one text a row
+    if start or int(branch.max()) > 1:                                     # branches, or a beginning
         visible = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
         visible = visible.tril()                                                # (B, T, T)
         visible = F.pad(visible, (start, 0), value=True)                              # (B, T, start + T)
@@ -236,10 +236,10 @@ def log_likelihoods(model, questions, tok, budget, usages):
             for usage in usages:
                 usage.add()
 
-        def run(rows, beginning=None):
-            shared = beginning.length if beginning else 0
+        def run(group, beginning=None):
             nonlocal tokens
-            for batch in pack(parallel.own(rows), budget, lambda row: size(row) - shared):
+            n_before = beginning.length if beginning else 0
+            for batch in pack(parallel.own(group), budget, lambda row: size(row) - n_before):
                 tokens += score(model, batch, beginning, out)
                 count()
                 bar.update(len(batch))

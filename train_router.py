@@ -215,7 +215,7 @@ def make_recipe(args, n_samples, model):
     if args.init:
         recipe = replace(recipe, falls_until=0.0)                # its routers have closed gates already
     if not recipe.step_samples:
-        args.accumulate *= parallel.processes.world
+        args.accumulate *= parallel.processes.world              # from here on of all processes
     for key in keys:
         setattr(args, key, getattr(recipe, key))
     args.steps = recipe.steps or recipe.epochs * math.ceil(n_samples / recipe.step_samples)
@@ -300,8 +300,8 @@ def main():
     tok = Tokenizer.from_pretrained(args.model)
     tok.template.today = FIXED_DATE
     model = Llama.from_pretrained(args.model, "cpu" if args.shard else device, dtype)
-    for whole in model.embed, model.norm, model.head:          # with --shard the layers follow below
-        whole.to(device)
+    for module in model.embed, model.norm, model.head:         # with --shard parallel.shard moves the layers
+        module.to(device)
     train_set, test_set = read_data(args, tok, model.config.max_context)
     recipe = make_recipe(args, len(train_set), model)
     save = partial(save_routers, model, Path(args.out) / "routers.safetensors", command=args.command)

@@ -136,8 +136,9 @@ class Folder(Checkpoint):
     def refuse_quantized(self):
         method = None
         for key in "quantization_config", "compression_config", "quantization":
-            found = read_value(self.config, self.path / "config.json", key, dict, {})
-            method = method or found and found.get("quant_method", key)
+            entry = read_value(self.config, self.path / "config.json", key, dict, {})
+            if entry and not method:
+                method = entry.get("quant_method", key)
         method = method or next(filter(QUANTIZED.search, self.names), None)
         if method:
             raise InputError(f"{self.path}: its weights are quantized ({method!r:.80}), which is not"
@@ -206,11 +207,11 @@ class Folder(Checkpoint):
             if file in self.files:
                 data = read_json(self.path / file, self.remedy)
                 ends += read_list(data, self.path / file, "eos_token_id", int, [], 0, LARGEST_ID)
-        found = {"config": config | {"eos_token_ids": list(dict.fromkeys(ends))}}
+        files = {"config": config | {"eos_token_ids": list(dict.fromkeys(ends))}}
         if "tokenizer.json" in self.files:
-            return found | {"json": read_json(self.path / "tokenizer.json", self.remedy)}
+            return files | {"json": read_json(self.path / "tokenizer.json", self.remedy)}
         if "tokenizer.model" in self.files:
-            return found | {"ranks": self.path / "tokenizer.model"}
+            return files | {"ranks": self.path / "tokenizer.model"}
         raise InputError(f"{self.path}: has no tokenizer.json and no tokenizer.model; copy one of them there")
 
 
@@ -242,7 +243,6 @@ def write_folder(folder, source, tensors):
 
 
 LLAMA3_ROPE = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-
 
 HF_NAMES = {"attn.norm": ["input_layernorm"], "attn.q_norm": ["self_attn.q_norm"],
             "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],

@@ -2,9 +2,9 @@
 
     python examples/in_transformers.py MODEL out/routers.safetensors "Why is the sky blue?"
 
-MODEL is a Hugging Face folder or hub id; of smollm2-135m, Llama.from_pretrained("smollm2-135m")
-.save_pretrained(folder, "smollm2-135m") writes one.
+MODEL is a Hugging Face folder or hub id; the first line below writes a folder of smollm2-135m:
 
+    Llama.from_pretrained("smollm2-135m").save_pretrained(MODEL, "smollm2-135m")
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     handles = attach_routers(model, "out/routers.safetensors", capacity=0.8)      # handle.remove() undoes one
 

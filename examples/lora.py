@@ -1,4 +1,4 @@
-"""LoRA beside routers: low-rank updates of the frozen weights (arXiv 2106.09685), trained with fixed gates.
+"""LoRA beside routers: low-rank updates of the frozen weights (arXiv 2106.09685), trained with fixed routers.
 
     python examples/lora.py --routers out/routers.safetensors --data alpaca.jsonl --out out/lora
 

@@ -57,10 +57,10 @@ def epochs(samples, per_step, budget, seed):
             yield [(0, group) for group in pack([samples[j] for j in order[i:i + per_step]], budget)]
 
 
-def alternating(kinds, budget, per_step, seed):
+def alternating(samples_by_kind, budget, per_step, seed):
     """For each step, forever: [(kind, samples of a batch)], `per_step` of them, of each kind in turns."""
-    endless = [batches(samples, budget, seed) for samples in kinds]
-    turns = cycle(range(len(kinds)))
+    endless = [batches(samples, budget, seed) for samples in samples_by_kind]
+    turns = cycle(range(len(samples_by_kind)))
     while True:
         yield [(kind, next(endless[kind])) for kind in islice(turns, per_step)]
 

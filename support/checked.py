@@ -4,13 +4,13 @@ import math
 
 from safetensors import SafetensorError
 
-from support.files import InputError, open_safetensors
+from support.files import KINDS, InputError, open_safetensors
 
 
 def check(value, form, where):
-    """InputError where a JSON value has not its form: str, dict or list; (low, high), a number between these;
-    [form], a list of such; {"name": form}, an object with at least these; {str: form}, one whose values are
-    all such, {int: form}, and whose names are whole numbers."""
+    """InputError where a JSON value has not its form. Forms: str, dict or list; (low, high), a number between
+    these; [form], a list of values of that form; {"name": form}, an object with at least these fields; {str:
+    form}, one whose values all have that form; {int: form}, one whose names are whole numbers, too."""
     if isinstance(form, tuple):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not form[0] <= value <= form[1]:
             raise InputError(f"{where} should be a number from {form[0]} to {form[1]}, not {shown(value)}")
@@ -29,9 +29,6 @@ def check(value, form, where):
                 if name is int:
                     number_of(key, 0, 10**6, f"{where}: a name", int)
                 check(value[key], inner, f"{where}: {key!r}")
-
-
-KINDS = {str: "text", dict: "an object", list: "a list"}
 
 
 def shown(value):

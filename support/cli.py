@@ -54,8 +54,8 @@ def number(kind, low, high=10**9):
 
 def numbers(kind, low, high=10**9):
     """An argparse type: numbers separated by commas, each from low to high."""
-    one = number(kind, low, high)
-    return lambda text: [one(part) for part in text.split(",")]
+    parse = number(kind, low, high)
+    return lambda text: [parse(part) for part in text.split(",")]
 
 
 def words(known):

@@ -149,19 +149,19 @@ class GGUF(Checkpoint):
             raise InputError(f"{self.path}: its tokenizer, {model!r:.40} with pre-tokenizer {pre!r:.40}, is"
                              " not supported; use a folder with the model's tokenizer.json")
         tokens, merges = (read_list(meta, where, key, str) for key in ("tokens", "merges"))
-        kinds = read_list(meta, where, "token_type", int)
-        if len(kinds) != len(tokens):
-            raise InputError(f"{where}: has {len(tokens)} tokens, but {len(kinds)} token_type")
-        added = [{"id": i, "content": tokens[i], "special": kind == 3, "single_word": False, "lstrip": False,
-                  "rstrip": False, "normalized": False}
-                 for i, kind in enumerate(kinds) if kind in (3, 4)]                # control, user-defined
+        token_types = read_list(meta, where, "token_type", int)
+        if len(token_types) != len(tokens):
+            raise InputError(f"{where}: has {len(tokens)} tokens, but {len(token_types)} token_type")
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        added = [{"id": i, "content": tokens[i], "special": token_type == 3} | plain
+                 for i, token_type in enumerate(token_types) if token_type in (3, 4)]  # control, user-defined
         bpe = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges,
                "ignore_merges": pre == "llama-bpe"}
         ids = {key: read_value(meta, where, f"{key}_token_id", int, None, 0, len(tokens) - 1)
                for key in ("bos", "eos", "eot", "eom")}
         config = {f"{key}_token": tokens[ids[key]] for key in ("bos", "eos") if ids[key] is not None}
         ends = [ids[key] for key in ("eos", "eot", "eom") if ids[key] is not None]
-        ends += [i for i, token in enumerate(tokens) if kinds[i] == 3 and token in ENDS]
+        ends += [i for i, token in enumerate(tokens) if token_types[i] == 3 and token in ENDS]
         config["eos_token_ids"] = list(dict.fromkeys(ends))
         if "tokenizer.chat_template" in meta:
             config["chat_template"] = read_value(meta, self.path, "tokenizer.chat_template", str)

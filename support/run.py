@@ -43,9 +43,9 @@ def weights_hash(model):
     weights = hashlib.sha256(repr(model.config).encode())
     for name, weight in model.named_parameters():
         at = torch.arange(256, dtype=torch.float64) * 0.6180339887498949 % 1     # spread, also over columns
-        some = weight.detach().flatten()[(at * weight.numel()).long().to(weight.device)]
+        numbers = weight.detach().flatten()[(at * weight.numel()).long().to(weight.device)]
         weights.update(f"{name} {tuple(weight.shape)}".encode())
-        weights.update(some.float().cpu().numpy().tobytes())
+        weights.update(numbers.float().cpu().numpy().tobytes())
     return weights.hexdigest()[:16]
 
 

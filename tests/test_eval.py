@@ -389,7 +389,7 @@ def test_static_drops_what_is_missed_least(tiny):
     model.layers[2].attn.o.weight.data.zero_()
     args = types.SimpleNamespace(seed=0)
     samples, _ = evaluation.read_samples(evaluation.DEFAULT_DATA, tok, 512)
-    assert evaluation.by_harm(model, samples[:20], args, "cpu")[0] == 2
+    assert evaluation.layers_by_harm(model, samples[:20], args, "cpu")[0] == 2
 
 
 def test_a_text_in_pieces(tiny, call, tmp_path):
