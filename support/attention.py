@@ -71,12 +71,14 @@ def attention(q, k, v, mask=None, causal=False):
 
 
 def pytorch_attention(q, k, v, mask=None, causal=False, grouped=False):
-    """PyTorch's, on CUDA by cuDNN only from CUDNN_FROM queries on."""
+    """PyTorch's, on CUDA by cuDNN only from CUDNN_FROM queries on, and not where a gradient of the mask is
+    asked for, which cuDNN does not have."""
     call = partial(F.scaled_dot_product_attention, q, k, v, mask, is_causal=causal, enable_gqa=grouped)
     if not q.is_cuda:
         return call()
     outer = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(q.shape[2] >= CUDNN_FROM)
+    mask_learns = mask is not None and mask.requires_grad
+    torch.backends.cuda.enable_cudnn_sdp(q.shape[2] >= CUDNN_FROM and not mask_learns)
     try:
         return call()
     finally:

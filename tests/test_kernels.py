@@ -228,6 +228,7 @@ def test_most_of_many_tokens_attend_in_two_parts(n, S, grad, expected, monkeypat
     (torch.bfloat16, True, 40, 6, False),          # memory-efficient: heads repeated, no scores written out
     (torch.float32, False, 40, 6, False),
     (torch.float32, True, 40, 6, False),
+    (torch.bfloat16, True, 4096, 6, False),        # cuDNN, but where the mask learns
     (torch.bfloat16, False, 1, 2, False),          # one token: its query heads are rows of their key head
     (torch.float32, True, 1, 2, False),
 ])
@@ -238,7 +239,8 @@ def test_which_attention_kernel_cuda_takes(dtype, masked, T, heads, groups, monk
 
     def spy(q, k, v, mask, **options):
         calls.append((q, k, v, options))
-        assert torch.backends.cuda.cudnn_sdp_enabled() == (q.shape[2] >= 4096)
+        mask_learns = mask is not None and mask.requires_grad          # of which cuDNN has no gradient
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (q.shape[2] >= 4096 and not mask_learns)
         return q if q.requires_grad else real(q, k, v, mask, **options)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
