@@ -32,12 +32,11 @@ def tokens_that_fit(model, first_trained, most, chunk, all_train=False):
     weight = model.embed.weight
     if weight.device.type != "cuda":
         return most
-    torch.cuda.empty_cache()                         # PyTorch keeps what was freed: it is free, too
     elsewhere = sum(p.nbytes for p in model.parameters() if p.device != weight.device)
     still_to_come = elsewhere / parallel.processes.world                   # with --shard: this card's part
     if all_train:
         still_to_come += 4 * weight_bytes(model.config, weight.dtype)
-    free = SHARE * (torch.cuda.mem_get_info(weight.device)[0] - still_to_come)
+    free = SHARE * (free_bytes(weight.device) - still_to_come)
     tokens, n_layers = most, len(model.layers) - first_trained
 
     def needed():
@@ -55,7 +54,7 @@ def rows_that_fit(model, most, n_tokens):
     if weight.device.type != "cuda":
         return most
     row_bytes = 3 * 2 * config.n_layer * config.n_kv_head * config.head_dim * n_tokens * weight.itemsize
-    return max(1, min(most, int(SHARE * torch.cuda.mem_get_info(weight.device)[0] / row_bytes)))
+    return max(1, min(most, int(SHARE * free_bytes(weight.device) / row_bytes)))
 
 
 def weight_bytes(config, dtype):
@@ -84,7 +83,8 @@ def bench_bytes(config, device, dtype, n_tokens, phases):
 def free_bytes(device):
     """Free memory of the device, or None where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        torch.cuda.empty_cache()                     # PyTorch keeps what was freed: it is free, too
+        return torch.cuda.mem_get_info(device)[0]
     return linux_bytes("MemAvailable", "/proc/meminfo")
 
 

@@ -14,7 +14,7 @@ from recipe import DEFAULT
 from router import add_routers, mindskips
 from support import parallel
 from support.batches import Batch
-from support.memory import step_bytes, tokens_that_fit
+from support.memory import rows_that_fit, step_bytes, tokens_that_fit
 
 SHAPES = {
     "llama3-8b": Config(32, 32, 8, 4096, 14336, 128256, 128, 8192),
@@ -104,3 +104,14 @@ def test_the_batch_fits_the_card(tiny, monkeypatch):
     parameters.clear()                                   # --train all: gradients, moments, a teacher
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((61 + 61) * 2**30, 200 * 2**30))
     assert tokens_that_fit(on_card, 0, 16384, 128, all_train=True) == 8192
+
+
+def test_what_pytorch_keeps_of_freed_memory_is_free(monkeypatch):
+    """A generation leaves its cache and its graph's to PyTorch; the next one may have as many rows."""
+    reserved = [30 * 2**30]
+    monkeypatch.setattr(torch.cuda, "empty_cache", reserved.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * 2**30 - sum(reserved), 80 * 2**30))
+    weight = SimpleNamespace(device=torch.device("cuda"), itemsize=2)
+    on_card = SimpleNamespace(config=SHAPES["llama3-8b"], embed=SimpleNamespace(weight=weight))
+    row_bytes = 3 * 2 * 32 * 8 * 128 * 1000 * 2
+    assert rows_that_fit(on_card, 512, 1000) == int(0.8 * 40 * 2**30 / row_bytes)
