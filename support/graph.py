@@ -62,7 +62,8 @@ def stepper(model, cache, rows):
     columns = min(-(-cache.max_tokens // COLUMNS) * COLUMNS, model.config.max_context)
     model.make_angles(columns)
     settings = tuple((skip, skip.threshold, skip.override) for skip in active_skips(model))
-    addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.angles))
+    tensors = *model.parameters(), *model.buffers(), *model.angles
+    addresses = tuple(tensor.data_ptr() for tensor in tensors)
     key = (addresses, rows, columns, settings)                  # all that a captured step depends on
     graphs, replay = graphs_of.setdefault(model, {}), None
 

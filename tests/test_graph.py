@@ -16,7 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import skipping
 from model import Cache, Config, Llama, rotate, swiglu
-from router import GRANULARITIES, add_routers, capacity, close_all, dense, mindskips, trace
+from router import (
+    GATES,
+    GRANULARITIES,
+    LinearRouter,
+    add_routers,
+    capacity,
+    close_all,
+    dense,
+    mindskips,
+    trace,
+)
 from support import cuda, graph
 from support.attention import store
 from support.cuda import plain_kernels
@@ -187,6 +197,27 @@ def test_a_graph_is_not_used_after_the_model_changed(tiny, monkeypatch):
             replay_eagerly(patch)
             assert torch.equal(model.generate(idx, 12), expected)
     assert len(graph.graphs_of[model]) == 4
+
+
+def test_a_graph_is_not_used_after_a_gates_buffer_was_replaced(tiny, monkeypatch):
+    class Shifted(LinearRouter):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.register_buffer("shift", torch.zeros(1))
+
+        def forward(self, read):
+            return super().forward(read) + self.shift
+    monkeypatch.setitem(GATES, "shifted", Shifted)
+    model, again = (routed(tiny, "attn_token", gate="shifted") for _ in range(2))
+    idx = tokens(2, 20)
+    for shift in 0.0, 0.5, -0.5:
+        for skip in [*mindskips(model).values(), *mindskips(again).values()]:
+            skip.router.shift = torch.full((1,), shift)
+        with torch.no_grad(), monkeypatch.context() as patch:
+            expected = again.generate(idx, 12)
+            replay_eagerly(patch)
+            assert torch.equal(model.generate(idx, 12), expected)
+    assert len(graph.graphs_of[model]) == 3
 
 
 def test_graphs_made_in_inference_mode_serve_outside_of_it(tiny, monkeypatch):
