@@ -64,7 +64,8 @@ def override_of(layer, n_layers, share, seed):
     @functools.cache
     def drawn(count, shape, device):
         steps = patterns(count, (n_layers, *shape), share, seed, device)[:, layer]
-        return steps, steps.unbind()                     # a look in a tuple costs less than a slice
+        is_on_cpu = device.type == "cpu"                 # where a look in a tuple costs less than a slice
+        return steps, steps.unbind() if is_on_cpu else steps
 
     def override(score, ctx):
         count = ctx.cache.max_tokens if ctx.decoding else 1

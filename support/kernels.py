@@ -113,8 +113,8 @@ class Linear(nn.Linear):
         if (start, end) != (0, None):            # a slice of all would be a copy more in the backward pass
             weight = weight[start:end]
             bias = None if bias is None else bias[start:end]
-        kernels = cuda.triton_kernels(x)
-        if kernels and x.numel() == x.shape[-1]:                             # one token
+        kernels = cuda.triton_kernels(x) if x.numel() == x.shape[-1] else None
+        if kernels:                                                          # one token
             is_open, n_gated = cuda.choices.gate
             return kernels.linear(x, weight, bias, is_open, plus, n_gated.get(self))
         if self.packed is None:
