@@ -157,13 +157,13 @@ class Tokenizer:
     def from_pretrained(cls, name_or_path):
         """The tokenizer of `smollm2-135m`, a Hugging Face folder or a .gguf file. InputError if none."""
         checkpoint = open_checkpoint(name_or_path)
-        files = checkpoint.tokenizer()
-        config = files["config"]
-        if "ranks" in files:
-            return cls(TiktokenFile(files["ranks"]), config)
+        contents = checkpoint.tokenizer()
+        config = contents["config"]
+        if "ranks" in contents:
+            return cls(TiktokenFile(contents["ranks"]), config)
         with told(f"{checkpoint.path}: its tokenizer cannot be read by `tokenizers`; get it again"):
             marks = [mark(config, key) for key in SPECIAL_TOKENS]
-            file = TokenizersFile(files["json"], marks, config.get("added_tokens_decoder"))
+            file = TokenizersFile(contents["json"], marks, config.get("added_tokens_decoder"))
             return cls(file, config)
 
     def encode(self, text, special=True):

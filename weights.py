@@ -207,11 +207,11 @@ class Folder(Checkpoint):
             if file in self.files:
                 data = read_json(self.path / file, self.remedy)
                 ends += read_list(data, self.path / file, "eos_token_id", int, [], 0, LARGEST_ID)
-        files = {"config": config | {"eos_token_ids": list(dict.fromkeys(ends))}}
+        contents = {"config": config | {"eos_token_ids": list(dict.fromkeys(ends))}}
         if "tokenizer.json" in self.files:
-            return files | {"json": read_json(self.path / "tokenizer.json", self.remedy)}
+            return contents | {"json": read_json(self.path / "tokenizer.json", self.remedy)}
         if "tokenizer.model" in self.files:
-            return files | {"ranks": self.path / "tokenizer.model"}
+            return contents | {"ranks": self.path / "tokenizer.model"}
         raise InputError(f"{self.path}: has no tokenizer.json and no tokenizer.model; copy one of them there")
 
 

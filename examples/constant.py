@@ -25,7 +25,7 @@ from router import GATES, LinearRouter, add_routers, close_all, mindskips, remov
 from support.data import read_samples  # noqa: E402
 from support.script import run_script  # noqa: E402
 
-SCRIPTS = "train_router", "eval", "sample"
+SCRIPTS = "train_router", "eval", "bench", "sample"
 MEAN_TEXTS = 48                     # that the means are taken over
 
 
