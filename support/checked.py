@@ -74,7 +74,7 @@ def tensor_of(file, name, shape, where):
 
 def open_router_file(path):
     """(the open file, its metadata) of what router.save_routers wrote."""
-    file = open_safetensors(path)
+    file = open_safetensors(path, "train_router.py writes one")
     older = {"gate": "linear", "kv": "all", "calibration": "[]"}              # files that do not say these
     meta = older | (file.metadata() or {})
     missing = {"granularity", "layers", "pool", "threshold", "model"} - meta.keys()

@@ -53,11 +53,14 @@ def file_hash(path):
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+        raise InputError(f"{path}: cannot be read ({e.strerror}); give the path of a file") from None
 
 
 def routers_entry(path, meta):
-    """What a JSON file of results says of a router file, given its metadata."""
+    """What a JSON file of results says of a router file, given its metadata; warns if its run has not
+    finished."""
+    if "command" in meta and "held_out" not in meta:
+        print(f"{path}: its run has not finished, and its threshold is not calibrated", file=sys.stderr)
     return {"granularity": meta["granularity"], "kv": meta["kv"], "file": str(path), "hash": file_hash(path)}
 
 
@@ -92,7 +95,7 @@ class Run:
                 run.save(step, tensors)
 
     args: those of train_router.py; settings: see settings_of, their hash is the run's id; save_result: called
-    without arguments before each checkpoint is written. A finished run in the folder, whose router file says
+    without arguments after each checkpoint is written. A finished run in the folder, whose router file says
     what it gave on held-out text, is replaced. InputError where the folder cannot be written, is another
     run's, or has a checkpoint of a run that is not finished or, with --resume, of one with other settings;
     and where it has a model, which only a run with --train all replaces.
@@ -165,7 +168,7 @@ class Run:
         return lines
 
     def load(self):
-        self.checkpoint = open_safetensors(self.path)
+        self.checkpoint = open_safetensors(self.path, "delete it, or give another --out, to start afresh")
         meta = self.checkpoint.metadata() or {}
         if not {"step", "arguments"} <= meta.keys():
             raise InputError(f"{self.path}: not a checkpoint of train_router.py")
@@ -198,8 +201,8 @@ class Run:
             if not tensor.isfinite().all():
                 raise InputError(f"step {step}: {key} is no longer finite; {self.slower()}{self.kept()}")
         meta = {"step": str(step + 1), "arguments": json.dumps(self.settings)}
-        self.save_result()
         write_file(self.path, safetensors_bytes(tensors, metadata=meta))
+        self.save_result()                           # after it: a full disk leaves a finished run's routers
 
     def is_due(self, step):
         """Whether a step's result is to be saved: every few steps, at the end, and before the run stops."""

@@ -15,7 +15,8 @@ from conftest import is_one_sentence, write_data
 from safetensors.torch import load_file, save_file
 
 import train_router
-from support.run import FILES, weights_hash
+from support.checked import open_router_file
+from support.run import FILES, routers_entry, weights_hash
 from train_router import main
 
 ROOT = Path(train_router.__file__).parent
@@ -193,6 +194,27 @@ def test_an_unfinished_run_is_kept_and_a_finished_one_replaced(unfinished, call,
         assert_same_run(files_of(tmp_path / "out"), finished)
     assert call(main, *unfinished, "--steps", 1)[0] == 0
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_full_disk_leaves_the_routers_of_the_finished_run(unfinished, call, tmp_path, monkeypatch):
+    assert call(main, *unfinished, "--resume")[0] == 0
+    before = files_of(tmp_path / "out")["routers.safetensors"]
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    status, said = call(main, *unfinished)
+    assert status == 1 and is_one_sentence(said.splitlines()[-1]) and "No space left" in said, said
+    assert files_of(tmp_path / "out")["routers.safetensors"] == before
+
+
+def test_routers_of_a_run_that_is_not_finished_are_told(unfinished, call, tmp_path, capsys):
+    routers = tmp_path / "out" / "routers.safetensors"
+    routers_entry(routers, open_router_file(routers)[1])
+    assert f"{routers}: its run has not finished" in capsys.readouterr().err
+    assert call(main, *unfinished, "--resume")[0] == 0
+    routers_entry(routers, open_router_file(routers)[1])
+    assert capsys.readouterr().err == ""
 
 
 def test_two_runs_at_once(server, short, call, tmp_path):
