@@ -59,14 +59,17 @@ def run_script(name, main):
         sys.stdout.flush()
     except InputError as e:
         sys.exit(say_once(f"{name}: {e}") or 1)
-    except OutOfMemoryError as e:
-        why = str(e).split(". ")[0]
+    except (OutOfMemoryError, MemoryError) as e:
+        why = str(e).split(". ")[0] or "out of memory"
         advice = "lower --tokens, --batch or --context, or route fewer --layers"
         sys.exit(say_once(f"{name}: {why}; {advice}") or 1)
     except RuntimeError as e:
-        if not loss_of_others(e):
+        why = loss_of_others(e)
+        if "allocate memory" in str(e):              # a CPU's: "can't", or of a file "Cannot"
+            why = "out of memory; lower --tokens, --batch or --context, or take a smaller model"
+        if not why:
             raise
-        sys.exit(say_once(f"{name}: {loss_of_others(e)}") or 1)
+        sys.exit(say_once(f"{name}: {why}") or 1)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

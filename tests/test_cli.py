@@ -215,3 +215,13 @@ def test_a_full_gpu_is_told_in_a_sentence(capsys):
         script.run_script("bench.py", main)
     said = end.value.code
     assert is_one_sentence(said) and "bench.py: CUDA out of memory; lower --tokens" in said
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("unable to mmap 5 bytes: Cannot allocate memory (12)"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes")])
+def test_a_cpu_without_memory_is_one_sentence(error, call):
+    def main():
+        raise error
+    status, said = call(main)
+    assert status == 1 and is_one_sentence(said) and "out of memory; lower --tokens" in said
