@@ -60,7 +60,7 @@ def open_checkpoint(name_or_path):
         return Folder(path)
     if path.suffix == ".gguf" and is_file:
         return GGUF(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) and not is_file:
         folder = Path(fetch_from_hub(name))
         if not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
             raise InputError(f"{name}: has no config.json on the hub; of GGUF files download one, and give"

@@ -804,3 +804,11 @@ def test_a_damaged_cache_names_the_folder_to_delete(file, tmp_path, monkeypatch)
     with pytest.raises(InputError, match=f"delete {folder}"):
         Llama.from_pretrained("smollm2-135m")
         Tokenizer.from_pretrained("smollm2-135m")
+
+
+def test_a_file_in_a_folder_is_no_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "routers").mkdir()
+    (tmp_path / "routers" / "notes.md").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is a file, but no model"):
+        open_checkpoint("routers/notes.md")
