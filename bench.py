@@ -321,8 +321,8 @@ def main():
         check_reachable(min(args.capacity or [0.5]), n_gates, config.n_layer)
     longest = longest_text(args)
     if longest > config.max_context:
-        raise InputError(f"--context {max(args.context)}: {longest} tokens do not fit the model's context of"
-                         f" {config.max_context}")
+        raise InputError(f"--context {max(args.context)}: {longest} tokens, with the decoded ones, do not fit"
+                         f" the model's context of {config.max_context}; lower it")
     check_fit(config, args)
     args.bandwidth, args.flops = rates(args.device, args.dtype)          # before the model takes its memory
     model, n = make_model(args), max(args.batch) * max(args.context)

@@ -379,8 +379,8 @@ def load_routers(model, path, capacity=None):
     capacity."""
     file, meta = open_router_file(path)
     if meta["gate"] not in GATES:
-        raise InputError(f"{path}: its gate, {meta['gate']!r}, is not one of {', '.join(GATES)}; import the"
-                         " module that adds it to router.GATES")
+        raise InputError(f"{path}: its gate, {meta['gate']!r}, is not one of {', '.join(GATES)}; start the"
+                         " script through the file that adds it to router.GATES, as those of examples/")
     if json.loads(meta["model"]) != shape_of(model):
         raise InputError(f"{path}: these routers are for a model of another shape, {meta['model']}; this one"
                          f" has {json.dumps(shape_of(model))}")

@@ -27,7 +27,7 @@ def read_samples(path, tok, context, piece=PLAIN_PIECE):
     Returns (samples, how many were cut to `context` tokens), and prints how many records were read in which
     form, and how many have nothing to learn from. InputError names the line or the field that is wrong.
     """
-    text = read_text(path, "give JSON, JSONL or plain text")
+    text = read_text(path, "give a file of JSON, JSONL or plain text in UTF-8")
     if not text.strip() or "\0" in text:
         raise InputError(f"{path}: {'binary' if text.strip() else 'empty'}; give JSON, JSONL or plain text")
     if Path(path).suffix in (".txt", ".md") or text.lstrip()[0] not in "[{":

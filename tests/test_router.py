@@ -678,8 +678,10 @@ def test_router_file_of_another_model(tiny, tmp_path):
     (tmp_path / "r.safetensors").write_bytes(b"junk")
     with pytest.raises(InputError, match="not a whole safetensors file"):
         load_routers(other, tmp_path / "r.safetensors")
-    with pytest.raises(InputError, match="missing"):
+    with pytest.raises(InputError, match="missing; train_router.py"):
         load_routers(other, tmp_path / "none.safetensors")
+    with pytest.raises(InputError, match=f"^{tmp_path}: is a folder"):
+        load_routers(other, tmp_path)
 
 
 def test_parse_layers():
