@@ -93,8 +93,6 @@ def read_list(data, where, key, kind, default=REQUIRED, low=-math.inf, high=math
 
 def open_safetensors(path, remedy="get it again"):
     """A safetensors file, opened lazily. InputError if it is missing, truncated or something else."""
-    if Path(path).is_dir():
-        raise InputError(f"{path}: is a folder; give a file in it")
     try:
         return safe_open(str(path), framework="pt")
     except FileNotFoundError:
