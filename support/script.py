@@ -45,11 +45,21 @@ def drop_unwritable_streams():
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def lack_of_memory(error):
+    """What to say of an error that means that memory is full, on whatever device; None of another."""
+    from torch import OutOfMemoryError
+    if isinstance(error, OutOfMemoryError):                              # CUDA's, which tells how much
+        why = str(error).split(". ")[0]
+    elif isinstance(error, MemoryError) or "allocate memory" in str(error):          # a CPU's
+        why = "out of memory"
+    else:
+        return None
+    return f"{why}; lower --tokens, --batch or --context, route fewer --layers, or take a smaller model"
+
+
 def run_script(name, main):
     """main(), with bad input told in one sentence and exit status 1, and Ctrl-C without a traceback. A reader
     that goes away, as `head` does, ends the script. Of several processes the first that ends speaks."""
-    from torch import OutOfMemoryError
-
     from support.files import InputError
     from support.parallel import leave, loss_of_others, say_once
     keep_freed_memory()
@@ -59,14 +69,8 @@ def run_script(name, main):
         sys.stdout.flush()
     except InputError as e:
         sys.exit(say_once(f"{name}: {e}") or 1)
-    except (OutOfMemoryError, MemoryError) as e:
-        why = str(e).split(". ")[0] or "out of memory"
-        advice = "lower --tokens, --batch or --context, or route fewer --layers"
-        sys.exit(say_once(f"{name}: {why}; {advice}") or 1)
-    except RuntimeError as e:
-        why = loss_of_others(e)
-        if "allocate memory" in str(e):              # a CPU's: "can't", or of a file "Cannot"
-            why = "out of memory; lower --tokens, --batch or --context, or take a smaller model"
+    except (RuntimeError, MemoryError) as e:
+        why = lack_of_memory(e) or loss_of_others(e)
         if not why:
             raise
         sys.exit(say_once(f"{name}: {why}") or 1)
