@@ -94,7 +94,8 @@ def make_variants(model, tok, args, device):
     if args.routers:
         for name, capacity in named("routed", args.capacity).items():
             setters[name] = partial(load_routers, model, args.routers, capacity)
-            args.routers_entry = routers_entry(args.routers, setters[name]())    # refuses a bad file early
+        metas = [setters[name]() for name in setters if name != "dense"]         # refuses a bad file early
+        args.routers_entry = routers_entry(args.routers, metas[0])
         settings["routers of hash"] = args.routers_entry["hash"]
     parallel.check_same(settings)
     if args.static:
