@@ -34,11 +34,8 @@ class Constant(LinearRouter):
         super().__init__(n_embd, scope, pool)
         self.constant = nn.Parameter(torch.zeros(n_embd))
 
-    def merge(self, skip, x, y, score, is_open):                         # x, y = x + f(h): (B, T, C)
-        closed = x + self.constant.to(x.dtype)
-        if skip.training:
-            return torch.lerp(closed, y, skip.gates[..., None].to(x.dtype))
-        return torch.where(is_open[..., None], y, closed)
+    def closed(self, x):                                                 # (..., C)
+        return x + self.constant.to(x.dtype)
 
 
 GATES["constant"] = Constant

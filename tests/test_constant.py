@@ -6,12 +6,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_graph import replay_eagerly
 from test_router import LENGTHS, real, tokens
 
+import skipping
 from examples import constant
 from model import Llama
 from recipe import ramp
-from router import add_routers, capacity, load_routers, mindskips, remove_routers, save_routers
+from router import (
+    GRANULARITIES,
+    KV_OPEN,
+    add_routers,
+    capacity,
+    load_routers,
+    mindskips,
+    remove_routers,
+    save_routers,
+)
+from support import graph
 from support.data import DEFAULT_DATA, Sample, read_samples
 from tokenizer import Tokenizer
 
@@ -66,17 +78,60 @@ def test_training_is_the_formula_with_a_ramp_and_constants_have_its_gradient(tin
         torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kv", ["all", "open"])
-def test_prefill_and_decode_equal_recomputation(kv, tiny):
-    model, idx = routed(tiny, kv=kv), tokens()
+FORMS = [*((granularity, "all") for granularity in GRANULARITIES),
+         *((granularity, "open") for granularity in KV_OPEN)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("granularity, kv", FORMS)
+def test_skipping_equals_training(granularity, kv, tiny):
+    """Gathered, or all rows closed, as computed everywhere and multiplied."""
+    model, idx = routed(tiny, granularity=granularity, kv=kv), tokens()
+    for threshold in 0.5, 1.0:
+        for skip in mindskips(model).values():
+            skip.threshold = threshold
+        masked = model.train()(idx, lengths=LENGTHS)
+        skipped = model.eval()(idx, lengths=LENGTHS)
+        torch.testing.assert_close(real(skipped), real(masked), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("granularity, kv", FORMS)
+def test_prefill_and_decode_equal_recomputation(granularity, kv, tiny, monkeypatch):
+    model, idx = routed(tiny, granularity=granularity, kv=kv), tokens()
+    singles = []
+    run_single = skipping.run_single
+    monkeypatch.setattr(skipping, "run_single", lambda *args: singles.append(1) or run_single(*args))
     out = model.generate(idx, 8, lengths=LENGTHS)
+    assert not singles
     for b, n in enumerate(LENGTHS.tolist()):
         row = idx[b, :n]
         with torch.no_grad():
             for _ in range(8):
-                row = torch.cat((row, model(row[None])[0, -1].argmax()[None]))
+                logits = model(row[None], prompt_lengths=LENGTHS[b:b + 1])
+                row = torch.cat((row, logits[0, -1].argmax()[None]))
         assert torch.equal(out[b, :n + 8], row)
         assert torch.equal(model.generate(idx[b:b + 1, :n], 8)[0], row)
+    assert bool(singles) == granularity.endswith("token")       # one row takes the way of linear routers
+
+
+@pytest.mark.parametrize("granularity, kv", FORMS)
+def test_a_captured_step(granularity, kv, tiny, monkeypatch):
+    """All but the capture itself, on a CPU."""
+    model, idx = routed(tiny, granularity=granularity, kv=kv), tokens()
+    expected = model.generate(idx, 9, lengths=LENGTHS)
+    monkeypatch.setattr(graph, "triton_module", lambda: SimpleNamespace())
+    assert all(graph.can_capture(skip, None) for skip in mindskips(model).values())
+    replay_eagerly(monkeypatch)
+    assert torch.equal(model.generate(idx, 9, lengths=LENGTHS), expected)
+
+
+@torch.no_grad()
+def test_a_short_prompt_on_cuda(tiny, monkeypatch):
+    """Which computes all, without a wait."""
+    model, idx = routed(tiny), tokens()
+    expected = model(idx, lengths=LENGTHS)
+    monkeypatch.setattr(skipping, "run_tokens", skipping.run_all)
+    torch.testing.assert_close(real(model(idx, lengths=LENGTHS)), real(expected), atol=1e-5, rtol=1e-4)
 
 
 def test_a_file_keeps_the_constants(tiny, tmp_path):
