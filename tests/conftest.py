@@ -56,6 +56,16 @@ CORPUS = [
 ] * 50
 
 
+@torch.no_grad()
+def continued(model, prompt, n, **options):
+    """A prompt (T,) with its n likeliest next tokens, each by a forward pass over all before it."""
+    row = prompt
+    for _ in range(n):
+        logits = model(row[None], **options)
+        row = torch.cat((row, logits[0, -1].argmax()[None]))
+    return row
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """All tests run in two processes, where pytest-xdist is installed; those that a file's name chooses, in

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import continued
 from test_graph import replay_eagerly
 from test_router import LENGTHS, real, tokens
 
@@ -104,11 +105,7 @@ def test_prefill_and_decode_equal_recomputation(granularity, kv, tiny, monkeypat
     out = model.generate(idx, 8, lengths=LENGTHS)
     assert not singles
     for b, n in enumerate(LENGTHS.tolist()):
-        row = idx[b, :n]
-        with torch.no_grad():
-            for _ in range(8):
-                logits = model(row[None], prompt_lengths=LENGTHS[b:b + 1])
-                row = torch.cat((row, logits[0, -1].argmax()[None]))
+        row = continued(model, idx[b, :n], 8, prompt_lengths=LENGTHS[b:b + 1])
         assert torch.equal(out[b, :n + 8], row)
         assert torch.equal(model.generate(idx[b:b + 1, :n], 8)[0], row)
     assert bool(singles) == granularity.endswith("token")       # one row takes the way of linear routers

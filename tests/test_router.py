@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import bound, in_float64, is_one_sentence, write_tiny
+from conftest import bound, continued, in_float64, is_one_sentence, write_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -215,11 +215,8 @@ def test_generate_equals_recomputing_with_the_prompts_decision(granularity, fami
     used = capacity(model)
     opened = 0
     for b, n in enumerate(LENGTHS.tolist()):
-        row = idx[b, :n]
+        row = continued(model, idx[b, :n], 16, prompt_lengths=LENGTHS[b:b + 1])
         with torch.no_grad():
-            for _ in range(16):
-                logits = model(row[None], prompt_lengths=LENGTHS[b:b + 1])[0, -1]
-                row = torch.cat((row, logits.argmax()[None]))
             model(row[None, :-1], prompt_lengths=LENGTHS[b:b + 1])
         assert torch.equal(out[b, : n + 16], row)
         opened += capacity(model) * (1 if granularity.endswith("sequence") else n + 15)
