@@ -43,7 +43,7 @@ from support.data import DEFAULT_DATA, read_samples
 from support.files import InputError, check_destinations, write_file
 from support.machine import device_and_dtype, device_name, rates
 from support.memory import bench_bytes, free_bytes, linux_bytes, weight_bytes
-from support.run import routers_entry
+from support.run import routers_entry, warn_if_unfinished
 from timing import SHAPES, STEPS, UNTIMED, Transformers, Variant, random_model
 from tokenizer import Tokenizer
 from weights import open_checkpoint
@@ -330,6 +330,7 @@ def main():
     args.routers_entry = None
     if args.routers:
         meta = load_routers(model, args.routers)
+        warn_if_unfinished(args.routers, meta)
         args.routers_entry = routers_entry(args.routers, meta)
         remove_routers(model)                                    # each Variant has its own
         args.granularity, args.kv = [meta["granularity"]], meta["kv"]

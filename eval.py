@@ -32,7 +32,7 @@ from support.cli import common_arguments, number, numbers
 from support.data import DEFAULT_DATA, HELD_OUT, PLAIN_PIECE, PLAIN_PROMPT, read_samples
 from support.files import InputError, check_destinations, write_file
 from support.machine import device_and_dtype
-from support.run import routers_entry, weights_hash
+from support.run import routers_entry, warn_if_unfinished, weights_hash
 from support.tasks import QUESTIONS, TASKS, read_task, standard_error
 from tokenizer import Tokenizer
 
@@ -95,6 +95,7 @@ def make_variants(model, tok, args, device):
         for name, capacity in named("routed", args.capacity).items():
             setters[name] = partial(load_routers, model, args.routers, capacity)
         metas = [setters[name]() for name in setters if name != "dense"]         # refuses a bad file early
+        warn_if_unfinished(args.routers, metas[0])
         args.routers_entry = routers_entry(args.routers, metas[0])
         settings["routers of hash"] = args.routers_entry["hash"]
     parallel.check_same(settings)

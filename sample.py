@@ -17,6 +17,7 @@ from support.cli import common_arguments, number
 from support.cuda import plain_kernels
 from support.files import InputError
 from support.machine import device_and_dtype
+from support.run import warn_if_unfinished
 from tokenizer import Tokenizer
 
 
@@ -98,11 +99,13 @@ def main():
     tok = Tokenizer.from_pretrained(args.model)
     model = Llama.from_pretrained(args.model, device, dtype)
     if args.routers:
-        load_routers(model, args.routers, args.capacity)
+        warn_if_unfinished(args.routers, load_routers(model, args.routers, args.capacity))
     if args.plain or not args.prompt:
         ids = tok.bos_ids + tok.encode(args.prompt, special=False)
     else:
         ids, _ = tok.encode_chat([{"role": "user", "content": args.prompt}])
+    if not ids:
+        raise InputError("the prompt is empty; give at least one token")
     ids = torch.tensor([ids], dtype=torch.int64, device=device)
 
     print(f"{args.prompt}\n\n--- dense")

@@ -56,11 +56,14 @@ def file_hash(path):
         raise InputError(f"{path}: cannot be read ({e.strerror}); give the path of a file") from None
 
 
-def routers_entry(path, meta):
-    """What a JSON file of results says of a router file, given its metadata; warns if its run has not
-    finished."""
+def warn_if_unfinished(path, meta):
+    """Say so where the run that wrote a router file has not finished; meta: the file's."""
     if "command" in meta and "held_out" not in meta:
         print(f"{path}: its run has not finished, and its threshold is not calibrated", file=sys.stderr)
+
+
+def routers_entry(path, meta):
+    """What a JSON file of results says of a router file, given its metadata."""
     return {"granularity": meta["granularity"], "kv": meta["kv"], "file": str(path), "hash": file_hash(path)}
 
 

@@ -14,9 +14,12 @@ import torch
 from conftest import is_one_sentence, write_data
 from safetensors.torch import load_file, save_file
 
+import bench
+import eval as evaluation
+import sample
 import train_router
-from support.checked import open_router_file
-from support.run import FILES, routers_entry, weights_hash
+from support.data import DEFAULT_DATA
+from support.run import FILES, weights_hash
 from train_router import main
 
 ROOT = Path(train_router.__file__).parent
@@ -208,13 +211,18 @@ def test_a_full_disk_leaves_the_routers_of_the_finished_run(unfinished, call, tm
     assert files_of(tmp_path / "out")["routers.safetensors"] == before
 
 
-def test_routers_of_a_run_that_is_not_finished_are_told(unfinished, call, tmp_path, capsys):
+@pytest.mark.parametrize("script, flags", [
+    (sample, ["quick", "--max-new-tokens", 2]), (bench, ["--context", 8, "--rounds", 2]),
+    (evaluation, ["--text", DEFAULT_DATA, "--last", 1])])
+def test_routers_of_a_run_that_is_not_finished_are_told(script, flags, unfinished, call, tmp_path, tiny,
+                                                        monkeypatch, capsys):
     routers = tmp_path / "out" / "routers.safetensors"
-    routers_entry(routers, open_router_file(routers)[1])
-    assert f"{routers}: its run has not finished" in capsys.readouterr().err
-    assert call(main, *unfinished, "--resume")[0] == 0
-    routers_entry(routers, open_router_file(routers)[1])
-    assert capsys.readouterr().err == ""
+    command = ["script.py", *flags, "--model", tiny, "--routers", routers]
+    for is_told in True, False:
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        script.main()
+        assert (f"{routers}: its run has not finished" in capsys.readouterr().err) == is_told
+        assert call(main, *unfinished, "--resume")[0] == 0
 
 
 def test_two_runs_at_once(server, short, call, tmp_path):

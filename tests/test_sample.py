@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import is_one_sentence
 
 import sample
 from model import Llama
@@ -47,6 +48,11 @@ def test_words_are_shaded_by_the_layers_that_they_ran(tiny, capsys):
     assert re.sub("\033\\[[0-9;]*m", "", said) == "the quick é\n\n"
     greys = [232 + round(23 * (1 + sum(t % 3 < i for i in (1, 2, 3))) / n) for t in range(len(ids))]
     assert [int(grey) for grey in re.findall(r"48;5;(\d+)m", said)] == greys
+
+
+def test_an_empty_prompt_is_refused_before_anything_is_printed(call):
+    status, said = call(sample.main, "", "--max-new-tokens", 2)          # this model begins no text by itself
+    assert status == 1 and is_one_sentence(said) and "the prompt is empty" in said
 
 
 def test_any_of_several_ends_ends_a_text(tiny, tmp_path, call):
