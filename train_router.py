@@ -46,7 +46,7 @@ from scoring import evaluate, perplexity
 from support import parallel
 from support.batches import Batch, hold_out, mixture, pack
 from support.cli import check_reachable, common_arguments, number, numbers, parse_layers
-from support.data import DEFAULT_DATA, HELD_OUT, read_samples
+from support.data import DEFAULT_DATA, HELD_OUT, PLAIN_PIECE, PLAIN_PROMPT, read_samples
 from support.files import InputError
 from support.machine import device_and_dtype
 from support.memory import tokens_that_fit
@@ -161,6 +161,8 @@ def parse_arguments():
                    help="Alpaca JSON or JSONL, chat JSONL or plain text; several are mixed")
     p.add_argument("--data-weights", type=numbers(float, 1e-6), metavar="W,W",
                    help="shares of several --data (default: each sample once)")
+    p.add_argument("--piece", type=number(int, PLAIN_PROMPT + 1), default=PLAIN_PIECE,
+                   help="tokens of the pieces that plain text is cut into; as long as the texts to be served")
     p.add_argument("--init", metavar="FILE", help="begin with the routers of this file")
     p.add_argument("--granularity", default="attn_token", choices=GRANULARITIES)
     p.add_argument("--layers", default="all", help="which layers get a router: all, last:16, 2-29 or 3,5,9")
@@ -170,8 +172,7 @@ def parse_arguments():
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--tokens", type=count, help="tokens per batch (default: the recipe's, or what fits)")
     p.add_argument("--accumulate", type=count, default=1, help="batches per step and process; not for paper")
-    p.add_argument("--shard", action="store_true",
-                   help="with torchrun: each process holds a part of the frozen weights")
+    p.add_argument("--shard", action="store_true", help="each process holds a part of the frozen weights")
     p.add_argument("--held-out", type=count, default=HELD_OUT, help="last samples of --data, for the table")
     p.add_argument("--save-every", type=count, default=20, help="steps between checkpoints")
     p.add_argument("--recipe", default="default", choices=RECIPES, help="the flags below replace its values")
@@ -207,8 +208,7 @@ def parse_arguments():
 def make_recipe(args, n_samples, model):
     """The Recipe of the flags; its values, and what follows from them, are written into args. Refuses what
     does not go together."""
-    keys = ("gate", "loss", "train", "method", "lr", "model_lr", "penalty", "pool", "kv", "steps", "epochs",
-            "clip")
+    keys = "gate loss train method lr model_lr penalty pool kv steps epochs clip".split()
     recipe = choose_recipe(args.recipe, args.granularity, **{key: getattr(args, key) for key in keys})
     check_capacity(args, recipe, model.config.n_layer)
     check_flags(args, recipe, model.config.n_embd)
@@ -242,7 +242,7 @@ def read_data(args, tok, context):
     """(training samples, held-out samples): the last ones of each --data."""
     train_sets, test_set = [], []
     for path in args.data:
-        samples, n_cut = read_samples(path, tok, context)
+        samples, n_cut = read_samples(path, tok, context, args.piece)
         if n_cut:
             print(f"{n_cut} samples were cut to the context of {context} tokens", file=sys.stderr)
         if len(samples) < 2:

@@ -266,6 +266,25 @@ def test_a_run_learns_from_what_the_model_wrote(more, learns, arguments, call, m
     assert bool(texts) == learns
 
 
+def test_text_is_tuned_on_in_pieces_as_long_as_asked_for(arguments, call, tmp_path, monkeypatch):
+    """Longer than --tokens: each piece is then a batch of its own."""
+    arguments[3] = tmp_path / "long.txt"
+    arguments[3].write_text("the quick brown fox jumps over the lazy dog, naïve café. " * 60)
+    shapes, real = set(), train_router.losses.backward
+
+    def spy(model, batch, *rest):
+        shapes.add((*batch.idx.shape, int(batch.scored[0].sum())))
+        return real(model, batch, *rest)
+    monkeypatch.setattr(train_router.losses, "backward", spy)
+    for flags, length in ([], 512), (["--piece", 200], 200):
+        shapes.clear()
+        assert call(main, *arguments, *flags, "--tokens", 100, "--loss", "ce")[0] == 0
+        assert (1, length, length - 64) in shapes
+        assert max(columns for _, columns, _ in shapes) == length
+    status, said = call(main, *arguments, "--piece", 64)
+    assert status == 2 and "--piece" in said
+
+
 def test_gates_are_ramps_that_narrow_over_a_run(arguments, call, monkeypatch):
     estimators, real = [], train_router.losses.backward
 
