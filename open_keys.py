@@ -45,14 +45,14 @@ def run_open_only(skip, x, ctx, h, is_open):
         shorter.cache = copy.copy(ctx.cache)             # the same k and v, allocated for fewer tokens
         shorter.cache.max_tokens = columns.shape[1] + GROWTH
     if not any(host_n):
-        return skip.closed(x)
+        return skip.replacement(x)
     (B, T, C), N = x.shape, columns.shape[1]
     at = (columns + T * torch.arange(B, device=x.device)[:, None]).flatten()         # among B * T tokens
     open_x, open_h = (t.flatten(0, 1).index_select(0, at).view(B, N, C) for t in (x, h))
     y = skip.sublayer(open_x, shorter, open_h)
     if min(host_n) < N:
-        y = torch.where(holds_open[..., None], y, skip.closed(open_x))
-    return copy_tokens(skip.closed(x), at, y.flatten(0, 1))
+        y = torch.where(holds_open[..., None], y, skip.replacement(open_x))
+    return copy_tokens(skip.replacement(x), at, y.flatten(0, 1))
 
 
 def mask_closed_keys(ctx, gate, dtype):

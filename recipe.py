@@ -158,8 +158,8 @@ def check_harm(args, recipe, router):
     is_linear = type(router).forward is LinearRouter.forward
     has_no_other = {name for name, _ in router.named_parameters()} == {"weight", "bias"}
     if not (is_linear and has_no_other and can_measure_harm(args.granularity, recipe.loss, recipe.train)):
-        raise InputError("--method harm: only for linear gates at sequence level, with a bias, --loss kl and"
-                         " a frozen model; else give --method ramp")
+        raise InputError("--method harm: only for linear gates at sequence level, with a bias and no more,"
+                         " --loss kl and a frozen model; else give --method ramp")
     for flag in "lr", "penalty", "clip":
         if getattr(args, flag) is not None:
             raise InputError(f"--{flag}: only where gradients are taken; leave it out, or give --method ramp")

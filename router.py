@@ -17,6 +17,7 @@ gradients reach w and b. `model.eval()` skips what is closed, wherever that save
     mlp_token         the MLP, for one token              (it has none)
 
 (*) With kv="open" not computed, not stored: a closed token takes no part, as in Mixture of Depths.
+A step of several rows, or in a CUDA graph, may compute what is closed all the same: see skipping.py.
 The gate of a sequence reads its prompt's mean (pool="all": the whole text's), and holds from then on.
 """
 import json
@@ -73,11 +74,12 @@ class LinearRouter(nn.Linear):
 #   forward(read)        the logit of the score, (..., 1)
 # and may have
 #   attach(sublayer)     called once, for parameters whose shapes depend on the sublayer
-#   closed(x)            the residual stream of closed tokens, in place of x (..., C)
-#   merge(skip, x, y, score, is_open)    at token level, in place of x + g * f(h): the residual stream (B, T,
-#       C) after the sublayer, from y = x + f(h); in model.eval() y = closed(x) where a token is closed
-# Where forward and pooled are LinearRouter's, skipping.run_single computes the score, without these two. On
-# CUDA a step of generation is captured in a graph, so that these calls should read no tensor on the host.
+#   replacement(x)       what closed tokens become in place of x (..., C): of each token only its own x, a new
+#       tensor of x's dtype; also called for open ones, whose result is dropped
+#   merge(skip, x, y, score, is_open)    instead, at token level, in place of x + g * f(h): the residual
+#       stream (B, T, C) after the sublayer, from y = x + f(h); in model.eval() y = x where a token is closed
+# skipping.run_single computes a score itself where forward and pooled are LinearRouter's. On CUDA a step of
+# generation is captured in a graph, so that no method should read a tensor on the host.
 GATES = {
     "linear": LinearRouter,                             # open at first
     "unbiased": partial(LinearRouter, bias=False),      # the paper's: scores of 0.5 at first, just open
@@ -102,16 +104,18 @@ class MindSkip(nn.Module):
     def __init__(self, sublayer, granularity, n_embd, threshold=0.5, pool="prompt", gate="linear", kv="all"):
         super().__init__()
         self.part, self.scope = granularity.split("_")
-        self.sublayer, self.threshold, self.gate_name, self.kv = sublayer, threshold, gate, kv
+        self.sublayer, self.threshold = sublayer, threshold
+        self.gate_name, self.kv = gate, kv
         router = GATES[gate](n_embd, self.scope, pool)
         if isinstance(router, LinearRouter) and router.bias is not None and threshold > 0.5:
             router.bias.data += math.log(threshold / max(1 - threshold, 1e-16))        # so that it is open
         if hasattr(router, "attach"):
             router.attach(sublayer)
         self.router = router.to(next(sublayer.parameters()).device)
-        self.merges, self.replaces = hasattr(router, "merge"), hasattr(router, "closed")
-        calls = type(router).forward, type(router).pooled
-        self.is_linear = calls == (LinearRouter.forward, LinearRouter.pooled) and not self.merges
+        self.merges = hasattr(router, "merge")
+        self.replaces = hasattr(router, "replacement")
+        methods = type(router).forward, type(router).pooled
+        self.is_plain = methods == (LinearRouter.forward, LinearRouter.pooled) and not self.merges
         if self.merges and self.scope == "sequence":
             raise InputError(f"gate {gate!r}: only for gates of tokens, not for {granularity}")
         self.estimator = straight_through    # (score, threshold) -> the gate in training, with its gradient
@@ -176,18 +180,18 @@ class MindSkip(nn.Module):
     def is_single(self, x):
         """Whether skipping.run_single serves for a step's x (B, 1, C): inference of one row on a CPU, by the
         linear router, not in float64."""
-        if not self.is_linear or self.training or len(x) > 1 or x.device.type != "cpu":
+        if not self.is_plain or self.training or self.router._forward_hooks or self.router._forward_pre_hooks:
             return False
-        return not (x.dtype == torch.float64 or self.router._forward_hooks or self.router._forward_pre_hooks)
+        return len(x) == 1 and x.device.type == "cpu" and x.dtype != torch.float64
 
     def score(self, h, ctx):
         """How much the sublayer is wanted, 0 to 1, float32: (B,) or (B, T); h = norm(x), (B, T, C)."""
         score = torch.sigmoid(self.router(self.router.pooled(h, ctx)).squeeze(-1))
         return self.override(score, ctx) if self.override else score
 
-    def closed(self, x):
-        """The residual stream of closed tokens, in place of x (..., C)."""
-        return self.router.closed(x) if self.replaces else x
+    def replacement(self, x):
+        """What closed tokens become in place of x (..., C)."""
+        return self.router.replacement(x) if self.replaces else x
 
     def count(self, n_open, ctx, gates=None):
         """Note how many of this pass's gates are open, padding excluded. In training n_open is the sum of the
@@ -211,18 +215,14 @@ class MindSkip(nn.Module):
         y = self.sublayer(x, ctx, h)
         if self.merges:
             return self.router.merge(self, x, y, score, is_open)
-        return torch.lerp(self.closed(x), y, gate[..., None].to(x.dtype))       # exactly y where g = 1
+        return torch.lerp(self.replacement(x), y, gate[..., None].to(x.dtype))       # exactly y where g = 1
 
 
 # --------------------------------------------------------------------------------------------- a routed model
 def mindskips(model):
     """{layer: its MindSkip} of a model, in order."""
-    skips = {}
-    for i, layer in enumerate(model.layers):
-        for module in layer.modules():
-            if isinstance(module, MindSkip):
-                skips[i] = module
-    return skips
+    modules = ((i, module) for i, layer in enumerate(model.layers) for module in layer.modules())
+    return {i: module for i, module in modules if isinstance(module, MindSkip)}
 
 
 @contextmanager
@@ -365,8 +365,8 @@ def threshold_for(capacity, meta, path):
     # by rising capacity, that is falling threshold, also among equal capacities
     table = sorted(json.loads(meta["calibration"]), key=lambda pair: (pair[1], -pair[0]))
     if not table:
-        raise InputError(f"{path}: has no calibration (its recipe does none, its run did not finish, or the"
-                         " model was trained after it); leave out --capacity")
+        raise InputError(f"{path}: has no calibration (its recipe does none, its run did not finish, the"
+                         " model was trained after it, or it was saved without one); leave out --capacity")
     thresholds, capacities = zip(*table)
     if not capacities[0] - 5e-4 <= capacity <= capacities[-1] + 5e-4:        # the ends, as printed
         raise InputError(f"{path}: its calibration has capacities from {capacities[0]:.3f} to"
@@ -375,8 +375,8 @@ def threshold_for(capacity, meta, path):
 
 
 def load_routers(model, path, capacity=None):
-    """Add the routers of a file; returns its metadata. capacity: another overall capacity than the file's, to
-    which the threshold is moved. InputError where they do not fit, or cannot give that capacity."""
+    """Add the routers of a file; returns its metadata. capacity: an overall capacity other than the one they
+    were tuned for; the threshold moves to give it. InputError where they do not fit, or cannot give it."""
     file, meta = open_router_file(path)
     if meta["gate"] not in GATES:
         raise InputError(f"{path}: its gate, {meta['gate']!r}, is not one of {', '.join(GATES)}; start the"

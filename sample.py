@@ -99,7 +99,8 @@ def main():
     tok = Tokenizer.from_pretrained(args.model)
     model = Llama.from_pretrained(args.model, device, dtype)
     if args.routers:
-        warn_if_unfinished(args.routers, load_routers(model, args.routers, args.capacity))
+        meta = load_routers(model, args.routers, args.capacity)
+        warn_if_unfinished(args.routers, meta)
     if args.plain or not args.prompt:
         ids = tok.bos_ids + tok.encode(args.prompt, special=False)
     else:

@@ -61,13 +61,13 @@ def open_indices(decided):
 def run_rows(skip, x, ctx, rows, h=None):
     """The sublayer on some rows only: `rows`, their indices (n,) on the host."""
     if len(rows) == 0:
-        return skip.closed(x)
+        return skip.replacement(x)
     h = skip.norm(x) if h is None else h
     if len(rows) == len(x):
         return skip.sublayer(x, ctx, h)
     rows = to_device(rows, x.device)
     y = skip.sublayer(x[rows], select_rows(ctx, rows), h[rows])
-    return skip.closed(x).index_copy(0, rows, y)
+    return skip.replacement(x).index_copy(0, rows, y)
 
 
 def select_rows(ctx, rows):
@@ -97,20 +97,20 @@ def run_tokens(skip, x, ctx, h, is_open):
         y = skip.sublayer(x, ctx, h)
         if len(at) == n_real:
             return y
-        closed = to_device(open_indices(~decided.flatten()), x.device)
-        return copy_tokens(y, closed, skip.closed(x.flatten(0, 1)[closed]))
+        closed_at = to_device(open_indices(~decided.flatten()), x.device)
+        return copy_tokens(y, closed_at, skip.replacement(x.flatten(0, 1)[closed_at]))
     if attn and not kv:
         kv = keys_values(attn, ctx, h)
-    return run_gathered(skip, x, ctx, h, at, counts, kv) if len(at) else skip.closed(x)
+    return run_gathered(skip, x, ctx, h, at, counts, kv) if len(at) else skip.replacement(x)
 
 
 def run_all(skip, x, ctx, h, is_open):
-    """run_tokens without a wait for the device: all is computed, and closed tokens stay as they were."""
+    """run_tokens without a wait for the device: all is computed, and what closed tokens gave is dropped."""
     counted = is_open
     if min(ctx.host_lengths) < x.shape[1]:
         counted = is_open & real_tokens(x, ctx)
     skip.count(counted.sum(), ctx)
-    return torch.where(is_open[..., None], skip.sublayer(x, ctx, h), skip.closed(x))
+    return torch.where(is_open[..., None], skip.sublayer(x, ctx, h), skip.replacement(x))
 
 
 def real_tokens(x, ctx):
@@ -139,7 +139,7 @@ def run_step(skip, x, ctx, h, is_open):
     if n_open == 0:
         if skip.kv == "all":
             defer(attn, pending, h, None, ctx)
-        return skip.closed(x)
+        return skip.replacement(x)
     if pending:
         ctx, h = with_pending(attn, pending, h, None, ctx)
     if skip.kv == "open":
@@ -148,7 +148,7 @@ def run_step(skip, x, ctx, h, is_open):
         return skip.sublayer(x, ctx, h)
     with only_for(is_open.squeeze(1)):                  # attention of open rows alone, products of all
         y = attn(x, ctx, h)
-    x = torch.where(is_open[..., None], y, skip.closed(x))
+    x = torch.where(is_open[..., None], y, skip.replacement(x))
     if skip.part == "block":
         rows = to_device(open_indices(decided), x.device)
         x = x.index_copy(0, rows, skip.sublayer.mlp(x[rows]))
@@ -199,7 +199,7 @@ def run_single(skip, x, ctx):
         return sublayer(x, ctx, normalized(x, rms, norm_weight))
     if attn:
         defer(attn, pending, x, rms, ctx)
-    return skip.closed(x)
+    return skip.replacement(x)
 
 
 def run_gathered(skip, x, ctx, h, host_at, counts, kv):
@@ -218,7 +218,7 @@ def run_gathered(skip, x, ctx, h, host_at, counts, kv):
         open_x = skip.sublayer(open_x, ctx, open_h)
     if skip.part == "block":
         open_x = skip.sublayer.mlp(open_x)
-    return copy_tokens(skip.closed(x), at[:n], open_x[:n])
+    return copy_tokens(skip.replacement(x), at[:n], open_x[:n])
 
 
 def copy_tokens(x, at, tokens):
@@ -297,7 +297,7 @@ def run_captured(skip, x, ctx):
             n_gated = {attn.qkv: attn.n_head * attn.head_dim}           # queries; then keys and values
     with only_for(is_open, n_gated):
         y = skip.sublayer(x, ctx, h)
-    return torch.where(is_open[:, None, None], y, skip.closed(x))
+    return torch.where(is_open[:, None, None], y, skip.replacement(x))
 
 
 def next_slots(skip, ctx, is_open):

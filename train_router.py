@@ -162,7 +162,7 @@ def parse_arguments():
     p.add_argument("--data-weights", type=numbers(float, 1e-6), metavar="W,W",
                    help="shares of several --data (default: each sample once)")
     p.add_argument("--piece", type=number(int, PLAIN_PROMPT + 1), default=PLAIN_PIECE,
-                   help="tokens of the pieces that plain text is cut into; as long as the texts to be served")
+                   help="tokens of the pieces that texts are cut into; best as long as what will be read")
     p.add_argument("--init", metavar="FILE", help="begin with the routers of this file")
     p.add_argument("--granularity", default="attn_token", choices=GRANULARITIES)
     p.add_argument("--layers", default="all", help="which layers get a router: all, last:16, 2-29 or 3,5,9")
@@ -172,7 +172,7 @@ def parse_arguments():
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--tokens", type=count, help="tokens per batch (default: the recipe's, or what fits)")
     p.add_argument("--accumulate", type=count, default=1, help="batches per step and process; not for paper")
-    p.add_argument("--shard", action="store_true", help="each process holds a part of the frozen weights")
+    p.add_argument("--shard", action="store_true", help="torchrun: each holds a part of the frozen weights")
     p.add_argument("--held-out", type=count, default=HELD_OUT, help="last samples of --data, for the table")
     p.add_argument("--save-every", type=count, default=20, help="steps between checkpoints")
     p.add_argument("--recipe", default="default", choices=RECIPES, help="the flags below replace its values")

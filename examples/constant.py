@@ -34,7 +34,7 @@ class Constant(LinearRouter):
         super().__init__(n_embd, scope, pool)
         self.constant = nn.Parameter(torch.zeros(n_embd))
 
-    def closed(self, x):                                                 # (..., C)
+    def replacement(self, x):                                            # (..., C)
         return x + self.constant.to(x.dtype)
 
 

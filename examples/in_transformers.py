@@ -53,7 +53,7 @@ def attach_routers(model, path, capacity=None, prompt=None):
     for i in parse_layers(meta["layers"], model.config.num_hidden_layers):
         layer = model.model.layers[i]
         router = GATES[meta["gate"]](model.config.hidden_size, scope, meta["pool"])
-        if any(hasattr(router, name) for name in ("closed", "merge", "attach")):
+        if any(hasattr(router, name) for name in ("replacement", "merge", "attach")):
             raise InputError(f"{path}: gate {meta['gate']!r} does more than to leave out a sublayer, which"
                              " these hooks do not; load the model with model.py instead")
         for name, tensor in router.state_dict().items():

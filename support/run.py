@@ -20,7 +20,7 @@ from support.checked import json_of, number_of, tensor_of
 from support.files import InputError, check_destinations, lock, open_safetensors, write_file
 
 FILES = "metrics.jsonl", "checkpoint.safetensors", "routers.safetensors"
-SAME_ON_RESUME = ("model", "dtype", "seed", "data", "data_weights", "init", "granularity", "layers",
+SAME_ON_RESUME = ("model", "dtype", "seed", "data", "data_weights", "piece", "init", "granularity", "layers",
                   "capacity", "recipe", "gate", "train", "loss", "method", "steps", "lr", "model_lr",
                   "penalty", "clip", "tokens", "accumulate", "pool", "kv", "held_out")
 

@@ -57,7 +57,7 @@ CORPUS = [
 
 
 @torch.no_grad()
-def continued(model, prompt, n, **options):
+def greedy_continuation(model, prompt, n, **options):
     """A prompt (T,) with its n likeliest next tokens, each by a forward pass over all before it."""
     row = prompt
     for _ in range(n):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import continued
+from conftest import greedy_continuation
 from test_graph import replay_eagerly
 from test_router import LENGTHS, real, tokens
 
@@ -19,6 +19,7 @@ from router import (
     KV_OPEN,
     add_routers,
     capacity,
+    close_all,
     load_routers,
     mindskips,
     remove_routers,
@@ -83,17 +84,38 @@ FORMS = [*((granularity, "all") for granularity in GRANULARITIES),
          *((granularity, "open") for granularity in KV_OPEN)]
 
 
+def half_open(score, ctx):
+    return score
+
+
+def nearly_all_open(score, ctx):
+    """But for the fourth token, or row."""
+    return (torch.arange(score.shape[-1]) != 3).float().expand_as(score)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scores", [half_open, nearly_all_open, close_all])
+@pytest.mark.parametrize("granularity, kv", FORMS)
+def test_skipping_equals_training(granularity, kv, scores, tiny):
+    """What is gathered, or computed whole, is what is computed everywhere and multiplied."""
+    model, idx = routed(tiny, granularity=granularity, kv=kv), tokens()
+    for skip in mindskips(model).values():
+        skip.override = scores
+    masked = model.train()(idx, lengths=LENGTHS)
+    skipped = model.eval()(idx, lengths=LENGTHS)
+    torch.testing.assert_close(real(skipped), real(masked), atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("granularity, kv", FORMS)
-def test_skipping_equals_training(granularity, kv, tiny):
-    """Gathered, or all rows closed, as computed everywhere and multiplied."""
-    model, idx = routed(tiny, granularity=granularity, kv=kv), tokens()
-    for threshold in 0.5, 1.0:
-        for skip in mindskips(model).values():
-            skip.threshold = threshold
-        masked = model.train()(idx, lengths=LENGTHS)
-        skipped = model.eval()(idx, lengths=LENGTHS)
-        torch.testing.assert_close(real(skipped), real(masked), atol=1e-4, rtol=1e-4)
+def test_bfloat16(granularity, kv, tiny):
+    """Constants are float32, the residual stream is not: one row's steps, a batch's, training."""
+    model, idx = routed(tiny, granularity=granularity, kv=kv).bfloat16(), tokens()
+    assert mindskips(model)[1].router.constant.dtype == torch.float32
+    assert model.train()(idx, lengths=LENGTHS).dtype == torch.bfloat16
+    for rows in 1, 8:
+        model.eval().generate(idx[:rows], 4)
+        assert 0.1 < capacity(model) < 0.9
 
 
 @pytest.mark.parametrize("granularity, kv", FORMS)
@@ -105,7 +127,7 @@ def test_prefill_and_decode_equal_recomputation(granularity, kv, tiny, monkeypat
     out = model.generate(idx, 8, lengths=LENGTHS)
     assert not singles
     for b, n in enumerate(LENGTHS.tolist()):
-        row = continued(model, idx[b, :n], 8, prompt_lengths=LENGTHS[b:b + 1])
+        row = greedy_continuation(model, idx[b, :n], 8, prompt_lengths=LENGTHS[b:b + 1])
         assert torch.equal(out[b, :n + 8], row)
         assert torch.equal(model.generate(idx[b:b + 1, :n], 8)[0], row)
     assert bool(singles) == granularity.endswith("token")       # one row takes the way of linear routers
@@ -118,8 +140,9 @@ def test_a_captured_step(granularity, kv, tiny, monkeypatch):
     expected = model.generate(idx, 9, lengths=LENGTHS)
     monkeypatch.setattr(graph, "triton_module", lambda: SimpleNamespace())
     assert all(graph.can_capture(skip, None) for skip in mindskips(model).values())
-    replay_eagerly(monkeypatch)
+    replays = replay_eagerly(monkeypatch)
     assert torch.equal(model.generate(idx, 9, lengths=LENGTHS), expected)
+    assert len(replays) == 1
 
 
 @torch.no_grad()

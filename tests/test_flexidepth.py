@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import bound, continued, is_one_sentence, write_tiny
+from conftest import bound, greedy_continuation, is_one_sentence, write_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_graph import replay_eagerly
@@ -197,7 +197,7 @@ def test_prefill_and_decode_equal_recomputation(kv, family, pending, tmp_path, m
     out = model.generate(idx, 12, lengths=LENGTHS)
     used, opened = capacity(model, routed=True), 0
     for b, n in enumerate(LENGTHS.tolist()):
-        row = continued(model, idx[b, :n], 12)
+        row = greedy_continuation(model, idx[b, :n], 12)
         with torch.no_grad():
             model(row[None, :-1])
         assert torch.equal(out[b, :n + 12], row)

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, LLAMA3_ROPE, bound, continued, in_float64, is_one_sentence, write_tiny
+from conftest import (
+    FAMILIES,
+    LLAMA3_ROPE,
+    bound,
+    greedy_continuation,
+    in_float64,
+    is_one_sentence,
+    write_tiny,
+)
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -88,7 +96,7 @@ def test_generate_equals_recomputing_everything(family, tmp_path):
     out = model.generate(idx, max_new_tokens=20, lengths=lengths)
     assert out.shape == (6, 50)
     for b, n in enumerate(lengths.tolist()):
-        assert torch.equal(out[b, :n + 20], continued(model, idx[b, :n], 20))
+        assert torch.equal(out[b, :n + 20], greedy_continuation(model, idx[b, :n], 20))
         assert not out[b, n + 20:].any()
 
 

@@ -1,7 +1,7 @@
 """kv="open": closed tokens take no part in attention, against brute force and against training's mask."""
 import pytest
 import torch
-from conftest import bound, continued, in_float64, write_tiny
+from conftest import bound, greedy_continuation, in_float64, write_tiny
 from test_router import LENGTHS, PROMPTS, compare_modes, real, routed, tokens
 
 import open_keys
@@ -81,7 +81,7 @@ def test_generate_equals_recomputing(granularity, family, tmp_path, monkeypatch)
     assert torch.equal(*outputs)
     used, opened = capacity(model), 0.0
     for b, n in enumerate(LENGTHS.tolist()):
-        row = continued(model, idx[b, :n], 16)
+        row = greedy_continuation(model, idx[b, :n], 16)
         with torch.no_grad():
             model(row[None, :-1])
         assert torch.equal(outputs[0][b, :n + 16], row)

@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import bound, continued, in_float64, is_one_sentence, write_tiny
+from conftest import bound, greedy_continuation, in_float64, is_one_sentence, write_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -215,7 +215,7 @@ def test_generate_equals_recomputing_with_the_prompts_decision(granularity, fami
     used = capacity(model)
     opened = 0
     for b, n in enumerate(LENGTHS.tolist()):
-        row = continued(model, idx[b, :n], 16, prompt_lengths=LENGTHS[b:b + 1])
+        row = greedy_continuation(model, idx[b, :n], 16, prompt_lengths=LENGTHS[b:b + 1])
         with torch.no_grad():
             model(row[None, :-1], prompt_lengths=LENGTHS[b:b + 1])
         assert torch.equal(out[b, : n + 16], row)

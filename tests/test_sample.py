@@ -2,14 +2,15 @@
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import torch
-from conftest import is_one_sentence
 
 import sample
 from model import Llama
 from router import GRANULARITIES
+from support.files import InputError
 from tokenizer import Tokenizer
 
 
@@ -50,9 +51,11 @@ def test_words_are_shaded_by_the_layers_that_they_ran(tiny, capsys):
     assert [int(grey) for grey in re.findall(r"48;5;(\d+)m", said)] == greys
 
 
-def test_an_empty_prompt_is_refused_before_anything_is_printed(call):
-    status, said = call(sample.main, "", "--max-new-tokens", 2)          # this model begins no text by itself
-    assert status == 1 and is_one_sentence(said) and "the prompt is empty" in said
+def test_an_empty_prompt_is_refused_before_anything_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sample.py", ""])                  # this model begins no text by itself
+    with pytest.raises(InputError, match="the prompt is empty"):
+        sample.main()
+    assert capsys.readouterr().out == ""
 
 
 def test_any_of_several_ends_ends_a_text(tiny, tmp_path, call):
