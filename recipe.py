@@ -203,13 +203,14 @@ class Penalty:
         self.value = max(0.0, self.level + 10 * excess)
 
 
-def own_text(model, recipe, samples, seed, path=None, run=None):
+def own_text(model, recipe, samples, seed, path=None, run=None, piece=None):
     """What the dense model writes after random first tokens, as in LLM-QAT (arXiv 2305.17888): text of
     another kind than the training samples, whose labels, the dense model's probabilities, are known.
 
     Returns (token ids (n, T) to calibrate on, Samples to learn from or None); (None, None) where neither is
     used.
-    path: see write_text; run: a Run, whose checkpoints have the text.
+    path: see write_text; run: a Run, whose checkpoints have the text; piece: learn from pieces of so many
+    tokens of all texts, joined, and not from each text.
     """
     learns = recipe.learns_own_text and reads_dense(recipe.loss)
     if not learns and not recipe.calibrates:
@@ -220,12 +221,14 @@ def own_text(model, recipe, samples, seed, path=None, run=None):
     with dense(model):
         ids = run.constant("own text", (n, n_tokens), write) if run else write()
     ids = ids.to(model.embed.weight.device)
-    to_calibrate = ids[:CALIBRATION_TEXTS, :CALIBRATION_TOKENS]
+    to_calibrate, texts = ids[:CALIBRATION_TEXTS, :CALIBRATION_TOKENS], ids[NOT_LEARNED:]
     if not learns:
         return to_calibrate, None
     if recipe.method == "harm":                  # one decision per piece: pieces as long as a mean answer
         n_tokens = max(8, sum(sum(s.answer) for s in samples) // len(samples))
-    return to_calibrate, pieces(ids[NOT_LEARNED:].tolist(), n_tokens)
+    elif piece:
+        n_tokens, texts = min(piece, model.config.max_context), texts.reshape(1, -1)
+    return to_calibrate, pieces(texts.tolist(), n_tokens)
 
 
 def make_source(recipe, by_kind, args, device):

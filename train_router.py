@@ -161,8 +161,8 @@ def parse_arguments():
                    help="Alpaca JSON or JSONL, chat JSONL or plain text; several are mixed")
     p.add_argument("--data-weights", type=numbers(float, 1e-6), metavar="W,W",
                    help="shares of several --data (default: each sample once)")
-    p.add_argument("--piece", type=number(int, PLAIN_PROMPT + 1), default=PLAIN_PIECE,
-                   help="tokens of the pieces that texts are cut into; best as long as what will be read")
+    p.add_argument("--piece", type=number(int, PLAIN_PROMPT + 1), help="tokens per piece of text, best as"
+                   f" many as will be read (default: {PLAIN_PIECE}; what the model writes: each text)")
     p.add_argument("--init", metavar="FILE", help="begin with the routers of this file")
     p.add_argument("--granularity", default="attn_token", choices=GRANULARITIES)
     p.add_argument("--layers", default="all", help="which layers get a router: all, last:16, 2-29 or 3,5,9")
@@ -242,7 +242,7 @@ def read_data(args, tok, context):
     """(training samples, held-out samples): the last ones of each --data."""
     train_sets, test_set = [], []
     for path in args.data:
-        samples, n_cut = read_samples(path, tok, context, args.piece)
+        samples, n_cut = read_samples(path, tok, context, args.piece or PLAIN_PIECE)
         if n_cut:
             print(f"{n_cut} samples were cut to the context of {context} tokens", file=sys.stderr)
         if len(samples) < 2:
@@ -314,7 +314,7 @@ def main():
     place_routers(model, recipe, args)
     if args.shard:
         parallel.shard(model)
-    own_ids, own_samples = own_text(model, recipe, train_set, args.seed, text_path, run)
+    own_ids, own_samples = own_text(model, recipe, train_set, args.seed, text_path, run, args.piece)
     teacher = None
     if recipe.train == "all":
         teacher = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False)

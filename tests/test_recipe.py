@@ -252,6 +252,12 @@ def test_the_model_writes_text_to_learn_from(granularity, tiny, samples):
     assert len({tuple(s.ids) for s in own}) == len(own)
     if granularity == "attn_token":
         assert [s.ids[:128] for s in own[:40]] == held[24:].tolist()
+    if granularity == "attn_token":
+        joined = own_text(model, choose_recipe("default", granularity), samples, seed=3, piece=300)[1]
+        assert {len(s.ids) for s in joined[:-1]} == {300} and all(s.prompt == 64 for s in joined)
+        assert sum((s.ids for s in joined), []) == sum((s.ids for s in own), [])
+        one, *_ = own_text(model, choose_recipe("default", granularity), samples, seed=3, piece=10**6)[1]
+        assert len(one.ids) == model.config.max_context
     held, own = own_text(model, choose_recipe("default", granularity, loss="ce"), samples, seed=3)
     assert own is None and held.shape == (64, 128)
     assert own_text(model, PAPER, samples, seed=3) == (None, None)

@@ -281,6 +281,9 @@ def test_text_is_tuned_on_in_pieces_as_long_as_asked_for(arguments, call, tmp_pa
         assert call(main, *arguments, *flags, "--tokens", 100, "--loss", "ce")[0] == 0
         assert (1, length, length - 64) in shapes
         assert max(columns for _, columns, _ in shapes) == length
+    shapes.clear()
+    assert call(main, *arguments, "--piece", 300, "--tokens", 100)[0] == 0
+    assert (1, 300, 299) in shapes                               # of what the model wrote, in texts of 128
     status, said = call(main, *arguments, "--piece", 64)
     assert status == 2 and "--piece" in said
 
