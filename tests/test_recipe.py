@@ -252,7 +252,6 @@ def test_the_model_writes_text_to_learn_from(granularity, tiny, samples):
     assert len({tuple(s.ids) for s in own}) == len(own)
     if granularity == "attn_token":
         assert [s.ids[:128] for s in own[:40]] == held[24:].tolist()
-    if granularity == "attn_token":
         joined = own_text(model, choose_recipe("default", granularity), samples, seed=3, piece=300)[1]
         assert {len(s.ids) for s in joined[:-1]} == {300} and all(s.prompt == 64 for s in joined)
         assert sum((s.ids for s in joined), []) == sum((s.ids for s in own), [])
