@@ -116,8 +116,8 @@ class MindSkip(nn.Module):
         self.replaces = hasattr(router, "replacement")
         methods = type(router).forward, type(router).pooled
         self.is_plain = methods == (LinearRouter.forward, LinearRouter.pooled) and not self.merges
-        if self.merges and self.scope == "sequence":
-            raise InputError(f"gate {gate!r}: only for gates of tokens, not for {granularity}")
+        if self.merges and (self.replaces or self.scope == "sequence"):
+            raise InputError(f"gate {gate!r}, {granularity}: merge is for tokens' gates, without replacement")
         self.estimator = straight_through    # (score, threshold) -> the gate in training, with its gradient
         self.override = None                 # (score, ctx) -> the scores to use instead, where a gate decides
         self.bypass = False                  # True, see `dense`: no score is computed, nothing is counted

@@ -562,6 +562,17 @@ def test_a_kind_of_gate_is_one_entry_and_its_name_is_in_the_file(tiny, tmp_path,
         add_routers(again, gate="shifted")
 
 
+def test_a_gate_that_merges_is_for_tokens_and_replaces_nothing(tiny, monkeypatch):
+    model = Llama.from_pretrained(tiny)
+    monkeypatch.setitem(router.GATES, "merging", type("Merging", (router.LinearRouter,), {"merge": None}))
+    add_routers(model, gate="merging")
+    with pytest.raises(InputError, match="gate 'merging', attn_sequence: merge is for tokens' gates"):
+        add_routers(model, "attn_sequence", gate="merging")
+    monkeypatch.setattr(router.GATES["merging"], "replacement", None, raising=False)
+    with pytest.raises(InputError, match="without replacement"):
+        add_routers(model, gate="merging")
+
+
 class Noisy(router.LinearRouter):
     """A gate with noise in training, a state, and a weight that all layers share."""
     trunk = torch.nn.Linear(48, 48)
