@@ -39,12 +39,23 @@ def test_the_fork_runs(arguments, tmp_path):
     assert run(fork).returncode == 1
 
 
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
+            for heading in re.findall(r"^#+ (.+)$", text, re.M)}
+
+
 def test_links_lead_somewhere():
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[!.]*/README.md")]
     assert len(pages) >= 5
     for page in pages:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
-            assert target.startswith("https://arxiv.org/") or (page.parent / target).exists(), target
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)]*)\)", page.read_text("utf-8")):
+            if target.startswith("https://arxiv.org/"):
+                continue
+            linked = page.parent / target if target else page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), f"{page.name}: #{anchor}"
 
 
 def test_tuned_routers_load_and_do_what_they_say(smollm2):
