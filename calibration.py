@@ -13,7 +13,7 @@ from support.batches import Batch, common_beginning, pack
 from support.data import PLAIN_PROMPT, Sample, pieces
 
 TRAINING_SAMPLES = 24                                # samples of the training data that are measured whole
-PROMPTS = 8 * TRAINING_SAMPLES                       # or their prompts alone, if gates read no more
+PROMPTS = 8 * TRAINING_SAMPLES                       # samples whose prompts are, if gates read only these
 LOGITS = 0.5, 0.25, 0.12, 0, -0.12, -0.25, -0.5, -1  # the curve's thresholds, as logits
 STRIDE = 4                                           # at token level the curve is of every fourth text
 ERROR = 0.003                                        # in capacity, at which the search ends
@@ -58,8 +58,8 @@ def calibration_batches(gates_read_prompts, samples, own_ids, tokens, stride=1):
 
 def shifted(curve, exact, least):
     """A curve {threshold's logit: capacity}, moved so that it is `exact` at logit 0; least: the capacity of
-    closed gates. Each share s of open gates changes in proportion to sqrt(s (1 - s)): 0 and 1 stay, and all
-    do where the share at logit 0 is one of these."""
+    closed gates. Each share s of open gates changes in proportion to sqrt(s (1 - s)), so that 0 and 1
+    stay. Where the share at logit 0 is 0 or 1, the curve stays as it is."""
     shares = {logit: (c - least) / (1 - least) for logit, c in curve.items()}
     spreads = {logit: math.sqrt(max(0.0, s * (1 - s))) for logit, s in shares.items()}
     excess = (exact - curve[0]) / (1 - least)
@@ -78,7 +78,7 @@ def calibrate(model, samples, own_ids, capacity, tokens):
     other text opens other gates. First a curve of thresholds, from which `load_routers` reads other
     capacities: at token level estimated on every fourth text, see `shifted`. Then, on all texts, false
     position between the two nearest thresholds, or bisection where these are far apart in capacity. An
-    estimate may be off, so each is a bound of one attempt only.
+    estimate may be wrong, so it is dropped once it has bounded an attempt.
     """
     model.eval()
     skips = list(mindskips(model).values())
@@ -109,10 +109,8 @@ def calibrate(model, samples, own_ids, capacity, tokens):
     n_batches = len(LOGITS) * size(subset) + n_full * size(full)
     with tqdm(total=n_batches, desc="calibration", unit="batch", leave=False) as bar:
         estimates = {logit: measure(logit, subset) for logit in LOGITS}  # {threshold's logit: capacity}
-        measured = dict(estimates)                                       # the same, of all texts only
-        if subset is not full:
-            measured = {0: measure(0, full)}
-            estimates = shifted(estimates, measured[0], least)
+        measured = dict(estimates) if subset is full else {0: measure(0, full)}          # of all texts
+        estimates = shifted(estimates, measured[0], least)
         curve = dict(estimates)
         for attempt in range(ATTEMPTS):
             if abs(measured[nearest()] - capacity) < ERROR:

@@ -49,7 +49,8 @@ def measure(model, batch):
     for hook in hooks:
         hook.remove()
 
-    as_it_is, harm, opened = answers_kl(streams[-1]), [], []
+    as_it_is = answers_kl(streams[-1])
+    harm, opened = [], []
     for i, skip in skips.items():
         is_open, = decisions[i]                                               # (B,), or (B, T) at token level
         opposite, outer = (~is_open).float(), skip.override

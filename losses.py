@@ -86,7 +86,8 @@ def backward(model, batch, loss, weight=1.0, regularizer=None, teacher=None):
     """
     teacher = teacher or model
     x, reference = hidden_states(model, batch, teacher if reads_dense(loss) else None)
-    leaf, total = x.detach().requires_grad_(), 0.0
+    leaf = x.detach().requires_grad_()
+    total = 0.0
     for chunk in chunks(leaf):
         log_p = None
         if reference is not None:

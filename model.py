@@ -96,7 +96,7 @@ def rope_frequencies(config):
     if r and "factors" in r:
         return freq / torch.tensor(r["factors"])
     if r:                     # slow pairs turn `factor` times slower, fast ones as before, a ramp between
-        turns = r["original_max_position_embeddings"] * freq / (2 * math.pi)   # in the context before scaling
+        turns = r["original_max_position_embeddings"] * freq / (2 * math.pi)      # in the original context
         ramp = (turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])
         ramp = ramp.clamp(0, 1)
         freq = freq * (ramp + (1 - ramp) / r["factor"])
@@ -107,7 +107,7 @@ def rope_frequencies(config):
 def rotate(x, cos, sin):
     """Turn each pair of channels (x[i], x[i + D/2]) of x (..., T, D) by the angle of its position.
 
-    cos and sin (..., T, D); the first half of sin is negative, since (x, y) turns to (x cos - y sin, y cos +
+    cos and sin (..., T, D); the first half of sin is negated: (x, y) turns to (x cos - y sin, y cos +
     x sin).
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
@@ -118,7 +118,7 @@ class Cache:
 
     def __init__(self, config, max_tokens):
         self.max_tokens, self.window = max_tokens, config.sliding_window
-        self.k = [None] * config.n_layer             # (B, K, columns, D) each
+        self.k = [None] * config.n_layer             # (B, K, columns, D) each; B: the rows that are open
         self.v = [None] * config.n_layer
         self.routing = defaultdict(dict)             # what skipping.py has to know of earlier tokens
 
@@ -194,7 +194,7 @@ class Attention(nn.Module):
         self.o = Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x, ctx, h=None):
-        """(B, T, C) to (B, T, C). h: norm(x), if computed; in a step after that of pending tokens."""
+        """(B, T, C) to (B, T, C). h: norm(x), if computed; in a step (B, n, C), pending tokens' first."""
         h = self.norm(x) if h is None else h
         y = split_heads(self.qkv(h), self.head_dim)                           # (B, H + 2K, T, D)
         qk, v = y[:, :-self.n_kv_head], y[:, -self.n_kv_head:]
@@ -269,7 +269,7 @@ class Llama(nn.Module):
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        self.angles = None              # cos and sin of the first positions, see make_angles
+        self.angles = self.cache = None     # see make_angles; of the last generation
 
     def forward(self, idx, lengths=None, prompt_lengths=None):
         """Logits (B, T, V) of token ids (B, T) int64.
@@ -331,8 +331,7 @@ class Llama(nn.Module):
         if window:
             visible = visible & (key > query - window)
         mask = additive_mask(visible, self.embed.weight.dtype)
-        cos, sin = self.angles_of(positions, end)                               # (B, D)
-        cos, sin = cos[:, None, None], sin[:, None, None]                     # (B, 1, 1, D)
+        cos, sin = (t[:, None, None] for t in self.angles_of(positions, end))         # (B, 1, 1, D)
         return Context(cos=cos, sin=sin, lengths=None, host_lengths=[1] * B, mask=mask, cache=cache,
                        decoding=True, end=end, slots=positions)
 
@@ -343,7 +342,8 @@ class Llama(nn.Module):
 
     def make_angles(self, end):
         """self.angles of all positions below `end`, and some more."""
-        weight, cos = self.embed.weight, self.angles[0] if self.angles else None
+        weight = self.embed.weight
+        cos = self.angles[0] if self.angles else None
         if cos is not None and len(cos) >= end and (cos.dtype, cos.device) == (weight.dtype, weight.device):
             return
         n = min(self.config.max_context, max(512, 2 * end))
@@ -361,7 +361,7 @@ class Llama(nn.Module):
         or 0. Rows stop at eos_id, one id or several, where given. temperature 0 takes the likeliest token;
         else tokens are sampled from the top_k likeliest (default: all). on_token is called with each step's
         tokens (B,), and ends the generation where it returns True. InputError where the result would not fit
-        the context. `self.cache` keeps the cache.
+        the context. `self.cache` keeps the cache, until it is set to None.
         """
         B, T = idx.shape
         for name, value in ("max_new_tokens", max_new_tokens), ("top_k", top_k or 1):

@@ -77,10 +77,10 @@ class OpenKeys:
             for memory in self.memories:
                 memory[self.layer] = attn.qkv.weight.new_zeros(len(n), attn.n_kv_head, 0, attn.head_dim)
 
-    def step(self, ctx, opened):
-        """The Context of a step, opened: a list, of each row whether it is open."""
+    def step(self, ctx, row_is_open):
+        """The Context of a step; row_is_open: a list."""
         slots, end = self.n, max(self.n) + 1
-        self.n = [slot + is_open for slot, is_open in zip(slots, opened)]
+        self.n = [slot + is_open for slot, is_open in zip(slots, row_is_open)]
         for memory in self.memories:
             if end > memory[self.layer].shape[2]:
                 memory[self.layer] = F.pad(memory[self.layer], (0, 0, 0, GROWTH))

@@ -9,6 +9,7 @@ Method "harm" (harm.py) takes no gradient: the KL that closing each gate adds is
 fitted to it by ridge regression.
 """
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -55,7 +56,7 @@ class Recipe:
     learns_own_text: bool               # whether text that the model writes is learned from too
     calibrates: bool                    # whether the threshold is moved afterwards
     # where gradients are taken, not with method "harm":
-    regularizer: callable               # (model, lambda, target capacity) -> what is added to the loss, a
+    regularizer: Callable               # (model, lambda, target capacity) -> what is added to the loss, a
                                         # tensor in proportion to lambda
     penalty: float                      # lambda, the penalty on capacity, at first
     moves_penalty: bool                 # whether lambda follows the capacity, by dual ascent
@@ -146,8 +147,8 @@ def check_flags(args, recipe, n_embd):
     if args.pool and args.granularity.endswith("token"):
         raise InputError("--pool: only for gates of sequences; one of a token reads that token; leave it out")
     if args.epochs and recipe.steps:
-        raise InputError("--epochs: only with --recipe paper, whose steps have so many samples each, and not"
-                         " beside --steps; give --steps alone")
+        raise InputError("--epochs: only with --recipe paper, whose steps have a fixed number of samples, and"
+                         " not beside --steps; give --steps alone")
     if recipe.step_samples and args.accumulate > 1:
         raise InputError(f"--accumulate: not with --recipe {recipe.name}, whose steps have"
                          f" {recipe.step_samples} samples each; leave it out")
@@ -156,8 +157,8 @@ def check_flags(args, recipe, n_embd):
 def check_harm(args, recipe, router):
     """Refuse what method "harm" cannot do; router: one of the recipe's gate."""
     is_linear = type(router).forward is LinearRouter.forward
-    has_no_other = {name for name, _ in router.named_parameters()} == {"weight", "bias"}
-    if not (is_linear and has_no_other and can_measure_harm(args.granularity, recipe.loss, recipe.train)):
+    has_no_more = {name for name, _ in router.named_parameters()} == {"weight", "bias"}
+    if not (is_linear and has_no_more and can_measure_harm(args.granularity, recipe.loss, recipe.train)):
         raise InputError("--method harm: only for linear gates at sequence level, with a bias and no more,"
                          " --loss kl and a frozen model; else give --method ramp")
     for flag in "lr", "penalty", "clip":

@@ -1,9 +1,9 @@
 """What inference computes of a gated sublayer: the open rows or tokens, gathered, run and put back.
 
     run_sequences one gate per sequence: closed rows compute nothing and store nothing
-    run_tokens    one gate per token, kv="all": closed tokens have a key and a value, and nothing else
+    run_tokens    one gate per token, kv="all": of an attention closed tokens have a key and a value only
     run_all       run_tokens of a short prompt on CUDA, where computing all takes less time than a wait
-    run_step      one gate per token, in a step of generation: of an attention, products of all rows
+    run_step      one gate per token, in a step of generation: an attention's products are of all rows
     run_single    run_step of one row on a CPU, with as few operations as there can be
     run_captured  a step of generation in a CUDA graph: no tensor is read on the host
 
@@ -13,9 +13,8 @@ With kv="open" a prompt is read in open_keys.py, whose OpenKeys give a step its 
 a running generation has to know of earlier tokens is kept in its cache, in cache.routing[name][skip]:
 
     "open rows"   sequence level: indices, on the host, of the rows whose prompt opened the gate
-    "pending"     token level, kv="all": [(x, rms, cos, sin)] of steps without an open token, whose keys and
-                  values are not yet computed, see defer: of run_single x and its root mean square, else h
-                  and None
+    "pending"     token level, kv="all": [(x_or_h, rms, cos, sin)] of steps without an open token, whose keys
+                  and values are not yet computed, see defer
     "open keys"   kv="open": an OpenKeys (open_keys.py)
     "single"      of run_single: a Single
 
@@ -93,13 +92,13 @@ def run_tokens(skip, x, ctx, h, is_open):
     at, counts = open_tokens(decided, ctx.host_lengths)
     skip.count(len(at), ctx)
     n_real = sum(ctx.host_lengths)
-    if len(at) >= NEARLY_OPEN * n_real:
+    if len(at) >= NEARLY_OPEN * n_real:              # (on CUDA keys and values are then computed twice)
         y = skip.sublayer(x, ctx, h)
         if len(at) == n_real:
             return y
         closed_at = to_device(open_indices(~decided.flatten()), x.device)
         return copy_tokens(y, closed_at, skip.replacement(x.flatten(0, 1)[closed_at]))
-    if attn and not kv:
+    if attn and kv is None:
         kv = keys_values(attn, ctx, h)
     return run_gathered(skip, x, ctx, h, at, counts, kv) if len(at) else skip.replacement(x)
 
@@ -130,8 +129,8 @@ def run_step(skip, x, ctx, h, is_open):
     """The sublayer in a step of generation, one token per row, is_open (B, 1)."""
     attn = skip.attn
     decided = to_host(is_open)().squeeze(1)                              # (B,) on the host
-    opened = decided.tolist()
-    n_open = sum(opened)
+    row_is_open = decided.tolist()
+    n_open = sum(row_is_open)
     skip.count(n_open, ctx)
     if not attn:
         return run_rows(skip, x, ctx, open_indices(decided), h)
@@ -143,7 +142,7 @@ def run_step(skip, x, ctx, h, is_open):
     if pending:
         ctx, h = with_pending(attn, pending, h, None, ctx)
     if skip.kv == "open":
-        ctx = ctx.cache.routing["open keys"][skip].step(ctx, opened)
+        ctx = ctx.cache.routing["open keys"][skip].step(ctx, row_is_open)
     if n_open == len(x):
         return skip.sublayer(x, ctx, h)
     with only_for(is_open.squeeze(1)):                  # attention of open rows alone, products of all
@@ -185,9 +184,9 @@ def run_single(skip, x, ctx):
     token = x.flatten().float()                                          # (C,)
     rms = root_mean_square(token, eps)
     score = 0.5 + 0.5 * math.tanh(logit(token, rms) / 2)                 # sigmoid, without overflow
-    if skip.override:
-        score = skip.override(torch.tensor([[score]]), ctx).item()
     is_open = score >= skip.threshold
+    if skip.override:
+        is_open = bool(skip.override(torch.tensor([[score]]), ctx) >= skip.threshold)
     if skip.trace is not None:
         skip.trace.append(torch.tensor([[is_open]]))
     skip.count(int(is_open), ctx)

@@ -6,8 +6,8 @@
     python train_router.py --resume             # go on where Ctrl-C stopped
     torchrun --nproc-per-node 2 train_router.py             # as --accumulate 2, by two processes
 
-A run reads its data, makes the recipe (recipe.py), tunes in the one loop below, or by default at sequence
-level in that of harm.py, by default calibrates the threshold, and prints a table of held-out samples.
+A run reads its data, makes the recipe (recipe.py), tunes (`tune` below; at sequence level, by default,
+harm.tune), calibrates the threshold where the recipe says so, and prints a table of held-out samples.
 
 --train says which weights learn. routers: the routers' alone. bias: the routers' biases alone, which closes
 the same layers for all text. all: the model's too, as in Mixture of Depths; it is then saved in out/model.
@@ -54,7 +54,7 @@ from support.own_text import own_text_file
 from support.run import Run, check_output, file_hash, settings_of
 from tokenizer import Tokenizer
 
-FIXED_DATE = datetime(2024, 7, 26)      # for chat templates that print today's: a run does not depend on it
+FIXED_DATE = datetime(2024, 7, 26)      # what chat templates print as today's: no run depends on the day
 
 
 # ------------------------------------------------------------------------------------------------------- loop

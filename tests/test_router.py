@@ -562,6 +562,16 @@ def test_a_kind_of_gate_is_one_entry_and_its_name_is_in_the_file(tiny, tmp_path,
         add_routers(again, gate="shifted")
 
 
+def test_a_score_that_is_the_threshold_is_open_everywhere(tiny):
+    """0.7 is less in float32 than in Python: a step of one row, decided by the host, does as a prompt."""
+    model = add_routers(Llama.from_pretrained(tiny), threshold=0.7)
+    for skip in mindskips(model).values():
+        skip.override = lambda score, ctx: torch.full_like(score, 0.7)
+    for rows in 1, 2:
+        model.generate(tokens()[:rows], 4)
+        assert capacity(model) == 1
+
+
 def test_a_gate_that_merges_is_for_tokens_and_replaces_nothing(tiny, monkeypatch):
     model = Llama.from_pretrained(tiny)
     monkeypatch.setitem(router.GATES, "merging", type("Merging", (router.LinearRouter,), {"merge": None}))
