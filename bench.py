@@ -24,6 +24,7 @@ import copy
 import json
 import math
 import multiprocessing
+import os
 import platform
 import statistics
 from concurrent.futures import ProcessPoolExecutor
@@ -37,7 +38,7 @@ import torch
 from losses import LOSSES
 from model import Config, Llama
 from router import GRANULARITIES, KV_OPEN, load_routers, remove_routers, routed_share
-from support.cli import check_reachable, common_arguments, number, numbers, parse_layers, words
+from support.cli import check_reachable, common_arguments, destination, number, numbers, parse_layers, words
 from support.cuda import plain_kernels
 from support.data import DEFAULT_DATA, read_samples
 from support.files import InputError, check_destinations, write_file
@@ -155,8 +156,9 @@ def peak_in_child(args, phase, batch, context, i):
         return None
     args = copy.copy(args)
     args.theirs = None
+    os.environ.update(PYTHONSAFEPATH="1", PYTHONPATH=str(Path(__file__).parent))  # what it imports is ours
     start = multiprocessing.get_context("forkserver")
-    start.set_forkserver_preload(["losses"])
+    start.set_forkserver_preload(["support.script", "losses"])                    # Ctrl-C without a traceback
     with ProcessPoolExecutor(1, start) as pool:
         try:
             return pool.submit(peak_here, args, phase, batch, context, i).result()
@@ -269,7 +271,7 @@ def parse_arguments():
                    help="also transformers, or all computed and then multiplied by the gates")
     p.add_argument("--loss", choices=LOSSES, help="of a router-tuning step (default: ce)")
     p.add_argument("--rounds", type=number(int, 2), default=7, help="measurements of each variant")
-    p.add_argument("--json", help="write the table there, with the machine's name")
+    p.add_argument("--json", type=destination, help="write the table there, with the machine's name")
     args = p.parse_args()
     for flag in "granularity", "layers", "kv":
         if args.routers and getattr(args, flag) is not None:

@@ -28,7 +28,7 @@ from scoring import TOKENS, Usage, answer, evaluate, perplexity
 from skipping import real_tokens
 from support import parallel
 from support.batches import Batch, batches, pack
-from support.cli import common_arguments, number, numbers
+from support.cli import common_arguments, destination, number, numbers
 from support.data import DEFAULT_DATA, HELD_OUT, PLAIN_PIECE, PLAIN_PROMPT, read_samples
 from support.files import InputError, check_destinations, write_file
 from support.machine import device_and_dtype
@@ -260,8 +260,8 @@ def parse_arguments():
     p.add_argument("--tasks", help=f"comma-separated, of {', '.join(TASKS)} (default: all of --data-dir)")
     p.add_argument("--data-dir", help="folder with <task>/<split>.jsonl (default: fetch from the hub)")
     p.add_argument("--text", help="perplexity of this file: any that train_router.py --data reads")
-    p.add_argument("--piece", type=number(int, PLAIN_PROMPT + 1), default=PLAIN_PIECE,
-                   help="tokens of the pieces of plain text, of which the first 64 are not scored")
+    p.add_argument("--piece", type=number(int, PLAIN_PROMPT + 1),
+                   help=f"tokens per piece of plain text (default: {PLAIN_PIECE}), the first 64 not scored")
     p.add_argument("--last", type=count, help="only so many samples at the end of --text")
     p.add_argument("--limit", type=count, help="only so many lines at the beginning of each task")
     p.add_argument("--num-fewshot", type=number(int, 0),
@@ -269,15 +269,16 @@ def parse_arguments():
     p.add_argument("--static", type=numbers(int, 1), default=[], metavar="N",
                    help="also without the N attentions whose removal does least harm; one N or several."
                         " To choose them takes minutes on a CPU")
-    p.add_argument("--static-data", default=str(DEFAULT_DATA), help="the text they are chosen on")
+    p.add_argument("--static-data", help="the text they are chosen on (default: data/instructions.jsonl)")
     p.add_argument("--shuffled", action="store_true",
                    help="also with each layer's decisions shuffled, but where answers are written")
     p.add_argument("--tokens", type=count,
                    help="tokens per batch (default: 512 on a CPU, 16384 on CUDA; 8192 and 65536 where answers"
                         " are written)")
-    p.add_argument("--json", help="write every log-likelihood and answer, and how often each layer ran")
+    p.add_argument("--json", type=destination,
+                   help="write every log-likelihood and answer, and how often each layer ran")
     args = p.parse_args()
-    check_destinations(args.json, read=(args.routers, args.text, args.static_data, args.model))
+    check_destinations(args.json, read=(args.routers, args.text, args.static_data, args.model, args.data_dir))
     if (args.shuffled or args.capacity != [None]) and not args.routers:
         raise InputError("--shuffled and --capacity need --routers, whose decisions they change")
     if args.shuffled and len(args.capacity) > 1:
@@ -288,6 +289,11 @@ def parse_arguments():
               " benchmark.\n")
     there = tasks_in(args.data_dir) if args.data_dir else []
     args.tasks = list(dict.fromkeys(args.tasks.split(","))) if args.tasks else there
+    for flag, other in (("last", "text"), ("piece", "text"), ("static_data", "static"), ("limit", "tasks"),
+                        ("num_fewshot", "tasks")):
+        if getattr(args, flag) is not None and not getattr(args, other):
+            raise InputError(f"--{flag.replace('_', '-')}: only with --{other}; leave it out, or give both")
+    args.piece, args.static_data = args.piece or PLAIN_PIECE, args.static_data or str(DEFAULT_DATA)
     for name in args.tasks:
         if name not in TASKS:
             raise InputError(f"--tasks: there is no {name!r}; choose from {', '.join(TASKS)}")

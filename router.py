@@ -17,7 +17,7 @@ gradients reach w and b. `model.eval()` skips what is closed, wherever that save
     mlp_token         the MLP, for one token              (it has none)
 
 (*) With kv="open" not computed, not stored: a closed token takes no part, as in Mixture of Depths.
-A step of several rows, or in a CUDA graph, may compute what is closed all the same: see skipping.py.
+Where that is faster, what is closed is computed all the same, and dropped: see skipping.py.
 The gate of a sequence reads its prompt's mean (pool="all": the whole text's), and holds from then on.
 """
 import json

@@ -95,6 +95,8 @@ def main():
     args = p.parse_args()
     if args.capacity is not None and not args.routers:
         raise InputError("--capacity needs --routers, whose decisions it changes")
+    if args.top_k and not args.temperature:
+        raise InputError("--top-k: at --temperature 0 the likeliest token is taken; give a temperature, too")
     device, dtype = device_and_dtype(args.device, args.dtype)
     tok = Tokenizer.from_pretrained(args.model)
     model = Llama.from_pretrained(args.model, device, dtype)

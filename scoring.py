@@ -104,14 +104,11 @@ def answer(name, questions, model, tok, tokens, usages):
     if task.stop:
         return write(questions, task.stop, model, tok, tokens or WRITTEN_TOKENS[device], usages)
     values, n_cut, n_tokens = log_likelihoods(model, questions, tok, tokens or TOKENS[device], usages)
-    return Scores(questions, values, task.norm), n_tokens, "; ".join(cut_notes(n_cut, model))
+    return Scores(questions, values, task.norm), n_tokens, cut_note(n_cut, model.config.max_context)
 
 
-def cut_notes(n_cut, model):
-    if not n_cut:
-        return []
-    return [f"{n_cut} contexts were longer than the model's {model.config.max_context} tokens and lost their"
-            " beginnings"]
+def cut_note(n_cut, most):
+    return f"{n_cut} contexts were longer than {most} tokens and lost their beginnings" if n_cut else ""
 
 
 # --------------------------------------------------------------------------------- log-likelihoods of choices
@@ -258,7 +255,7 @@ def log_likelihoods(model, questions, tok, budget, usages):
     tokens, *values = parallel.summed(tokens, *sum(out, []))              # each row was run by one process
     values = iter(values)
     out = [[next(values) for _ in choices] for choices in out]
-    return out, sum(row.cut for row in rows), tokens
+    return out, len({row.question for row in rows if row.cut}), tokens
 
 
 # -------------------------------------------------------------------------------------------- written answers
@@ -293,4 +290,5 @@ def write(questions, stop, model, tok, budget, usages):
     seconds = max(parallel.gathered([seconds]))
     n_cut, n_prompt_tokens = parallel.summed(n_cut, sum(len(ids) for _, ids in rows))
     scores = written.Scores(questions, answers, seconds, numbers)
-    return scores, n_prompt_tokens + scores.n_tokens, "; ".join([scores.note(), *cut_notes(n_cut, model)])
+    notes = scores.note(), cut_note(n_cut, model.config.max_context - written.LONGEST)
+    return scores, n_prompt_tokens + scores.n_tokens, "; ".join(filter(None, notes))

@@ -45,7 +45,7 @@ from router import (
 from scoring import evaluate, perplexity
 from support import parallel
 from support.batches import Batch, hold_out, mixture, pack
-from support.cli import check_reachable, common_arguments, number, numbers, parse_layers
+from support.cli import check_reachable, common_arguments, destination, number, numbers, parse_layers
 from support.data import DEFAULT_DATA, HELD_OUT, PLAIN_PIECE, PLAIN_PROMPT, read_samples
 from support.files import InputError
 from support.machine import device_and_dtype
@@ -167,8 +167,8 @@ def parse_arguments():
     p.add_argument("--granularity", default="attn_token", choices=GRANULARITIES)
     p.add_argument("--layers", default="all", help="which layers get a router: all, last:16, 2-29 or 3,5,9")
     p.add_argument("--capacity", type=float, default=0.8, help="overall: the share of sublayers that run")
-    p.add_argument("--out", default="out", help="folder of the routers, metrics.jsonl and the checkpoint; a"
-                                                " finished run there is replaced, one that is not is kept")
+    p.add_argument("--out", type=destination, default="out", help="folder of the routers, metrics.jsonl and"
+                   " the checkpoint; a finished run there is replaced, one that is not is kept")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--tokens", type=count, help="tokens per batch (default: the recipe's, or what fits)")
     p.add_argument("--accumulate", type=count, default=1, help="batches per step and process; not for paper")

@@ -235,8 +235,12 @@ def write_folder(folder, source, tensors):
     write_file(folder / "model.safetensors", safetensors_bytes(tensors, metadata={"format": "pt"}))
     if "json" in tokenizer:
         write_file(folder / "tokenizer.json", json.dumps(tokenizer["json"], ensure_ascii=False).encode())
+        unused = "tokenizer.model"
     else:
         write_file(folder / "tokenizer.model", Path(tokenizer["ranks"]).read_bytes())
+        unused = "tokenizer.json"
+    for left_over in unused, "chat_template.jinja", "special_tokens_map.json":      # of what was there before
+        (folder / left_over).unlink(missing_ok=True)
     write_file(folder / "generation_config.json", json.dumps(generation).encode())
     write_file(folder / "tokenizer_config.json", json.dumps(tokenizer["config"], indent=1).encode())
     write_file(folder / "config.json", json.dumps(source.config, indent=1).encode())  # last: it is whole
@@ -312,7 +316,7 @@ def fetch_smollm2():
     layout.
     """
     folder = cache_folder() / "smollm2-135m"
-    if (folder / "config.json").exists():
+    if os.path.exists(folder / "config.json"):          # False where the folder may not be searched
         return folder
     with locked(folder.with_suffix(".lock")):
         for temporary in folder.glob(".*.tmp"):         # of processes that were killed

@@ -85,7 +85,7 @@ def main():
         sys.exit(f"constant.py: say which script to run with this gate: {', '.join(SCRIPTS)}")
     script = sys.argv.pop(1)
     if script == "train_router":
-        sys.argv += ["--gate", "constant"]
+        sys.argv[1:1] = "--gate", "constant"
     eval_script.make_variants = partial(with_means, eval_script.make_variants)
     run_script(f"{script}.py", importlib.import_module(script).main)
 

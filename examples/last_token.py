@@ -37,5 +37,5 @@ if __name__ == "__main__":
         sys.exit("last_token.py: say which script to run with this gate: train_router, eval or sample")
     script = sys.argv.pop(1)
     if script == "train_router":
-        sys.argv += ["--gate", "last_token"]
+        sys.argv[1:1] = "--gate", "last_token"
     run_script(f"{script}.py", importlib.import_module(script).main)

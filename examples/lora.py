@@ -24,7 +24,7 @@ from model import Config, Llama  # noqa: E402
 from router import load_routers, mindskips, remove_routers, save_routers  # noqa: E402
 from scoring import evaluate, perplexity  # noqa: E402
 from support.batches import Batch, batches, hold_out, pack  # noqa: E402
-from support.cli import common_arguments, number  # noqa: E402
+from support.cli import common_arguments, destination, number  # noqa: E402
 from support.data import DEFAULT_DATA, HELD_OUT, read_samples  # noqa: E402
 from support.files import InputError  # noqa: E402
 from support.machine import device_and_dtype  # noqa: E402
@@ -105,7 +105,7 @@ def parse_arguments():
     p.add_argument("--steps", type=count, default=60)
     p.add_argument("--tokens", type=count, default=2048, help="per step")
     p.add_argument("--held-out", type=count, default=HELD_OUT, help="last samples of --data, for the table")
-    p.add_argument("--out", default="out/lora")
+    p.add_argument("--out", type=destination, default="out/lora")
     p.set_defaults(dtype="float32")                  # small updates would be lost in bfloat16's rounding
     return p.parse_args()
 

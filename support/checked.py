@@ -1,7 +1,7 @@
 """What comes out of files, checked: that it is there, its kind, its range. InputError says where not."""
 import json
 import math
-from pathlib import Path
+import os
 
 from safetensors import SafetensorError
 
@@ -75,7 +75,7 @@ def tensor_of(file, name, shape, where):
 
 def open_router_file(path):
     """(the open file, its metadata) of what router.save_routers wrote."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise InputError(f"{path}: is a folder; give the router file in it")
     file = open_safetensors(path, "train_router.py writes one")
     older = {"gate": "linear", "kv": "all", "calibration": "[]"}              # files that do not say these

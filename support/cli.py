@@ -1,6 +1,7 @@
 """The command line: flags that all scripts have, and what values flags take."""
 import argparse
 import math
+import os
 import sys
 
 from support.files import InputError
@@ -23,6 +24,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, say_once(f"{self.prog}: {message}\n"))
+
+
+def destination(path):
+    """A flag's path to write to; of --out=~/x the shell leaves the ~."""
+    return os.path.expanduser(path)
 
 
 def common_arguments(description):

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import reprlib
+import stat
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,8 @@ REQUIRED = object()
 FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
 LARGEST = torch.finfo(torch.float16).max     # no weight is larger: all models are run in float16 too
 LARGEST_ID = 2**31 - 1
+READ_OF_FOLDERS = ("*config.json", "*.index.json", "*.safetensors", "*.gguf", "tokenizer*", "*.jinja",
+                   "special_tokens_map.json", "*.jsonl")           # of a model's, or of tasks'
 
 
 def read_value(data, where, key, kind, default=REQUIRED, low=-math.inf, high=math.inf):
@@ -151,10 +155,10 @@ def write_file(path, data):
 
 
 def check_destinations(*paths, read=()):
-    """InputError, before the work, for a file that could not be written after it, or that is `read` by it.
-    None: no file."""
+    """InputError, before the work, for a file that could not be written after it, or that is `read` by it,
+    itself or as part of a folder. None: no file."""
     for path in filter(None, paths):
-        if os.path.realpath(path) in [os.path.realpath(source) for source in read if source]:
+        if any(is_of(path, source) for source in read if source):
             raise InputError(f"{path}: is read, and would be lost; name another place to write to")
         try:
             try_to_write(path)
@@ -162,14 +166,37 @@ def check_destinations(*paths, read=()):
             raise InputError(f"{path}: cannot be written ({reason(e)}); name another place") from None
 
 
+def is_of(path, source):
+    """Whether a path is a source that is read, or one of the files that are read of a folder."""
+    path, source = os.path.realpath(path), os.path.realpath(source)
+    if not os.path.isdir(source):
+        return path == source
+    inside = os.path.exists(path) and path.startswith(os.path.join(source, ""))
+    return inside and any(fnmatch(os.path.basename(path), name) for name in READ_OF_FOLDERS)
+
+
+def is_printed_to(path):
+    """Whether this process prints to this file."""
+    for stream in 1, 2:
+        with suppress(OSError):                                                # it is closed
+            if os.path.samestat(os.stat(path), os.fstat(stream)):
+                return True
+    return False
+
+
 def try_to_write(path):
-    """Nothing, or the OSError that write_file would meet; leaves nothing behind."""
+    """Nothing, or the OSError that write_file would meet; leaves nothing behind. Files are written more than
+    once, which a pipe does not take."""
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
     if os.path.exists(path) and not os.path.isfile(path):                      # a device or a pipe
+        if stat.S_ISFIFO(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe")
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, "permission denied")
         return
+    if os.path.isfile(path) and is_printed_to(path):
+        raise OSError(errno.EINVAL, "the tables are printed there")
     path = os.path.realpath(path)
     longest = max(len(os.fsencode(part)) for part in path.split(os.sep))
     if longest > 240 or len(path) > 4000:                                      # with room for ".PID.tmp"
@@ -204,7 +231,8 @@ def locked(path):
         file = open(path, "ab")
         lock(file)
     except OSError as e:
-        raise InputError(f"{path}: cannot be locked ({reason(e)})") from None
+        raise InputError(f"{path}: cannot be locked ({reason(e)}); set XDG_CACHE_HOME to a folder of yours") \
+            from None
     with file:
         yield
 

@@ -47,14 +47,16 @@ def tokens_that_fit(model, first_trained, most, chunk, all_train=False):
 
 
 def rows_that_fit(model, most, n_tokens):
-    """At most `most` rows of a generation, fewer where the GPU's free memory does not hold the keys and
-    values of so many, n_tokens long: three times, since a captured step has a cache of its own, and that of
-    the groups before, of more rows, is kept."""
+    """At most `most` rows of a generation, fewer where the free memory does not hold the keys and values of
+    so many, n_tokens long: on CUDA three times, since a captured step has a cache of its own, and that of the
+    groups before, of more rows, is kept."""
     config, weight = model.config, model.embed.weight
-    if weight.device.type != "cuda":
+    free = free_bytes(weight.device)
+    if free is None:
         return most
-    row_bytes = 3 * 2 * config.n_layer * config.n_kv_head * config.head_dim * n_tokens * weight.itemsize
-    return max(1, min(most, int(SHARE * free_bytes(weight.device) / row_bytes)))
+    copies = 3 if weight.device.type == "cuda" else 1
+    row_bytes = copies * 2 * config.n_layer * config.n_kv_head * config.head_dim * n_tokens * weight.itemsize
+    return max(1, min(most, int(SHARE * free / row_bytes)))
 
 
 def weight_bytes(config, dtype):

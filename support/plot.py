@@ -15,7 +15,7 @@ import math
 from itertools import cycle
 from pathlib import Path
 
-from support.cli import Parser
+from support.cli import Parser, destination
 from support.files import InputError, check_destinations, write_file
 from support.measurements import (
     equal_kl_table,
@@ -141,7 +141,7 @@ def new_figure(width, height=4.5):
 def main():
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("files", nargs="+", help="metrics.jsonl of runs, what eval.py and bench.py --json wrote")
-    p.add_argument("--out", default="pictures", help="folder for the pictures")
+    p.add_argument("--out", type=destination, default="pictures", help="folder for the pictures")
     args = p.parse_args()
     drawings = {f"{draw.__name__}.png": draw for draw in (curves, kl, accuracy, keep)}
     new_figure(8)                                    # without matplotlib it ends here

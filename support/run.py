@@ -28,7 +28,7 @@ SAME_ON_RESUME = ("model", "dtype", "seed", "data", "data_weights", "piece", "in
 def check_output(model, out, init=None):
     """Refuse a folder `out` that cannot be written, or in which a run would write over what it reads: its
     model, or the router file that it begins with."""
-    target = Path(os.path.realpath(os.path.expanduser(out)))
+    target = Path(os.path.realpath(out))
     source = os.path.realpath(os.path.expanduser(model))
     if source in (str(target), os.path.realpath(target / "model")):
         raise InputError(f"--out {out}: the run would write over its model, {model}; choose another folder")

@@ -45,12 +45,15 @@ def drop_unwritable_streams():
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+NO_MEMORY = "allocate memory", "out of memory", "ALLOC_FAILED"      # as a CPU, CUDA and its libraries say it
+
+
 def lack_of_memory(error):
     """What to say of an error that means that memory is full, on whatever device; None of another."""
     from torch import OutOfMemoryError
     if isinstance(error, OutOfMemoryError):                              # CUDA's, which tells how much
         why = str(error).split(". ")[0]
-    elif isinstance(error, MemoryError) or "allocate memory" in str(error):          # a CPU's
+    elif isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         why = "out of memory"
     else:
         return None
@@ -82,6 +85,6 @@ def run_script(name, main):
             raise
         drop_unwritable_streams()
         if not isinstance(e, BrokenPipeError):
-            sys.exit(f"{name}: what it prints cannot be written ({e.strerror}); what it saved is whole")
+            sys.exit(f"{name}: cannot go on, or cannot print ({e.strerror}); what it saved is whole")
     finally:
         leave()

@@ -20,7 +20,7 @@ import train_router
 from scoring import perplexity
 from support import script
 from support.cli import number, numbers, parse_layers
-from support.files import check_destinations, write_file
+from support.files import check_destinations
 from weights import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -151,13 +151,40 @@ def test_a_file_that_is_read_is_not_written(main, flags, tiny, call, tmp_path, m
     assert (tmp_path / "a").read_text() == "kept"
 
 
-def test_a_pipe_is_written_to_as_it_is(tmp_path):
+def test_a_pipe_is_refused():
+    """Results are written more than once, the latest in place of the others."""
     there, here = os.pipe()
-    path = f"/dev/fd/{here}"
-    check_destinations(path)
-    write_file(path, b"text")
-    assert os.read(there, 9) == b"text"
+    with pytest.raises(InputError, match="it is a pipe"):
+        check_destinations(f"/dev/fd/{here}")
     os.close(there), os.close(here)
+
+
+def test_the_file_that_stdout_goes_to_is_refused(tmp_path):
+    """Renamed over it, the results would part it from what is printed."""
+    code = "from support.files import check_destinations; print('a table'); check_destinations('/dev/stdout')"
+    command = [sys.executable, "-c", code]
+    with open(tmp_path / "tables", "w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert "/dev/stdout: cannot be written (the tables are printed there)" in done.stderr
+    assert (tmp_path / "tables").read_text() == "a table\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "piqa/test.jsonl"])
+def test_what_is_read_of_a_folder_is_not_written(name, tmp_path):
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / name).write_text("kept")
+    (tmp_path / "scores.json").write_text("of before")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for folder in tmp_path, tmp_path / "link":
+        with pytest.raises(InputError, match="is read, and would be lost"):
+            check_destinations(tmp_path / name, read=[folder])
+        check_destinations(tmp_path / "scores.json", tmp_path / "new" / "config.json", read=[folder])
+
+
+def test_home_is_expanded_where_a_shell_does_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--json=~/scores.json"])
+    assert evaluation.parse_arguments().json == str(tmp_path / "scores.json")
 
 
 def test_destinations_that_will_do(tmp_path):
@@ -219,8 +246,10 @@ def test_a_full_gpu_is_told_in_a_sentence(capsys):
 
 @pytest.mark.parametrize("error", [
     MemoryError(), RuntimeError("unable to mmap 5 bytes: Cannot allocate memory (12)"),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes")])
-def test_a_cpu_without_memory_is_one_sentence(error, call):
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes"),
+    RuntimeError("CUDA error: out of memory"),                   # of a card that another process has filled
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
+def test_no_memory_is_one_sentence(error, call):
     def main():
         raise error
     status, said = call(main)

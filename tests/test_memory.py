@@ -12,7 +12,7 @@ import losses
 from model import Config, Context, Llama
 from recipe import DEFAULT
 from router import add_routers, mindskips
-from support import parallel
+from support import memory, parallel
 from support.batches import Batch
 from support.memory import rows_that_fit, step_bytes, tokens_that_fit
 
@@ -113,5 +113,9 @@ def test_what_pytorch_keeps_of_freed_memory_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * 2**30 - sum(reserved), 80 * 2**30))
     weight = SimpleNamespace(device=torch.device("cuda"), itemsize=2)
     on_card = SimpleNamespace(config=SHAPES["llama3-8b"], embed=SimpleNamespace(weight=weight))
-    row_bytes = 3 * 2 * 32 * 8 * 128 * 1000 * 2
-    assert rows_that_fit(on_card, 512, 1000) == int(0.8 * 40 * 2**30 / row_bytes)
+    row_bytes = 2 * 32 * 8 * 128 * 1000 * 2
+    assert rows_that_fit(on_card, 512, 1000) == int(0.8 * 40 * 2**30 / (3 * row_bytes))
+    weight.device = torch.device("cpu")
+    for free, rows in (8 * 2**30, int(0.8 * 8 * 2**30 / row_bytes)), (10, 1), (None, 512):
+        monkeypatch.setattr(memory, "linux_bytes", lambda key, file, free=free: free)
+        assert rows_that_fit(on_card, 512, 1000) == rows

@@ -219,6 +219,18 @@ def test_the_special_tokens_of_older_folders(token, config, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "again").eos_token_id == ours.eos_id
 
 
+def test_a_folder_that_is_replaced_keeps_no_tokenizer_of_before(tmp_path):
+    again, config = tmp_path / "again", {"tokenizer_class": "PreTrainedTokenizerFast"}
+    again.mkdir()
+    for name in "tokenizer.model", "chat_template.jinja", "special_tokens_map.json":
+        (again / name).write_text("of another model")
+    folder_with(tmp_path, json.loads(train_tokenizer().to_str()), config)
+    write_folder(again, open_checkpoint(tmp_path), {})
+    assert sorted(path.name for path in again.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json"]
+
+
 @pytest.mark.parametrize("value", [3, ["x"], {"content": 1}, {}])
 def test_special_tokens_that_are_no_text(value, tmp_path):
     folder_with(tmp_path, json.loads(train_tokenizer().to_str()))
