@@ -278,7 +278,6 @@ def parse_arguments():
     p.add_argument("--json", type=destination,
                    help="write every log-likelihood and answer, and how often each layer ran")
     args = p.parse_args()
-    check_destinations(args.json, read=(args.routers, args.text, args.static_data, args.model, args.data_dir))
     if (args.shuffled or args.capacity != [None]) and not args.routers:
         raise InputError("--shuffled and --capacity need --routers, whose decisions they change")
     if args.shuffled and len(args.capacity) > 1:
@@ -287,6 +286,7 @@ def parse_arguments():
         args.data_dir, args.text, args.last = str(QUESTIONS), str(DEFAULT_DATA), args.last or HELD_OUT
         print("No --tasks: a few questions written for this project, to see that all works. They are no"
               " benchmark.\n")
+    check_destinations(args.json, read=(args.routers, args.text, args.static_data, args.model, args.data_dir))
     there = tasks_in(args.data_dir) if args.data_dir else []
     args.tasks = list(dict.fromkeys(args.tasks.split(","))) if args.tasks else there
     for flag, other in (("last", "text"), ("piece", "text"), ("static_data", "static"), ("limit", "tasks"),

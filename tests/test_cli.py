@@ -181,6 +181,12 @@ def test_what_is_read_of_a_folder_is_not_written(name, tmp_path):
         check_destinations(tmp_path / "scores.json", tmp_path / "new" / "config.json", read=[folder])
 
 
+def test_the_default_questions_are_not_overwritten(call, tiny):
+    for file in evaluation.QUESTIONS / "piqa" / "validation.jsonl", evaluation.DEFAULT_DATA:
+        status, said = call(evaluation.main, "--model", tiny, "--json", file)
+        assert status == 1 and f"{file}: is read, and would be lost" in said
+
+
 def test_home_is_expanded_where_a_shell_does_not(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["eval.py", "--json=~/scores.json"])
