@@ -156,7 +156,8 @@ def peak_in_child(args, phase, batch, context, i):
         return None
     args = copy.copy(args)
     args.theirs = None
-    os.environ.update(PYTHONSAFEPATH="1", PYTHONPATH=str(Path(__file__).parent))  # what it imports is ours
+    folders = str(Path(__file__).parent), os.environ.get("PYTHONPATH")           # what it imports is ours
+    os.environ.update(PYTHONSAFEPATH="1", PYTHONPATH=os.pathsep.join(filter(None, folders)))
     start = multiprocessing.get_context("forkserver")
     start.set_forkserver_preload(["support.script", "losses"])                    # Ctrl-C without a traceback
     with ProcessPoolExecutor(1, start) as pool:

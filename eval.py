@@ -286,7 +286,8 @@ def parse_arguments():
         args.data_dir, args.text, args.last = str(QUESTIONS), str(DEFAULT_DATA), args.last or HELD_OUT
         print("No --tasks: a few questions written for this project, to see that all works. They are no"
               " benchmark.\n")
-    check_destinations(args.json, read=(args.routers, args.text, args.static_data, args.model, args.data_dir))
+    static_data = args.static_data or DEFAULT_DATA
+    check_destinations(args.json, read=(args.routers, args.text, static_data, args.model, args.data_dir))
     there = tasks_in(args.data_dir) if args.data_dir else []
     args.tasks = list(dict.fromkeys(args.tasks.split(","))) if args.tasks else there
     for flag, other in (("last", "text"), ("piece", "text"), ("static_data", "static"), ("limit", "tasks"),

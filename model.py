@@ -269,7 +269,7 @@ class Llama(nn.Module):
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        self.angles = self.cache = None     # see make_angles; of the last generation
+        self.angles = self.cache = None     # see make_angles; the Cache of the last generation
 
     def forward(self, idx, lengths=None, prompt_lengths=None):
         """Logits (B, T, V) of token ids (B, T) int64.

@@ -108,7 +108,7 @@ def answer(name, questions, model, tok, tokens, usages):
 
 
 def cut_note(n_cut, most):
-    return f"{n_cut} contexts were longer than {most} tokens and lost their beginnings" if n_cut else ""
+    return f"{n_cut} questions lost the beginnings of their contexts, to fit {most} tokens" if n_cut else ""
 
 
 # --------------------------------------------------------------------------------- log-likelihoods of choices
@@ -217,8 +217,8 @@ def score(model, rows, beginning, out):
 
 @torch.no_grad()
 def log_likelihoods(model, questions, tok, budget, usages):
-    """[[log-likelihood of each choice in nats] for each question], how many contexts were cut, and how many
-    tokens were run; what the gates did is added to usages."""
+    """[[log-likelihood of each choice in nats] for each question], how many questions had a context cut, and
+    how many tokens were run; what the gates did is added to usages."""
     model.eval()
     skips = mindskips(model).values()
     by_sequence = any(skip.scope == "sequence" for skip in skips)

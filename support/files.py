@@ -168,7 +168,7 @@ def check_destinations(*paths, read=()):
 
 def is_of(path, source):
     """Whether a path is a source that is read, or one of the files that are read of a folder."""
-    path, source = os.path.realpath(path), os.path.realpath(source)
+    path, source = os.path.realpath(path), os.path.realpath(os.path.expanduser(source))
     if not os.path.isdir(source):
         return path == source
     inside = os.path.exists(path) and path.startswith(os.path.join(source, ""))

@@ -49,12 +49,12 @@ def tokens_that_fit(model, first_trained, most, chunk, all_train=False):
 def rows_that_fit(model, most, n_tokens):
     """At most `most` rows of a generation, fewer where the free memory does not hold the keys and values of
     so many, n_tokens long: on CUDA three times, since a captured step has a cache of its own, and that of the
-    groups before, of more rows, is kept."""
+    groups before, of more rows, is kept; on a CPU once per process, since processes share the memory."""
     config, weight = model.config, model.embed.weight
     free = free_bytes(weight.device)
     if free is None:
         return most
-    copies = 3 if weight.device.type == "cuda" else 1
+    copies = 3 if weight.device.type == "cuda" else parallel.processes.world
     row_bytes = copies * 2 * config.n_layer * config.n_kv_head * config.head_dim * n_tokens * weight.itemsize
     return max(1, min(most, int(SHARE * free / row_bytes)))
 

@@ -85,6 +85,6 @@ def run_script(name, main):
             raise
         drop_unwritable_streams()
         if not isinstance(e, BrokenPipeError):
-            sys.exit(f"{name}: cannot go on, or cannot print ({e.strerror}); what it saved is whole")
+            sys.exit(f"{name}: the system refused to print or go on ({e.strerror}); what it saved is whole")
     finally:
         leave()

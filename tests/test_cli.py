@@ -69,7 +69,8 @@ def test_a_full_disk_behind_stdout_is_one_sentence(unbuffered):
     command = f'"{sys.executable}" -c "{SCRIPT.format("print(1)")}" >/dev/full'
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT,
                           env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
-    assert done.returncode == 1 and is_one_sentence(done.stderr) and "No space left" in done.stderr
+    assert done.returncode == 1 and is_one_sentence(done.stderr)
+    assert "refused to print or go on (No space left" in done.stderr
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
@@ -170,12 +171,13 @@ def test_the_file_that_stdout_goes_to_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "piqa/test.jsonl"])
-def test_what_is_read_of_a_folder_is_not_written(name, tmp_path):
+def test_what_is_read_of_a_folder_is_not_written(name, tmp_path, monkeypatch):
     (tmp_path / "piqa").mkdir()
     (tmp_path / name).write_text("kept")
     (tmp_path / "scores.json").write_text("of before")
     (tmp_path / "link").symlink_to(tmp_path)
-    for folder in tmp_path, tmp_path / "link":
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in tmp_path, tmp_path / "link", "~":
         with pytest.raises(InputError, match="is read, and would be lost"):
             check_destinations(tmp_path / name, read=[folder])
         check_destinations(tmp_path / "scores.json", tmp_path / "new" / "config.json", read=[folder])
@@ -185,6 +187,8 @@ def test_the_default_questions_are_not_overwritten(call, tiny):
     for file in evaluation.QUESTIONS / "piqa" / "validation.jsonl", evaluation.DEFAULT_DATA:
         status, said = call(evaluation.main, "--model", tiny, "--json", file)
         assert status == 1 and f"{file}: is read, and would be lost" in said
+    status, said = call(evaluation.main, "--model", tiny, "--text", __file__, "--static", 1, "--json", file)
+    assert status == 1 and f"{file}: is read, and would be lost" in said
 
 
 def test_home_is_expanded_where_a_shell_does_not(tmp_path, monkeypatch):

@@ -119,3 +119,6 @@ def test_what_pytorch_keeps_of_freed_memory_is_free(monkeypatch):
     for free, rows in (8 * 2**30, int(0.8 * 8 * 2**30 / row_bytes)), (10, 1), (None, 512):
         monkeypatch.setattr(memory, "linux_bytes", lambda key, file, free=free: free)
         assert rows_that_fit(on_card, 512, 1000) == rows
+    monkeypatch.setattr(memory, "linux_bytes", lambda key, file: 8 * 2**30)
+    monkeypatch.setitem(vars(parallel.processes), "world", 2)                # which share the memory
+    assert rows_that_fit(on_card, 512, 1000) == int(0.8 * 4 * 2**30 / row_bytes)
