@@ -21,6 +21,7 @@ scores are computed all the same. With it each round reads texts of its own, and
 from support.script import run_script  # isort: skip (before torch, see there)
 
 import copy
+import functools
 import json
 import math
 import multiprocessing
@@ -149,6 +150,16 @@ def interval(values):
 
 
 # ----------------------------------------------------------------------------------------------------- memory
+@functools.cache
+def forkserver():
+    """What starts processes from one that has imported torch; what it imports lies beside this file."""
+    folders = str(Path(__file__).parent), os.environ.get("PYTHONPATH")
+    os.environ.update(PYTHONSAFEPATH="1", PYTHONPATH=os.pathsep.join(filter(None, folders)))
+    start = multiprocessing.get_context("forkserver")
+    start.set_forkserver_preload(["support.script", "losses"])           # in this order: Ctrl-C says nothing
+    return start
+
+
 def peak_in_child(args, phase, batch, context, i):
     """Peak memory in bytes of variant i in a process of its own, weights included; None where the system does
     not tell, or has too little for a second model."""
@@ -156,11 +167,7 @@ def peak_in_child(args, phase, batch, context, i):
         return None
     args = copy.copy(args)
     args.theirs = None
-    folders = str(Path(__file__).parent), os.environ.get("PYTHONPATH")           # what it imports is ours
-    os.environ.update(PYTHONSAFEPATH="1", PYTHONPATH=os.pathsep.join(filter(None, folders)))
-    start = multiprocessing.get_context("forkserver")
-    start.set_forkserver_preload(["support.script", "losses"])                    # Ctrl-C without a traceback
-    with ProcessPoolExecutor(1, start) as pool:
+    with ProcessPoolExecutor(1, forkserver()) as pool:
         try:
             return pool.submit(peak_here, args, phase, batch, context, i).result()
         except BrokenProcessPool:                           # the system killed it
