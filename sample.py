@@ -87,7 +87,7 @@ def main():
     p.add_argument("--routers", help="a file that train_router.py wrote")
     p.add_argument("--capacity", type=number(float, 0, 1),
                    help="overall; default: what the routers were tuned for")
-    p.add_argument("--max-new-tokens", type=int, default=80)
+    p.add_argument("--max-new-tokens", type=number(int, 1), default=80)
     p.add_argument("--temperature", type=number(float, 0, 1e6), default=0.0,
                    help="0: always the likeliest token")
     p.add_argument("--top-k", type=number(int, 1))
@@ -108,7 +108,7 @@ def main():
     else:
         ids, _ = tok.encode_chat([{"role": "user", "content": args.prompt}])
     if not ids:
-        raise InputError("the prompt is empty; give at least one token")
+        raise InputError("the prompt is empty; give some text")
     ids = torch.tensor([ids], dtype=torch.int64, device=device)
 
     print(f"{args.prompt}\n\n--- dense")

@@ -166,7 +166,8 @@ def parse_arguments():
     p.add_argument("--init", metavar="FILE", help="begin with the routers of this file")
     p.add_argument("--granularity", default="attn_token", choices=GRANULARITIES)
     p.add_argument("--layers", default="all", help="which layers get a router: all, last:16, 2-29 or 3,5,9")
-    p.add_argument("--capacity", type=float, default=0.8, help="overall: the share of sublayers that run")
+    p.add_argument("--capacity", type=number(float, 0.001, 1), default=0.8,
+                   help="overall: the share of sublayers that run")
     p.add_argument("--out", type=destination, default="out", help="folder of the routers, metrics.jsonl and"
                    " the checkpoint; a finished run there is replaced, one that is not is kept")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -229,11 +230,9 @@ def make_recipe(args, n_samples, model):
 
 
 def check_capacity(args, recipe, n_layer):
-    """Refuse an impossible capacity before the tuning, and one that the recipe aims at but cannot have."""
+    """Refuse, before the tuning, a capacity that the recipe aims at but cannot have."""
     penalizes_excess = recipe.penalty and recipe.regularizer is excess_penalty
     has_target = recipe.method == "harm" or recipe.calibrates or recipe.moves_penalty or penalizes_excess
-    if not 0 < args.capacity <= 1:
-        raise InputError(f"--capacity should be above 0 and at most 1; it is {args.capacity}")
     if has_target:
         check_reachable(args.capacity, len(parse_layers(args.layers, n_layer)), n_layer)
 
@@ -309,9 +308,9 @@ def main():
     settings["--init of hash"] = file_hash(args.init) if args.init else "none"
     parallel.check_enough(len(train_set), " ".join(args.data), "samples to tune on")
     parallel.check_same(settings)
+    place_routers(model, recipe, args)
     run = Run(args, settings, save)
     text_path = own_text_file(args.model, args.seed, settings["weights of hash"])
-    place_routers(model, recipe, args)
     if args.shard:
         parallel.shard(model)
     own_ids, own_samples = own_text(model, recipe, train_set, args.seed, text_path, run, args.piece)
@@ -329,10 +328,11 @@ def main():
         tune(model, source, recipe, args.capacity, run, len(by_kind), teacher)
 
     calibration = []
-    if recipe.calibrates:
-        calibration = calibrate(model, train_set, own_ids, args.capacity, 2 * args.tokens)
-    batches = (Batch.of(group, device) for group in pack(test_set, 2 * args.tokens))
-    result = evaluate(model, batches, teacher)
+    with run.tuned():
+        if recipe.calibrates:
+            calibration = calibrate(model, train_set, own_ids, args.capacity, 2 * args.tokens)
+        batches = (Batch.of(group, device) for group in pack(test_set, 2 * args.tokens))
+        result = evaluate(model, batches, teacher)
     run.check_finite(run.n_steps, result["loss"] + result["kl"])
     if not parallel.is_first():
         return

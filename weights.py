@@ -132,6 +132,8 @@ class Folder(Checkpoint):
         for file in self.files:
             if file.endswith(".gguf"):
                 raise InputError(f"{self.path}: has no config.json; give the file itself, {self.path / file}")
+        if not weights:
+            raise InputError(f"{self.path}: holds no model; give a folder with config.json and *.safetensors")
 
     def refuse_quantized(self):
         method = None

@@ -184,6 +184,9 @@ class Run:
                 raise InputError(f"--resume: {self.path} was made with {what} {saved[what]}, now it is"
                                  f" {value}; give the same, or another --out to start afresh")
         self.start = number_of(meta["step"], 1, self.n_steps, f"{self.path}: its step", int)
+        if self.is_finished() and parallel.is_first():
+            print(f"--resume: the run in {self.out} has finished; what follows its last step is done again",
+                  file=sys.stderr)
 
     def tensor(self, name, shape):
         """A tensor of the checkpoint, checked: see tensor_of."""
@@ -241,6 +244,16 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def tuned(self):
+        """Within it what follows the last step is done; there Ctrl-C says how to go on."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if parallel.is_first():
+                print("\nstopped after the last step; --resume goes on", file=sys.stderr)
+            sys.exit(130)
 
     def check_finite(self, step, loss):
         if not math.isfinite(loss):

@@ -72,7 +72,7 @@ def test_any_of_several_ends_ends_a_text(tiny, tmp_path, call):
 
 
 @pytest.mark.parametrize("arguments, named", [
-    (["", "--plain"], "empty"), (["hi", "--max-new-tokens", 0], "max_new_tokens"),
+    (["", "--plain"], "empty"), (["hi", "--max-new-tokens", 0], "--max-new-tokens"),
     (["hi", "--max-new-tokens", 600], "context of 512"), (["hi", "--temperature", -1], "--temperature"),
     (["hi", "--top-k", 0], "--top-k"), (["hi", "--top-k", 5], "give a temperature, too"),
     (["hi", "--routers", "a" * 300], "missing"),

@@ -30,9 +30,11 @@ def folder(tiny, tmp_path):
     return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
-def test_no_such_model():
+def test_no_such_model(tmp_path):
     with pytest.raises(InputError, match="nowhere: no such model"):
         Llama.from_pretrained("nowhere")
+    with pytest.raises(InputError, match="holds no model; give a folder with config.json"):
+        Llama.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
