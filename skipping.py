@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -184,7 +185,7 @@ def run_single(skip, x, ctx):
     token = x.flatten().float()                                          # (C,)
     rms = root_mean_square(token, eps)
     score = 0.5 + 0.5 * math.tanh(logit(token, rms) / 2)                 # sigmoid, without overflow
-    is_open = score >= skip.threshold
+    is_open = bool(np.float32(score) >= np.float32(skip.threshold))      # as tensors are compared
     if skip.override:
         is_open = bool(skip.override(torch.tensor([[score]]), ctx) >= skip.threshold)
     if skip.trace is not None:

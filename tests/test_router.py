@@ -4,6 +4,7 @@ import gc
 import math
 import pickle
 import weakref
+from itertools import product
 
 import numpy as np
 import pytest
@@ -567,9 +568,12 @@ def test_a_score_that_is_the_threshold_is_open_everywhere(tiny):
     model = add_routers(Llama.from_pretrained(tiny), threshold=0.7)
     for skip in mindskips(model).values():
         skip.override = lambda score, ctx: torch.full_like(score, 0.7)
-    for rows in 1, 2:
-        model.generate(tokens()[:rows], 4)
-        assert capacity(model) == 1
+    saturated = add_routers(Llama.from_pretrained(tiny), threshold=1.0)      # to float32 sigmoid(20) is 1
+    for skip in mindskips(saturated).values():
+        skip.router.bias.data.fill_(20)
+    for routed, rows in product((model, saturated), (1, 2)):
+        routed.generate(tokens()[:rows], 4)
+        assert capacity(routed) == 1
 
 
 def test_a_gate_that_merges_is_for_tokens_and_replaces_nothing(tiny, monkeypatch):
