@@ -11,6 +11,7 @@ scoring.py computes the answers.
 """
 from support.script import run_script  # isort: skip (before torch, see there)
 
+import hashlib
 import json
 import math
 import os
@@ -100,8 +101,7 @@ def make_variants(model, tok, args, device):
         settings["routers of hash"] = args.routers_entry["hash"]
     parallel.check_same(settings)
     if args.static:
-        if max(args.static) > model.config.n_layer:
-            n_layer = model.config.n_layer
+        if max(args.static) > (n_layer := model.config.n_layer):
             raise InputError(f"--static {max(args.static)}: this model has {n_layer} layers; give fewer")
         samples, _ = read_samples(args.static_data, tok, min(STATIC_TOKENS, model.config.max_context))
         if not samples:
@@ -207,26 +207,30 @@ def run_task(name, questions, shots, setters, results, model, tok, args):
     return n_tokens
 
 
-def show_average(scores):
-    """The paper's average over those of its tasks that were run; scores: {variant: {task: scores}}."""
+def show_averages(scores):
+    """The paper's average over those of its tasks that were run, then that over all their questions; scores:
+    {variant: {task: scores}}."""
     tasks = [name for name in scores["dense"] if TASKS[name].paper]
     if len(tasks) < 2:
         return
-    for variant in scores:
-        percent = 100 * sum(float(scores[variant][name].right.mean()) for name in tasks) / len(tasks)
-        line = f"{f'average of {len(tasks)} of the paper':26} {variant:21}{percent:7.1f}"
-        if variant != "dense":
-            differences = [scores[variant][name].right - scores["dense"][name].right for name in tasks]
-            difference = 100 * sum(float(d.mean()) for d in differences) / len(tasks)
-            interval = 100 * 1.96 * math.sqrt(sum(standard_error(d) ** 2 for d in differences)) / len(tasks)
-            line += f"{'':6}{difference:+9.1f}{plus_minus(interval, 5)}"
-        print(line)
+    sizes = [len(scores["dense"][name].right) for name in tasks]
+    for what, weights in ((f"average of {len(tasks)} of the paper", [100 / len(tasks)] * len(tasks)),
+                          (f"of their {sum(sizes):,} questions", [100 * n / sum(sizes) for n in sizes])):
+        for variant in scores:
+            right = [scores[variant][name].right for name in tasks]
+            line = f"{what:26} {variant:21}{sum(w * float(r.mean()) for w, r in zip(weights, right)):7.1f}"
+            if variant != "dense":
+                changes = [r - scores["dense"][name].right for r, name in zip(right, tasks)]
+                difference = sum(w * float(c.mean()) for w, c in zip(weights, changes))
+                error = math.hypot(*(w * standard_error(c) for w, c in zip(weights, changes)))
+                line += f"{'':6}{difference:+9.1f}{plus_minus(1.96 * error, 5)}"
+            print(line)
 
 
 def run_text(path, samples, setters, results, model, args, device):
     """Perplexity of a text with every variant, and KL to the dense model."""
     print(f"\n{'text, tokens':>20} {'variant':12}{'loss':>9}{'perplexity':>12}{'KL to dense':>13}"
-          f"{'capacity':>10}{'routed':>8}")
+          f"{'capacity':>10}{'routed':>8}{'of answers':>12}")
     for variant, set_up in setters.items():
         set_up()
         groups = pack(samples, args.tokens or TOKENS[device.type])
@@ -235,7 +239,7 @@ def run_text(path, samples, setters, results, model, args, device):
         results[variant].text = {"file": path} | r
         results[variant].keep[path] = r["keep"]
         print(f"{r['tokens']:20,} {variant:12}{r['loss']:9.4f}{perplexity(r['loss']):>12}{r['kl']:13.4f}"
-              f"{r['capacity']:10.3f}{routed_capacity(r, variant)}", flush=True)
+              f"{r['capacity']:10.3f}{routed_capacity(r, variant)}{r['answer_capacity']:12.3f}", flush=True)
 
 
 def tasks_in(data_dir):
@@ -318,6 +322,7 @@ def main():
         parallel.check_enough(len(questions), name, "questions")
     if args.text:
         parallel.check_enough(len(samples), args.text, "samples")
+    parallel.check_same({"data of hash": hashlib.sha256(repr((tasks, samples)).encode()).hexdigest()[:16]})
     unshuffled = setters = make_variants(model, tok, args, device)
     if args.shuffled:
         setters = with_shuffled(setters, model, args.seed)
@@ -329,15 +334,13 @@ def main():
               f"{'diff.':>9}{'95 %':>7}{'changed':>9}{'KL':>10}{'capacity':>9}{'routed':>8}"
               f"{'seconds':>9}")
     for name, (questions, shots) in tasks.items():
-        is_written = bool(TASKS[name].stop)          # other gates write more or fewer tokens: none to deal to
-        chosen = unshuffled if is_written else setters
+        chosen = unshuffled if TASKS[name].stop else setters      # written tokens vary in number
         tokens += run_task(name, questions, shots, chosen, results, model, tok, args)
         save(results, args)
-    show_average({variant: result.tasks for variant, result in results.items()})
+    show_averages({variant: result.tasks for variant, result in results.items()})
     if samples:
         run_text(args.text, samples, setters, results, model, args, device)
-        n_passes = 2 * len(setters) - 1              # a dense one beside each but the dense one
-        tokens += n_passes * sum(len(s.ids) for s in samples)
+        tokens += (2 * len(setters) - 1) * sum(len(s.ids) for s in samples)       # a dense pass beside each
         save(results, args)
     seconds = time.perf_counter() - start
     print(f"\n{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} per second")

@@ -27,7 +27,6 @@ def measure(model, batch):
     """
     skips = mindskips(model)
     ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
-    row = batch.scored.nonzero()[:, 0]                                        # (N,), each token's sequence
     with dense(model):
         x = run_layers(model.layers, model.embed(batch.idx), ctx)
         x = x[batch.scored]                                                   # (N, C)
@@ -37,7 +36,9 @@ def measure(model, batch):
         x = x[batch.scored]
         token_kl = torch.cat([kl(log_probabilities(model, x[chunk]), batch.targets[chunk], chunk_log_p)
                               for chunk, chunk_log_p in zip(chunks(x), log_p)])
-        return token_kl.new_zeros(len(batch.idx)).index_add_(0, row, token_kl)
+        of_all = token_kl.new_zeros(batch.scored.shape)                       # (B, T), 0 where none is scored
+        of_all[batch.scored] = token_kl
+        return of_all.sum(1)
 
     inputs = []
     hooks = [skip.router.register_forward_pre_hook(lambda router, args: inputs.append(args[0]))

@@ -5,7 +5,7 @@ import os
 import sys
 
 from support.files import InputError
-from support.parallel import say_once
+from support.parallel import processes, say_once
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +32,11 @@ def destination(path):
 
 
 def common_arguments(description):
-    """A parser with the flags that every script has."""
+    """A parser with the flags that every script has. A script that shares its work has called parallel.start
+    before."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if "TORCHELASTIC_RUN_ID" in os.environ and started != processes.world:
+        raise InputError(f"torchrun started {started} processes, and this script is for one; leave it out")
     parser = Parser(description=description.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m",
                         help="smollm2-135m, a Hugging Face folder, a .gguf file or a hub id")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import recipe
+import sample
 from model import Llama
 from router import add_routers, save_routers
 from support.parallel import LOST
@@ -159,6 +160,8 @@ def test_two_processes_do_what_one_does(arguments, tiny, call, tmp_path):
     for rank in 0, 1:
         model = open_gates_at_random(add_routers(Llama.from_pretrained(tiny), "attn_token", "1-3"))
         save_routers(model, tmp_path / str(rank) / "mine")
+        lines = arguments[3].read_text().splitlines(keepends=True)
+        (tmp_path / str(rank) / "mine.jsonl").write_text("".join(lines[:8][::1 - 2 * rank]))
     model = ["--model", tiny, "--device", "cpu", "--dtype", "float32"]
     scores = [*model, "--routers", routers, *questions, "--text", arguments[3], "--last", 9, "--tokens", 200,
               "--json"]
@@ -185,6 +188,7 @@ def test_two_processes_do_what_one_does(arguments, tiny, call, tmp_path):
         "few samples": ("train_router.py", [*tuning, "--data", few]),
         "few questions": ("eval.py", [*model, "--tasks", "piqa", "--data-dir", QUESTIONS, "--limit", 1]),
         "two files": ("eval.py", [*model, "--routers", "mine", *questions]),
+        "two texts": ("eval.py", [*model, "--text", "mine.jsonl"]),
         "all weights": ("train_router.py", [*tuning, "--shard", "--train", "all"]),
         "parser": ("train_router.py", [*tuning, "--steps", 0]),
     }
@@ -203,6 +207,7 @@ def test_two_processes_do_what_one_does(arguments, tiny, call, tmp_path):
     one, two = (numbers(without_times(tmp_path / f"{name}.json")) for name in ("one", "two"))
     assert two[1] == one[1] and two[0] == pytest.approx(one[0], abs=1e-4)
     for name, words in {"few samples": "at most 1", "few questions": "at most 1", "two files": "routers of",
+                        "two texts": "data of hash",
                         "all weights": "--train all"}.items():
         assert sorted(map(type, ends[name]), key=str) == [int, str], name             # only one has spoken
         sentence, = (end for end in ends[name] if end != 1)
@@ -227,6 +232,14 @@ def test_a_killed_process_ends_the_other(arguments, tmp_path):
     ours = [line for line in said.splitlines() if line.startswith("train_router.py: ")]
     assert run.returncode == 1 and ours == [f"train_router.py: {LOST}"]
     assert "gloo" not in said
+
+
+def test_a_script_for_one_process_refuses_several(tiny, call, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for started, status in ("2", 1), ("1", 0):
+        monkeypatch.setenv("WORLD_SIZE", started)
+        ended, said = call(sample.main, "hi", "--model", tiny, "--max-new-tokens", 1)
+        assert ended == status and (status == 0 or is_one_sentence(said) and "for one" in said)
 
 
 def test_one_process_has_no_parts(arguments, call):
