@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from support.attention import additive_mask, attention, store
-from support.cuda import fused
+from support.cuda import fused, to_device
 from support.data import PLAIN_PROMPT
 from support.files import InputError, read_list, read_value
 from support.graph import stepper
@@ -290,23 +290,27 @@ class Llama(nn.Module):
                              " shorten the text")
         if B == 0 or T == 0:
             raise InputError("the prompt is empty; give at least one token")
-        outside = idx[(idx < 0) | (idx >= self.config.vocab_size)]
-        if len(outside):
-            raise InputError(f"token id {int(outside[0])} is not in the model's vocabulary of"
-                             f" {self.config.vocab_size}; is this tokenizer the model's own?")
-        lengths = row_lengths([T] * B if lengths is None else lengths, "lengths", B, T, idx.device)
+        lengths = one_per_row([T] * B if lengths is None else lengths, "lengths", idx)
         if prompt_lengths is None:
             prompt_lengths = lengths.clamp(max=PLAIN_PROMPT)      # its beginning stands in for a prompt
-        else:
-            prompt_lengths = row_lengths(prompt_lengths, "prompt_lengths", B, lengths, idx.device)
+        prompt_lengths = one_per_row(prompt_lengths, "prompt_lengths", idx)
+        # all that the host has to know, in one wait for the device
+        low, high, *host = torch.cat((torch.stack(idx.aminmax()), lengths, prompt_lengths)).tolist()
+        host_lengths, host_prompts = host[:B], host[B:]
+        if low < 0 or high >= self.config.vocab_size:
+            raise InputError(f"token id {low if low < 0 else high} is not in the model's vocabulary of"
+                             f" {self.config.vocab_size}; is this tokenizer the model's own?")
+        if any(not 1 <= prompt <= n <= T for prompt, n in zip(host_prompts, host_lengths)):
+            raise InputError(f"lengths {host_lengths} and prompt_lengths {host_prompts}: should be from 1 to"
+                             f" {T}, and no prompt longer than its row")
         window, mask = self.config.sliding_window, None
         if window and T > window:
             t = torch.arange(T, device=idx.device)
             age = t[:, None] - t                                              # (T, T), query minus key
             mask = additive_mask((age >= 0) & (age < window), self.embed.weight.dtype)[None, None]
         cos, sin = self.angles_of(slice(0, T), T)
-        return Context(cos=cos, sin=sin, lengths=lengths, host_lengths=lengths.tolist(), mask=mask,
-                       prompt_lengths=prompt_lengths, longest_prompt=int(prompt_lengths.max()), cache=cache)
+        return Context(cos=cos, sin=sin, lengths=lengths, host_lengths=host_lengths, mask=mask,
+                       prompt_lengths=prompt_lengths, longest_prompt=max(host_prompts), cache=cache)
 
     def step(self, token, ctx):
         """The residual stream (B, C) of one more token per row, token (B,)."""
@@ -316,7 +320,7 @@ class Llama(nn.Module):
         """The Context of a step that continues `cache` by one token per row, at `positions` (a list)."""
         end, B, window = max(positions) + 1, len(positions), self.config.sliding_window
         if min(positions) != max(positions) or (window and end > window):
-            positions = torch.tensor(positions, device=self.embed.weight.device)
+            positions = to_device(torch.tensor(positions), self.embed.weight.device)
             return self.ragged_context(cache, positions, end)
         cos, sin = self.angles_of(slice(end - 1, end), end)
         return Context(cos=cos, sin=sin, lengths=None, host_lengths=[1] * B, cache=cache, decoding=True,
@@ -364,11 +368,10 @@ class Llama(nn.Module):
         the context. `self.cache` keeps the cache, until it is set to None.
         """
         B, T = idx.shape
-        for name, value in ("max_new_tokens", max_new_tokens), ("top_k", top_k or 1):
-            if value < 1:
-                raise InputError(f"{name} should be at least 1; it is {value}")
-        if not temperature >= 0:
-            raise InputError(f"temperature should be at least 0; it is {temperature}")
+        for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("top_k", top_k or 1, 1),
+                                   ("temperature", temperature, 0)):
+            if not value >= least:
+                raise InputError(f"{name} should be at least {least}; it is {value}")
         if T + max_new_tokens > self.config.max_context:
             raise InputError(f"{T} prompt tokens and {max_new_tokens} new ones do not fit the model's context"
                              f" of {self.config.max_context}; shorten one of them")
@@ -382,8 +385,7 @@ class Llama(nn.Module):
             x = run_layers(self.layers, self.embed(idx), ctx)
             x = x[torch.arange(B, device=idx.device), ctx.lengths - 1]        # (B, C), each row's last token
             out = torch.full((B, T + max_new_tokens), pad, device=idx.device)
-            is_prompt = torch.arange(T, device=idx.device) < ctx.lengths[:, None]
-            out[:, :T] = torch.where(is_prompt, idx, pad)
+            out[:, :T] = torch.where(torch.arange(T, device=idx.device) < ctx.lengths[:, None], idx, pad)
             done = torch.zeros(B, dtype=torch.bool, device=idx.device)
             with stepper(self, cache, B) as step:
                 for i in range(max_new_tokens):
@@ -397,7 +399,7 @@ class Llama(nn.Module):
                         if bool(done.all()):
                             break
                     if i + 1 < max_new_tokens:
-                        known = token.clamp(0, self.config.vocab_size - 1)       # pad may be no token
+                        known = token.clamp(0, self.config.vocab_size - 1)       # pad may lie outside
                         x = step(known, [n + i for n in ctx.host_lengths])       # (B, C)
             return out
         finally:
@@ -450,11 +452,9 @@ def sample(logits, temperature=0.0, top_k=None):
     return torch.searchsorted(cumulative, level, right=True).squeeze(1).clamp(max=cumulative.shape[1] - 1)
 
 
-def row_lengths(values, name, B, most, device):
-    """Row lengths as (B,) int64 on `device`; InputError unless each is from 1 to `most`, a number or (B,)."""
-    values = torch.as_tensor(values, device=device, dtype=torch.int64)
-    if values.shape != (B,) or bool(((values < 1) | (values > most)).any()):
-        limit = most if isinstance(most, int) else most.tolist()
-        raise InputError(f"{name} should be {B} numbers, from 1 to {limit}, one per row, not"
-                         f" {values.tolist()}")
-    return values
+def one_per_row(values, name, idx):
+    """Numbers, one for each row of idx (B, T), as (B,) int64 on its device."""
+    values = torch.as_tensor(values, dtype=torch.int64)
+    if values.shape != (len(idx),):
+        raise InputError(f"{name} should be {len(idx)} numbers, one per row, not {values.tolist()}")
+    return to_device(values, idx.device)

@@ -4,6 +4,7 @@ from itertools import cycle, islice
 
 import torch
 
+from support.cuda import to_device
 from support.files import InputError
 
 
@@ -91,4 +92,4 @@ class Batch:
         targets = idx.roll(-1, 1)[scored]
         lengths = torch.tensor([len(s.ids) for s in samples])
         prompts = torch.tensor([s.prompt for s in samples])
-        return cls(*(t.to(device) for t in (idx, lengths, prompts, scored, targets)))
+        return cls(*(to_device(t, device) for t in (idx, lengths, prompts, scored, targets)))

@@ -92,8 +92,10 @@ def to_host(t):
 
 
 def to_device(t, device):
-    """t, of the host, on a device, without a wait for it."""
-    return t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
+    """t on a device, without a wait for it where t is on the host."""
+    if t.device.type == "cpu" != torch.device(device).type:
+        return t.pin_memory().to(device, non_blocking=True)
+    return t.to(device)
 
 
 def plain_kernels():

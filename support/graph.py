@@ -157,14 +157,14 @@ class Replay:
         for skip, is_open in self.is_open.items():
             is_open.zero_().index_fill_(0, open_rows[skip], True)
         for skip, n_open in self.n_open.items():
-            n_open.copy_(torch.tensor(cache.routing["open keys"][skip].n))
+            n_open.copy_(to_device(torch.tensor(cache.routing["open keys"][skip].n), n_open.device))
         self.opened.zero_()
         self.n_steps, self.next_positions = 0, None
 
     def __call__(self, token, positions):
         self.token.copy_(token)
         if positions != self.next_positions:                    # the first step of a generation
-            self.positions.copy_(torch.tensor(positions))
+            self.positions.copy_(to_device(torch.tensor(positions), self.positions.device))
         self.next_positions = [position + 1 for position in positions]
         self.n_steps += 1
         self.launch()
