@@ -15,6 +15,7 @@ import timing
 from bench import FIELDS, interval
 from model import Llama
 from router import GRANULARITIES, add_routers, capacity, load_routers, mindskips, save_routers
+from support import cuda
 from support.machine import Work
 
 
@@ -240,6 +241,53 @@ def test_no_share_of_peak_is_above_one(tiny, call, tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert status == 0 and all(0 < row["of_peak"] <= 1 for row in rows)
     assert [row["of_peak"] for row in rows if row["variant"] == "dense"] == [1, 1]
+
+
+def test_the_counted_round_has_pytorchs_own_kernels(tiny, call, monkeypatch):
+    """Neither Triton's, whose work is not seen, nor a graph's."""
+    seen, real = [], bench.run_once
+    monkeypatch.setattr(bench, "run_once", lambda group, round_: seen.append((round_, cuda.choices.triton))
+                        or real(group, round_))
+    monkeypatch.setattr(bench, "peak_in_child", lambda *args: None)
+    assert call(bench.main, "--model", tiny, "--context", 40, "--rounds", 2, "--phase", "decode")[0] == 0
+    assert seen == [(0, False), (1, True), (2, True), (3, True)]
+
+
+def test_the_first_steps_are_not_timed(tiny, monkeypatch):
+    """Where weights are laid out, or a graph is captured."""
+    model = Llama.from_pretrained(tiny)
+    args = SimpleNamespace(device=torch.device("cpu"), text=torch.randint(320, (2, 40)))
+    variant = timing.Variant(model, args, "decode", "dense", 1, 40)
+    events = []
+    monkeypatch.setattr(Llama, "step", lambda self, token, ctx: events.append("step") or torch.zeros(1, 48))
+    monkeypatch.setattr(variant, "time", lambda work: events.append("clock") or work() or 0.0)
+    list(variant.run(1))
+    assert events == ["step"] * timing.UNTIMED + ["clock", "step"] * timing.STEPS
+
+
+def test_peak_memory_on_cuda_is_the_variants_own(monkeypatch):
+    """Without another package's weights, and with no graph left whose cache the next one would find."""
+    args = SimpleNamespace(device=torch.device("cuda"), their_bytes=100, text=torch.zeros(2, 40).long())
+    variant = timing.Variant(SimpleNamespace(), args, "prefill", "dense", 1, 40)
+    vars(variant).update(model="its model", prefill=lambda: iter([0.5]))
+    calls = []
+    for name, result in ("reset_peak_memory_stats", None), ("max_memory_allocated", 750):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name, result=result: calls.append(name) or result)
+    monkeypatch.setattr(timing, "release", lambda model: calls.append(f"release {model}"))
+    assert list(variant.run(1)) == [0.5] and variant.peak == 650
+    assert calls == ["reset_peak_memory_stats", "max_memory_allocated", "release its model"]
+
+
+@pytest.mark.parametrize("free, routers, model, is_random", [
+    (60, None, "llama3-8b", True), (10, None, "llama3.2-1b", True), (0.1, None, "smollm2-135m", True),
+    (60, "a file", "smollm2-135m", False)])
+def test_which_model_cuda_gets(free, routers, model, is_random, monkeypatch):
+    """The largest shape that fits, but for routers the model that they belong to."""
+    monkeypatch.setattr(bench, "free_bytes", lambda device: free * 2**30)
+    args = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, routers=routers, against=[],
+                           phase=["prefill", "decode"], batch=[1], context=[512], random_weights=False)
+    bench.choose_model(args)
+    assert (args.model, args.random_weights) == (model, is_random)
 
 
 def test_random_model_runs(tmp_path):

@@ -21,6 +21,7 @@ from scoring import perplexity
 from support import script
 from support.cli import number, numbers, parse_layers
 from support.files import check_destinations
+from support.machine import device_and_dtype
 from weights import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -264,3 +265,12 @@ def test_no_memory_is_one_sentence(error, call):
         raise error
     status, said = call(main)
     assert status == 1 and is_one_sentence(said) and "out of memory; lower --tokens" in said
+
+
+@pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_is_taken_where_a_card_has_it(native, dtype, monkeypatch):
+    """Not where it is emulated, on cards that are slower at it than at float32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True:
+                        including_emulation or native)
+    assert device_and_dtype() == (torch.device("cuda"), dtype)

@@ -2,6 +2,7 @@
 import copy
 import gc
 import weakref
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -141,6 +142,45 @@ def test_a_generation_within_another(tiny, monkeypatch):
     def another(token):
         model.generate(idx + 1, 3)
     assert torch.equal(model.generate(idx, 8, on_token=another), expected)
+
+
+def test_routed_and_dense_generations_in_turns(tiny, monkeypatch):
+    """Each replays its own graph."""
+    model, idx = routed(tiny, "attn_token"), tokens(2, 20)
+    with dense(model):
+        dense_out = model.generate(idx, 8)
+    out = model.generate(idx, 8)
+    assert not torch.equal(out, dense_out)
+    made = replay_eagerly(monkeypatch)
+    for _ in range(2):
+        assert torch.equal(model.generate(idx, 8), out)
+        with dense(model):
+            assert torch.equal(model.generate(idx, 8), dense_out)
+    assert len(made) == 2
+
+
+def test_a_capture_is_on_its_models_device(monkeypatch):
+    """Not on the current one: here cuda:1 is the model's."""
+    current = ["cuda:0"]
+
+    @contextmanager
+    def device(name):
+        outer, current[0] = current[0], name
+        yield
+        current[0] = outer
+
+    def capturing(made, stream):
+        assert current == ["cuda:1"] and stream == "side of cuda:1"
+        return nullcontext()
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    side = type("Side", (str,), {"wait_stream": lambda self, other: None})
+    fakes = {"device": device, "current_stream": lambda: stream, "stream": lambda side: nullcontext(),
+             "CUDAGraph": lambda: SimpleNamespace(replay="replay"), "graph": capturing}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(graph, "side_stream", lambda device: side(f"side of {device}"))
+    replay = SimpleNamespace(token=SimpleNamespace(device="cuda:1"), step=lambda: current[0])
+    assert graph.Replay.capture(replay) == ("cuda:1", "replay") and current == ["cuda:0"]
 
 
 def test_which_steps_are_replayed(tiny, monkeypatch):

@@ -2,9 +2,11 @@
 import torch
 from conftest import OWN_TEXT
 from safetensors.torch import load, save
+from test_graph import replay_eagerly
 
 from model import Llama
 from support import own_text
+from support.graph import graphs_of
 from support.own_text import own_text_file, read_ids, write_text
 from tokenizer import Tokenizer
 
@@ -56,3 +58,11 @@ def test_the_text_that_ships(tmp_path, monkeypatch):
     which = ("smollm2-135m", 1, "abc"), ("m", 0, "abc"), ("m", 0, "abd")
     others = {own_text_file(*arguments) for arguments in which}
     assert len(others) == 3 and all(tmp_path in path.parents for path in others)
+
+
+def test_the_graph_that_wrote_it_is_released(tiny, monkeypatch):
+    """Its cache would stay allocated while the routers are tuned."""
+    made = replay_eagerly(monkeypatch)
+    model = Llama.from_pretrained(tiny)
+    write_text(model, 3, 12, 0)
+    assert len(made) == 1 and model not in graphs_of and model.cache is None
