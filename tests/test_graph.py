@@ -31,8 +31,8 @@ from router import (
 from support import cuda, graph
 from support.attention import store
 from support.cuda import plain_kernels
-from support.kernels import logit
-from timing import Removed
+from support.kernels import first_mean, logit
+from timing import Removed, open_share
 
 
 def replay_eagerly(monkeypatch, noted=id):
@@ -301,6 +301,15 @@ class Kernels(TorchDispatchMode):
     def logit(self, *arguments):
         return self.one("logit", logit.__wrapped__, *arguments)
 
+    def attention_of_some(self, q, *arguments):
+        return self.one("attention of some", torch.zeros_like, q)          # only counted
+
+    def rotate_some(self, *arguments):
+        return self.one("rotate_some", skipping.rotate_some.__wrapped__, *arguments)
+
+    def first_mean(self, *arguments):
+        return self.one("first_mean", first_mean.__wrapped__, *arguments)
+
     def store(self, *arguments):
         return self.one("store", store.__wrapped__, *arguments)
 
@@ -347,6 +356,34 @@ def test_a_captured_step_waits_for_nothing_and_launches_few_kernels(granularity,
             names.append(Eager(model, Cache, 1, 256).kernels.names)
     assert len(names[1]) - len(names[0]) == expected, names[0]
     assert len(names[0]) - expected < 16                       # the embedding, the mask, angles, positions
+
+
+@pytest.mark.parametrize("granularity, kv, gathers, expected", [
+    (None, "all", False, 15), ("attn_token", "all", True, 24), ("attn_token", "all", False, 20),
+    ("block_token", "all", True, 22), ("attn_token", "open", True, 36)])
+def test_a_prompt_launches_few_kernels(granularity, kv, gathers, expected, monkeypatch):
+    """Of one layer, half open; on the path that CUDA takes, but for the copies to the host and back."""
+    def on_the_host(function):
+        return lambda *arguments: kernels.one("", function, *arguments)
+
+    kernels = Kernels()
+    for name in "open_indices", "open_tokens":
+        monkeypatch.setattr(skipping, name, on_the_host(getattr(skipping, name)))
+    monkeypatch.setattr(skipping, "is_asynchronous", lambda t: True)
+    monkeypatch.setattr(skipping, "GATHERED_FROM", 0 if gathers else 2**60)
+    names = []
+    for n_layer in 1, 2:
+        model = Llama(Config(n_layer, 4, 2, 64, 96, 320, 16, 512)).eval()
+        if granularity:
+            add_routers(model, granularity, kv=kv)
+            open_share(model, 0.5, 0)
+        model(idx := torch.randint(320, (2, 24)))                            # makes angles, and draws gates
+        kernels.names.clear()
+        with torch.no_grad(), kernels, monkeypatch.context() as patch:
+            patch.setattr(cuda, "triton_kernels", lambda x: kernels)
+            model(idx)
+        names.append([name for name in kernels.names if name])
+    assert len(names[1]) - len(names[0]) == expected, names[0]
 
 
 class Waits(TorchDispatchMode):
