@@ -32,7 +32,7 @@ def run_open_only(skip, x, ctx, h, is_open):
     elif products_are_faster(x):
         multiple = MULTIPLE
     widest = -(-max(host_n) // multiple) * multiple
-    columns = order[:, :widest]                                  # (B, N), a short row ends in closed ones
+    columns = order[:, :widest]                # (B, N), a short row is filled up with closed ones of its own
     holds_open = torch.arange(columns.shape[1], device=x.device) < n[:, None]
     mask = ctx.mask
     if mask is not None:                                                 # (1, 1, T, T): a window

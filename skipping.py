@@ -85,10 +85,10 @@ def run_tokens(skip, x, ctx, h, is_open):
     """The sublayer on a prompt's open tokens only, is_open (B, T); keys and values are computed of all."""
     if is_asynchronous(x) and x.numel() * sum(x.shape[1:]) < GATHERED_FROM:      # B * T * C * (T + C)
         return run_all(skip, x, ctx, h, is_open)
-    attn, kv = skip.attn, None
+    attn, attended = skip.attn, None                                   # what open tokens attend to
     decisions = to_host(is_open)                                       # begins to copy them
     if attn and is_asynchronous(x):
-        kv = keys_values(attn, ctx, h)                                 # while the host waits for decisions
+        attended = keys_values(attn, ctx, h)                           # while the host waits for decisions
     decided = decisions()
     at, counts = open_tokens(decided, ctx.host_lengths)
     skip.count(len(at), ctx)
@@ -99,9 +99,9 @@ def run_tokens(skip, x, ctx, h, is_open):
             return y
         closed_at = to_device(open_indices(~decided.flatten()), x.device)
         return copy_tokens(y, closed_at, skip.replacement(x.flatten(0, 1)[closed_at]))
-    if attn and kv is None:
-        kv = keys_values(attn, ctx, h)
-    return run_gathered(skip, x, ctx, h, at, counts, kv) if len(at) else skip.replacement(x)
+    if attn and attended is None:
+        attended = keys_values(attn, ctx, h)
+    return run_gathered(skip, x, ctx, h, at, counts, attended) if len(at) else skip.replacement(x)
 
 
 def run_all(skip, x, ctx, h, is_open):
@@ -146,7 +146,7 @@ def run_step(skip, x, ctx, h, is_open):
         ctx = ctx.cache.routing["open keys"][skip].step(ctx, row_is_open)
     if n_open == len(x):
         return skip.sublayer(x, ctx, h)
-    with only_for(is_open.squeeze(1)):                  # attention of open rows alone, products of all
+    with only_for(is_open.squeeze(1)):      # read by attention, which is of open rows alone; products of all
         y = attn(x, ctx, h)
     x = torch.where(is_open[..., None], y, skip.replacement(x))
     if skip.part == "block":
@@ -159,7 +159,7 @@ class Single(NamedTuple):
     """What run_single reads of a MindSkip, looked up once per generation: between two products of megabytes
     each look through an nn.Module takes microseconds."""
     sublayer: nn.Module
-    attn: nn.Module | None              # whose keys are deferred
+    deferring: nn.Module | None         # the attention whose keys wait while it is closed
     norm_weight: torch.Tensor
     eps: float
     logit: Callable
@@ -170,9 +170,9 @@ class Single(NamedTuple):
     def of(cls, skip, routing):
         norm, router = skip.norm, skip.router
         logit = logit_of_token(norm, router.weight, router.bias)
-        attn = skip.attn if skip.kv == "all" else None
+        deferring = skip.attn if skip.kv == "all" else None
         pending, open_keys = routing["pending"].setdefault(skip, []), routing["open keys"].get(skip)
-        return cls(skip.sublayer, attn, norm.weight, norm.eps, logit, pending, open_keys)
+        return cls(skip.sublayer, deferring, norm.weight, norm.eps, logit, pending, open_keys)
 
 
 def run_single(skip, x, ctx):
@@ -181,7 +181,7 @@ def run_single(skip, x, ctx):
     singles = ctx.cache.routing["single"]
     if skip not in singles:
         singles[skip] = Single.of(skip, ctx.cache.routing)
-    sublayer, attn, norm_weight, eps, logit, pending, open_keys = singles[skip]
+    sublayer, deferring, norm_weight, eps, logit, pending, open_keys = singles[skip]
     token = x.flatten().float()                                          # (C,)
     rms = root_mean_square(token, eps)
     score = 0.5 + 0.5 * math.tanh(logit(token, rms) / 2)                 # sigmoid, without overflow
@@ -192,19 +192,19 @@ def run_single(skip, x, ctx):
         skip.trace.append(torch.tensor([[is_open]]))
     skip.count(int(is_open), ctx)
     if is_open and pending:
-        return sublayer(x, *with_pending(attn, pending, x, rms, ctx))
+        return sublayer(x, *with_pending(deferring, pending, x, rms, ctx))
     if is_open and open_keys:
         ctx = open_keys.step(ctx, [True])
     if is_open:
         return sublayer(x, ctx, normalized(x, rms, norm_weight))
-    if attn:
-        defer(attn, pending, x, rms, ctx)
+    if deferring:
+        defer(deferring, pending, x, rms, ctx)
     return skip.replacement(x)
 
 
-def run_gathered(skip, x, ctx, h, host_at, counts, kv):
-    """The sublayer on gathered tokens: host_at (N,), counts: see open_tokens; kv: see keys_values, None for
-    an MLP."""
+def run_gathered(skip, x, ctx, h, host_at, counts, attended):
+    """The sublayer on gathered tokens: host_at (N,), counts: see open_tokens; attended: what keys_values
+    gives, None for an MLP."""
     attn, n = skip.attn, len(host_at)
     host_at, counts = fill(host_at, counts, x)
     at = to_device(host_at, x.device)
@@ -212,7 +212,7 @@ def run_gathered(skip, x, ctx, h, host_at, counts, kv):
     open_h = h.flatten(0, 1).index_select(0, at)
     if attn:
         q = queries(attn, open_h, ctx, at)                               # (H, N, D)
-        y = attention_of_some(q[None], *kv, counts, host_at, at, x.shape[1], ctx.mask)[0]
+        y = attention_of_some(q[None], *attended, counts, host_at, at, x.shape[1], ctx.mask)[0]
         open_x = attn.o(merge_heads(y), plus=open_x)
     else:
         open_x = skip.sublayer(open_x, ctx, open_h)
@@ -304,7 +304,7 @@ def next_slots(skip, ctx, is_open):
     """The Context of a captured step with kv="open", see at_slots."""
     n_open = ctx.cache.routing["n open"][skip]                                      # (B,), before this step
     slots = n_open.clone()
-    n_open += is_open
+    n_open += is_open                                                # in place: the graph's own tensor
     return at_slots(ctx, slots, ctx.end)
 
 

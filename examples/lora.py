@@ -2,11 +2,11 @@
 
     python examples/lora.py --routers out/routers.safetensors --data alpaca.jsonl --out out/lora
 
-W becomes W + alpha / rank * B A in every linear layer of the blocks; the loss is the cross-entropy of
-answers. It runs twice, with the same batches: on the dense model and on the routed one. Routers are tuned
-before, since both at once are unstable (the paper reports an average of 48.2 for Llama-2-7B). Out come
-out/lora/dense and out/lora/routed, Hugging Face folders with B A added to the weights; the latter with its
-router file:
+W becomes W + alpha / rank * B A in every linear layer of the blocks (queries, keys and values are one here,
+and share A, as gate and up do); the loss is the cross-entropy of answers. It runs twice, with the same
+batches: on the dense model and on the routed one, whose routers are tuned before (both at once are unstable:
+the paper reports an average of 48.2 for Llama-2-7B). Out come out/lora/dense and out/lora/routed, Hugging
+Face folders with B A added to the weights; the latter with its router file:
 
     python eval.py --model out/lora/routed --routers out/lora/routed/routers.safetensors
 """
@@ -54,8 +54,8 @@ def linear_layers(model):
     return [module for name, module in named if isinstance(module, nn.Linear) and "router" not in name]
 
 
-def check_rank(model, rank):
-    narrowest = min(min(linear.weight.shape) for linear in linear_layers(model))
+def check_rank(config, rank):
+    narrowest = min(config.n_embd, config.n_head * config.head_dim, config.intermediate)
     if not 1 <= rank <= narrowest:
         raise InputError(f"--rank {rank}: should be from 1 to {narrowest}, the width of the narrowest layer")
 
@@ -116,8 +116,9 @@ def main():
         check_output(args.model, Path(args.out) / name, args.routers)
     device, dtype = device_and_dtype(args.device, args.dtype)
     checkpoint = open_checkpoint(args.model)
-    context = Config.from_hf(checkpoint.config, checkpoint.path).max_context
-    samples, _ = read_samples(args.data, Tokenizer.from_pretrained(args.model), context)
+    config = Config.from_hf(checkpoint.config, checkpoint.path)
+    check_rank(config, args.rank)
+    samples, _ = read_samples(args.data, Tokenizer.from_pretrained(args.model), config.max_context)
     if len(samples) < 2:
         raise InputError(f"{args.data}: give at least 2 samples with an answer; one is held out")
     train_set, test_set = hold_out(samples, args.held_out)
@@ -125,7 +126,6 @@ def main():
     rows = {}
     for name in "routed", "dense":                   # in this order, since a router file may be refused
         model = Llama.from_pretrained(args.model, device, dtype).requires_grad_(False)
-        check_rank(model, args.rank)
         if name == "routed":
             load_routers(model, args.routers)
         rows[name] = evaluate(model, test)
