@@ -206,7 +206,7 @@ def parse_arguments():
     return args
 
 
-def make_recipe(args, n_samples, model):
+def make_recipe(args, samples, model):
     """The Recipe of the flags; its values, and what follows from them, are written into args. Refuses what
     does not go together."""
     keys = "gate loss train method lr model_lr penalty pool kv steps epochs clip".split()
@@ -219,12 +219,12 @@ def make_recipe(args, n_samples, model):
         args.accumulate *= parallel.processes.world              # from here on of all processes
     for key in keys:
         setattr(args, key, getattr(recipe, key))
-    args.steps = recipe.steps or recipe.epochs * math.ceil(n_samples / recipe.step_samples)
-    on_cuda = model.embed.weight.device.type == "cuda"
+    args.steps = recipe.steps or recipe.epochs * math.ceil(len(samples) / recipe.step_samples)
     all_train = recipe.train == "all"
     first_trained = 0 if all_train else min(parse_layers(args.layers, model.config.n_layer))
-    most = recipe.tokens_cuda if on_cuda else recipe.tokens_cpu
-    fitting = tokens_that_fit(model, first_trained, most, losses.CHUNK["cuda"], all_train)
+    most = recipe.tokens_cuda if model.embed.weight.is_cuda else recipe.tokens_cpu
+    masked = max(len(s.ids) for s in samples) if recipe.kv == "open" else 0
+    fitting = tokens_that_fit(model, first_trained, most, losses.CHUNK["cuda"], all_train, masked)
     args.tokens = args.tokens or min(parallel.gathered([fitting]))
     return recipe
 
@@ -302,7 +302,7 @@ def main():
     for module in model.embed, model.norm, model.head:         # with --shard parallel.shard moves the layers
         module.to(device)
     train_set, test_set = read_data(args, tok, model.config.max_context)
-    recipe = make_recipe(args, len(train_set), model)
+    recipe = make_recipe(args, train_set, model)
     save = partial(save_routers, model, Path(args.out) / "routers.safetensors", command=args.command)
     settings = settings_of(args, model, train_set + test_set)
     settings["--init of hash"] = file_hash(args.init) if args.init else "none"

@@ -9,26 +9,30 @@ from support.kernels import should_pack
 SHARE = 0.8      # of the free memory that a step may take; the rest is for fragments and the optimizer
 
 
-def step_bytes(config, n_layers, n_tokens, itemsize, chunk, all_train=False):
+def step_bytes(config, n_layers, n_tokens, itemsize, chunk, all_train=False, masked=0):
     """Bytes that a tuning step needs beside the weights, at its peak, in numbers of `itemsize` bytes.
 
     n_layers: those from the first router on. For each token they keep three times the residual stream (before
     and after the sublayers), queries, keys, values and what attention gives, the MLP's gate and up, and one
     float32 copy that the router reads. chunk: tokens whose logits exist at once, three times, in float32.
     all_train: weights that train also keep what they multiply: the MLP's norm(x) and its inner activations.
+    masked: with kv="open" the longest row: every layer keeps a mask of its own, and keys and values once per
+    query head; the mask's gradient is of each head, in one layer at a time.
     """
     C, heads = config.n_embd, config.head_dim * (config.n_head + config.n_kv_head)
     per_layer = itemsize * (3 * C + 2 * heads + 2 * config.intermediate) + 4 * C
     if all_train:
         per_layer += itemsize * (C + config.intermediate)
+    if masked:
+        per_layer += itemsize * (masked + 2 * config.head_dim * (config.n_head - config.n_kv_head))
     logits = 3 * 4 * chunk * config.vocab_size
-    return n_tokens * (n_layers * per_layer + 2 * itemsize * C) + logits
+    return n_tokens * (n_layers * per_layer + itemsize * (2 * C + config.n_head * masked)) + logits
 
 
-def tokens_that_fit(model, first_trained, most, chunk, all_train=False):
+def tokens_that_fit(model, first_trained, most, chunk, all_train=False, masked=0):
     """At most `most` tokens per batch, fewer where the GPU's free memory does not hold a step of so many.
-    first_trained: the first layer with something that trains; chunk: as for step_bytes; all_train: weights
-    have gradients and AdamW's moments, and the dense model is kept apart."""
+    first_trained: the first layer with something that trains; chunk, masked: as for step_bytes; all_train:
+    weights have gradients and AdamW's moments, and the dense model is kept apart."""
     weight = model.embed.weight
     if weight.device.type != "cuda":
         return most
@@ -40,7 +44,7 @@ def tokens_that_fit(model, first_trained, most, chunk, all_train=False):
     tokens, n_layers = most, len(model.layers) - first_trained
 
     def needed():
-        return step_bytes(model.config, n_layers, tokens, weight.itemsize, chunk, all_train)
+        return step_bytes(model.config, n_layers, tokens, weight.itemsize, chunk, all_train, masked)
     while tokens > 64 and needed() > free:
         tokens //= 2
     return tokens

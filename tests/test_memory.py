@@ -46,9 +46,13 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-def peak_of_a_step(config, granularity, layers, B, T, monkeypatch):
+def peak_of_a_step(config, granularity, layers, B, T, monkeypatch, kv="all"):
     """Peak bytes beside the weights, with the attention kernel that CUDA takes."""
-    def flash(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+    def kernel(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+        if attn_mask is not None:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))    # as attention does
+            attn_mask = attn_mask.expand(-1, q.shape[1], -1, -1)
+            return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True)[0]
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False)[0]
 
     def context(self, idx, lengths=None, prompt_lengths=None):
@@ -56,10 +60,10 @@ def peak_of_a_step(config, granularity, layers, B, T, monkeypatch):
         return Context(cos=cos, sin=sin, lengths=lengths, host_lengths=[T] * B, prompt_lengths=lengths,
                        longest_prompt=40)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
     monkeypatch.setattr(Llama, "context", context)
     with Allocations() as count, torch.device("meta"):
-        model = add_routers(Llama(config).bfloat16(), granularity, layers).train()
+        model = add_routers(Llama(config).bfloat16(), granularity, layers, kv=kv).train()
         for skip in mindskips(model).values():
             skip.router.float()
             skip.estimator = DEFAULT.gate_estimator(0, 10)
@@ -78,6 +82,14 @@ def test_the_estimate_of_a_steps_memory(shape, granularity, monkeypatch):
     for layers, n_layers in ("all", config.n_layer), (f"last:{config.n_layer // 2}", config.n_layer // 2):
         peak = peak_of_a_step(config, granularity, layers, 16, 256, monkeypatch)
         assert step_bytes(config, n_layers, 16 * 256, 2, losses.CHUNK["cpu"]) == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_estimate_with_open_keys(shape, monkeypatch):
+    config = SHAPES[shape]
+    peak = peak_of_a_step(config, "attn_token", "all", 8, 512, monkeypatch, "open")
+    estimate = step_bytes(config, config.n_layer, 8 * 512, 2, losses.CHUNK["cpu"], masked=512)
+    assert estimate == pytest.approx(peak, rel=0.1)
 
 
 def test_the_batch_fits_the_card(tiny, monkeypatch):
