@@ -16,14 +16,14 @@ def step_bytes(config, n_layers, n_tokens, itemsize, chunk, all_train=False, mas
     and after the sublayers), queries, keys, values and what attention gives, the MLP's gate and up, and one
     float32 copy that the router reads. chunk: tokens whose logits exist at once, three times, in float32.
     all_train: weights that train also keep what they multiply: the MLP's norm(x) and its inner activations.
-    masked: with kv="open" the longest row: every layer keeps a mask of its own, and keys and values once per
-    query head; the mask's gradient is of each head, in one layer at a time.
+    masked: with kv="open" the longest row: every layer keeps a mask of its own, whose gradient is of each
+    head, in one layer at a time. With a mask, and in float32, keys and values are kept once per query head.
     """
     C, heads = config.n_embd, config.head_dim * (config.n_head + config.n_kv_head)
     per_layer = itemsize * (3 * C + 2 * heads + 2 * config.intermediate) + 4 * C
     if all_train:
         per_layer += itemsize * (C + config.intermediate)
-    if masked:
+    if masked or itemsize == 4:
         per_layer += itemsize * (masked + 2 * config.head_dim * (config.n_head - config.n_kv_head))
     logits = 3 * 4 * chunk * config.vocab_size
     return n_tokens * (n_layers * per_layer + itemsize * (2 * C + config.n_head * masked)) + logits

@@ -23,6 +23,9 @@ SHAPES = {
 }
 
 
+aten = torch.ops.aten
+
+
 class Allocations(TorchDispatchMode):
     """Bytes of all storages alive, now and at most."""
 
@@ -46,14 +49,14 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-def peak_of_a_step(config, granularity, layers, B, T, monkeypatch, kv="all"):
+def peak_of_a_step(config, granularity, layers, B, T, monkeypatch, kv="all", dtype=torch.bfloat16):
     """Peak bytes beside the weights, with the attention kernel that CUDA takes."""
     def kernel(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
-        if attn_mask is not None:
+        if attn_mask is not None or q.dtype == torch.float32:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))    # as attention does
-            attn_mask = attn_mask.expand(-1, q.shape[1], -1, -1)
-            return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True)[0]
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False)[0]
+            bias = None if attn_mask is None else attn_mask.expand(-1, q.shape[1], -1, -1)
+            return aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, is_causal)[0]
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False)[0]
 
     def context(self, idx, lengths=None, prompt_lengths=None):
         cos, sin = self.angles_of(slice(0, T), T)
@@ -63,7 +66,7 @@ def peak_of_a_step(config, granularity, layers, B, T, monkeypatch, kv="all"):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
     monkeypatch.setattr(Llama, "context", context)
     with Allocations() as count, torch.device("meta"):
-        model = add_routers(Llama(config).bfloat16(), granularity, layers, kv=kv).train()
+        model = add_routers(Llama(config).to(dtype), granularity, layers, kv=kv).train()
         for skip in mindskips(model).values():
             skip.router.float()
             skip.estimator = DEFAULT.gate_estimator(0, 10)
@@ -85,10 +88,11 @@ def test_the_estimate_of_a_steps_memory(shape, granularity, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_estimate_with_open_keys(shape, monkeypatch):
-    config = SHAPES[shape]
-    peak = peak_of_a_step(config, "attn_token", "all", 8, 512, monkeypatch, "open")
-    estimate = step_bytes(config, config.n_layer, 8 * 512, 2, losses.CHUNK["cpu"], masked=512)
+@pytest.mark.parametrize("kv, dtype", [("open", torch.bfloat16), ("open", torch.float32), ("all", torch.float32)])
+def test_the_estimate_where_keys_are_repeated(kv, dtype, shape, monkeypatch):
+    config, masked = SHAPES[shape], 512 if kv == "open" else 0
+    peak = peak_of_a_step(config, "attn_token", "all", 8, 512, monkeypatch, kv, dtype)
+    estimate = step_bytes(config, config.n_layer, 8 * 512, dtype.itemsize, losses.CHUNK["cpu"], masked=masked)
     assert estimate == pytest.approx(peak, rel=0.1)
 
 
