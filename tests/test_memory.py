@@ -88,9 +88,9 @@ def test_the_estimate_of_a_steps_memory(shape, granularity, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kv, dtype", [("open", torch.bfloat16), ("open", torch.float32), ("all", torch.float32)])
-def test_the_estimate_where_keys_are_repeated(kv, dtype, shape, monkeypatch):
-    config, masked = SHAPES[shape], 512 if kv == "open" else 0
+@pytest.mark.parametrize("masked, dtype", [(512, torch.bfloat16), (512, torch.float32), (0, torch.float32)])
+def test_the_estimate_where_keys_are_repeated(masked, dtype, shape, monkeypatch):
+    config, kv = SHAPES[shape], "open" if masked else "all"
     peak = peak_of_a_step(config, "attn_token", "all", 8, 512, monkeypatch, kv, dtype)
     estimate = step_bytes(config, config.n_layer, 8 * 512, dtype.itemsize, losses.CHUNK["cpu"], masked=masked)
     assert estimate == pytest.approx(peak, rel=0.1)
