@@ -36,7 +36,7 @@ def common_arguments(description):
     before."""
     started = int(os.environ.get("WORLD_SIZE", 1))
     if "TORCHELASTIC_RUN_ID" in os.environ and started != processes.world:
-        raise InputError(f"torchrun started {started} processes, and this script is for one; leave it out")
+        raise InputError(f"torchrun started {started} processes, and this script is for one; use python")
     parser = Parser(description=description.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m",
                         help="smollm2-135m, a Hugging Face folder, a .gguf file or a hub id")
