@@ -361,7 +361,7 @@ def main():
         show(these)
     print("\n~: within the spread of the measurements; 95 %: interval of the efficiency's median")
     if args.kv == "open":
-        print("kv open: attention's scores fall with the square of what is open, and efficiency may exceed 1")
+        print("kv open: scores fall with the square of the open share, so efficiency may exceed 1")
     if args.routers:
         print("capacity: mean over the rounds' texts; what --capacity asks for was calibrated on other text")
     print(", ".join(f"{key} {value}" for key, value in machine(args).items() if key != "routers"))

@@ -11,7 +11,6 @@ scoring.py computes the answers.
 """
 from support.script import run_script  # isort: skip (before torch, see there)
 
-import hashlib
 import json
 import math
 import os
@@ -33,7 +32,7 @@ from support.cli import common_arguments, destination, number, numbers
 from support.data import DEFAULT_DATA, HELD_OUT, PLAIN_PIECE, PLAIN_PROMPT, read_samples
 from support.files import InputError, check_destinations, write_file
 from support.machine import device_and_dtype
-from support.run import routers_entry, warn_if_unfinished, weights_hash
+from support.run import hash_of_items, routers_entry, warn_if_unfinished, weights_hash
 from support.tasks import QUESTIONS, TASKS, read_task, standard_error
 from tokenizer import Tokenizer
 
@@ -101,7 +100,8 @@ def make_variants(model, tok, args, device):
         settings["routers of hash"] = args.routers_entry["hash"]
     parallel.check_same(settings)
     if args.static:
-        if max(args.static) > (n_layer := model.config.n_layer):
+        n_layer = model.config.n_layer
+        if max(args.static) > n_layer:
             raise InputError(f"--static {max(args.static)}: this model has {n_layer} layers; give fewer")
         samples, _ = read_samples(args.static_data, tok, min(STATIC_TOKENS, model.config.max_context))
         if not samples:
@@ -215,7 +215,7 @@ def show_averages(scores):
         return
     sizes = [len(scores["dense"][name].right) for name in tasks]
     for what, weights in ((f"average of {len(tasks)} of the paper", [100 / len(tasks)] * len(tasks)),
-                          (f"of their {sum(sizes):,} questions", [100 * n / sum(sizes) for n in sizes])):
+                          ("average over questions", [100 * n / sum(sizes) for n in sizes])):
         for variant in scores:
             right = [scores[variant][name].right for name in tasks]
             line = f"{what:26} {variant:21}{sum(w * float(r.mean()) for w, r in zip(weights, right)):7.1f}"
@@ -322,25 +322,25 @@ def main():
         parallel.check_enough(len(questions), name, "questions")
     if args.text:
         parallel.check_enough(len(samples), args.text, "samples")
-    parallel.check_same({"data of hash": hashlib.sha256(repr((tasks, samples)).encode()).hexdigest()[:16]})
     unshuffled = setters = make_variants(model, tok, args, device)
+    if parallel.processes.world > 1:
+        parallel.check_same({"data of hash": hash_of_items(samples, *(task[0] for task in tasks.values()))})
     if args.shuffled:
         setters = with_shuffled(setters, model, args.seed)
     results = {variant: Result(model) for variant in setters}
     tokens, start = 0, time.perf_counter()
-
     if tasks:
         print(f"{'task':14}{'n':>6}{'shots':>6} {'variant':12}{'metric':>9}{'score':>7}{'s.e.':>6}"
               f"{'diff.':>9}{'95 %':>7}{'changed':>9}{'KL':>10}{'capacity':>9}{'routed':>8}"
               f"{'seconds':>9}")
     for name, (questions, shots) in tasks.items():
-        chosen = unshuffled if TASKS[name].stop else setters      # written tokens vary in number
+        chosen = unshuffled if TASKS[name].stop else setters      # gates write other texts: no scores to deal
         tokens += run_task(name, questions, shots, chosen, results, model, tok, args)
         save(results, args)
     show_averages({variant: result.tasks for variant, result in results.items()})
     if samples:
         run_text(args.text, samples, setters, results, model, args, device)
-        tokens += (2 * len(setters) - 1) * sum(len(s.ids) for s in samples)       # a dense pass beside each
+        tokens += (2 * len(setters) - 1) * sum(len(s.ids) for s in samples)         # two passes, of dense one
         save(results, args)
     seconds = time.perf_counter() - start
     print(f"\n{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} per second")

@@ -36,9 +36,7 @@ def measure(model, batch):
         x = x[batch.scored]
         token_kl = torch.cat([kl(log_probabilities(model, x[chunk]), batch.targets[chunk], chunk_log_p)
                               for chunk, chunk_log_p in zip(chunks(x), log_p)])
-        of_all = token_kl.new_zeros(batch.scored.shape)                       # (B, T), 0 where none is scored
-        of_all[batch.scored] = token_kl
-        return of_all.sum(1)
+        return token_kl.new_zeros(batch.scored.shape).masked_scatter(batch.scored, token_kl).sum(1)    # (B,)
 
     inputs = []
     hooks = [skip.router.register_forward_pre_hook(lambda router, args: inputs.append(args[0]))

@@ -194,7 +194,7 @@ class Attention(nn.Module):
         self.o = Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x, ctx, h=None):
-        """(B, T, C) to (B, T, C). h: norm(x), if computed; earlier tokens' may precede it: with_pending."""
+        """(B, T, C) to (B, T, C). h: norm(x), if computed, (B, n, C); what is pending comes first."""
         h = self.norm(x) if h is None else h
         y = split_heads(self.qkv(h), self.head_dim)                           # (B, H + 2K, T, D)
         qk, v = y[:, :-self.n_kv_head], y[:, -self.n_kv_head:]
@@ -301,8 +301,8 @@ class Llama(nn.Module):
             raise InputError(f"token id {low if low < 0 else high} is not in the model's vocabulary of"
                              f" {self.config.vocab_size}; is this tokenizer the model's own?")
         if any(not 1 <= prompt <= n <= T for prompt, n in zip(host_prompts, host_lengths)):
-            raise InputError(f"lengths {host_lengths} and prompt_lengths {host_prompts}: should be from 1 to"
-                             f" {T}, and no prompt longer than its row")
+            raise InputError(f"lengths {host_lengths}, of which prompts {host_prompts}: should be 1 to {T},"
+                             " and no prompt longer than its row")
         window, mask = self.config.sliding_window, None
         if window and T > window:
             t = torch.arange(T, device=idx.device)

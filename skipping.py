@@ -146,7 +146,7 @@ def run_step(skip, x, ctx, h, is_open):
         ctx = ctx.cache.routing["open keys"][skip].step(ctx, row_is_open)
     if n_open == len(x):
         return skip.sublayer(x, ctx, h)
-    with only_for(is_open.squeeze(1)):      # read by attention, which is of open rows alone; products of all
+    with only_for(is_open.squeeze(1)):      # attention leaves out closed rows; products do not
         y = attn(x, ctx, h)
     x = torch.where(is_open[..., None], y, skip.replacement(x))
     if skip.part == "block":

@@ -223,7 +223,7 @@ def make_recipe(args, samples, model):
     all_train = recipe.train == "all"
     first_trained = 0 if all_train else min(parse_layers(args.layers, model.config.n_layer))
     most = recipe.tokens_cuda if model.embed.weight.is_cuda else recipe.tokens_cpu
-    masked = max(len(s.ids) for s in samples) if recipe.kv == "open" else 0
+    masked = max(args.piece or PLAIN_PIECE, *(len(s.ids) for s in samples)) if recipe.kv == "open" else 0
     fitting = tokens_that_fit(model, first_trained, most, losses.CHUNK["cuda"], all_train, masked)
     args.tokens = args.tokens or min(parallel.gathered([fitting]))
     return recipe

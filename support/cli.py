@@ -34,9 +34,10 @@ def destination(path):
 def common_arguments(description):
     """A parser with the flags that every script has. A script that shares its work has called parallel.start
     before."""
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if "TORCHELASTIC_RUN_ID" in os.environ and started != processes.world:
-        raise InputError(f"torchrun started {started} processes, and this script is for one; use python")
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) != processes.world:
+        if os.environ["RANK"] != "0":
+            sys.exit(1)
+        raise InputError("torchrun started several processes, and this script is for one; use python")
     parser = Parser(description=description.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m",
                         help="smollm2-135m, a Hugging Face folder, a .gguf file or a hub id")

@@ -93,7 +93,7 @@ def to_host(t):
 
 def to_device(t, device):
     """t on a device, without a wait for it where t is on the host."""
-    if t.device.type == "cpu" != torch.device(device).type:
+    if t.device.type == "cpu" and torch.device(device).type != "cpu":
         return t.pin_memory().to(device, non_blocking=True)
     return t.to(device)
 

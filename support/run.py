@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,14 @@ def file_hash(path):
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror}); give the path of a file") from None
+
+
+def hash_of_items(*lists):
+    """A hash of questions or samples, by what they print as."""
+    data = hashlib.sha256()
+    for item in chain(*lists):
+        data.update(repr(item).encode())
+    return data.hexdigest()[:16]
 
 
 def warn_if_unfinished(path, meta):
@@ -184,8 +193,8 @@ class Run:
                 raise InputError(f"--resume: {self.path} was made with {what} {saved[what]}, now it is"
                                  f" {value}; give the same, or another --out to start afresh")
         self.start = number_of(meta["step"], 1, self.n_steps, f"{self.path}: its step", int)
-        if self.is_finished() and parallel.is_first():
-            print(f"--resume: the run in {self.out} has finished; what follows its last step is done again",
+        if self.start == self.n_steps:
+            print(f"--resume: all steps of the run in {self.out} are done; what follows them is done now",
                   file=sys.stderr)
 
     def tensor(self, name, shape):
@@ -251,8 +260,7 @@ class Run:
         try:
             yield
         except KeyboardInterrupt:
-            if parallel.is_first():
-                print("\nstopped after the last step; --resume goes on", file=sys.stderr)
+            print("\nstopped after the last step; --resume goes on", file=sys.stderr)
             sys.exit(130)
 
     def check_finite(self, step, loss):

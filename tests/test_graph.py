@@ -390,6 +390,7 @@ class Waits(TorchDispatchMode):
     """Counts where the host reads what a device computed: numbers, and sizes that depend on values."""
     WAITING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
                torch.ops.aten.masked_select.default, torch.ops.aten.equal.default}
+    INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -417,7 +418,7 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.n += func in self.WAITING
-        if func is torch.ops.aten.index.Tensor:                # by a mask, whose ones have to be counted
+        if func.overloadpacket in self.INDEXING:               # by a mask, whose ones have to be counted
             self.n += any(index is not None and index.dtype == torch.bool for index in args[1])
         return func(*args, **(kwargs or {}))
 

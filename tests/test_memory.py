@@ -16,14 +16,12 @@ from support import memory, parallel
 from support.batches import Batch
 from support.memory import rows_that_fit, step_bytes, tokens_that_fit
 
+aten = torch.ops.aten
 SHAPES = {
     "llama3-8b": Config(32, 32, 8, 4096, 14336, 128256, 128, 8192),
     "llama3.2-1b": Config(16, 32, 8, 2048, 8192, 128256, 64, 8192, tie_embeddings=True),
     "smollm2-135m": Config(30, 9, 3, 576, 1536, 49152, 64, 8192, tie_embeddings=True),
 }
-
-
-aten = torch.ops.aten
 
 
 class Allocations(TorchDispatchMode):
@@ -88,11 +86,11 @@ def test_the_estimate_of_a_steps_memory(shape, granularity, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("masked, dtype", [(512, torch.bfloat16), (512, torch.float32), (0, torch.float32)])
+@pytest.mark.parametrize("masked, dtype", [(4096, torch.bfloat16), (4096, torch.float32), (0, torch.float32)])
 def test_the_estimate_where_keys_are_repeated(masked, dtype, shape, monkeypatch):
     config, kv = SHAPES[shape], "open" if masked else "all"
-    peak = peak_of_a_step(config, "attn_token", "all", 8, 512, monkeypatch, kv, dtype)
-    estimate = step_bytes(config, config.n_layer, 8 * 512, dtype.itemsize, losses.CHUNK["cpu"], masked=masked)
+    peak = peak_of_a_step(config, "attn_token", "all", 1, 4096, monkeypatch, kv, dtype)
+    estimate = step_bytes(config, config.n_layer, 4096, dtype.itemsize, losses.CHUNK["cpu"], masked=masked)
     assert estimate == pytest.approx(peak, rel=0.1)
 
 

@@ -183,12 +183,13 @@ def test_a_signal_during_a_save_ends_the_run(save_every, n_steps, short, call, m
     assert call(main, *short, "--save-every", save_every, "--resume")[0] == 0
 
 
-def test_ctrl_c_after_the_last_step_says_how_to_go_on(short, call, tmp_path, monkeypatch):
-    real = train_router.evaluate
-    monkeypatch.setattr(train_router, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
+@pytest.mark.parametrize("then", ["calibrate", "evaluate"])
+def test_ctrl_c_after_the_last_step_says_how_to_go_on(then, short, call, tmp_path, monkeypatch):
+    real = getattr(train_router, then)
+    monkeypatch.setattr(train_router, then, lambda *_: signal.raise_signal(signal.SIGINT))
     status, said = call(main, *short)
     assert status == 130 and "stopped after the last step" in said and "--resume goes on" in said
-    monkeypatch.setattr(train_router, "evaluate", real)
+    monkeypatch.setattr(train_router, then, real)
     assert call(main, *short, "--resume")[0] == 0
     resumed = files_of(tmp_path / "out")
     assert call(main, *short)[0] == 0
@@ -208,7 +209,7 @@ def test_an_unfinished_run_is_kept_and_a_finished_one_replaced(unfinished, call,
     for more in ["--resume"], []:
         monkeypatch.setattr(sys, "stderr", io.StringIO())
         assert call(main, *unfinished, *more)[0] == 0
-        assert ("has finished" in sys.stderr.getvalue()) == bool(more)
+        assert ("all steps" in sys.stderr.getvalue()) == bool(more)
         assert_same_run(files_of(tmp_path / "out"), finished)
     assert call(main, *unfinished, "--steps", 1)[0] == 0
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
