@@ -151,13 +151,13 @@ class Result:
 
 
 def save(results, args):
-    """Write --json: the entry of the (first) routed model, or of the dense one, with those of the other
-    variants beside it, if they have run."""
+    """Write --json: the entry of the (first) routed model, or of the dense one where none has run, with those
+    of the other variants that have."""
     if args.json:                                    # all processes make it, the first writes it
         entries = {variant: result.entry() for variant, result in results.items() if result.keep}
-        name = next(v for v in entries if v.startswith("routed")) if args.routers else "dense"
+        name = next((v for v in entries if v.startswith("routed")), "dense")
         first = entries.pop(name)
-        entries |= {"routers": args.routers_entry} if args.routers else {}
+        entries |= {"routers": args.routers_entry} if name != "dense" else {}
         if parallel.is_first():
             write_file(args.json, json.dumps(first | entries, allow_nan=False).encode())
 
@@ -201,6 +201,7 @@ def run_task(name, questions, shots, setters, results, model, tok, args):
         print(f"{name:14}{len(questions):6}{shots:6} {variant:12}{task.metric:>9}{percent:7.1f}"
               f"{plus_minus(100 * standard_error(scores.right), 4)}{beside_dense}{used['capacity']:9.3f}"
               f"{routed_capacity(used, variant)}{seconds:9.1f}", flush=True)
+        save(results, args)
         notes += [f"{variant}: {note}" if task.stop else note]
     for note in filter(None, dict.fromkeys(notes)):
         print(f"  {note}")
@@ -336,7 +337,6 @@ def main():
     for name, (questions, shots) in tasks.items():
         chosen = unshuffled if TASKS[name].stop else setters      # gates write other texts: no scores to deal
         tokens += run_task(name, questions, shots, chosen, results, model, tok, args)
-        save(results, args)
     show_averages({variant: result.tasks for variant, result in results.items()})
     if samples:
         run_text(args.text, samples, setters, results, model, args, device)

@@ -432,17 +432,26 @@ def test_from_the_hub(tiny, call, monkeypatch):
     assert status == 0 and asked == [("baber/piqa", None, "validation")]
 
 
-def test_finished_tasks_are_kept(tiny, question_files, call, tmp_path, monkeypatch):
-    run = evaluation.run_task
+@pytest.mark.parametrize("after, kept", [
+    (1, {"dense": ["rte"]}), (2, {"routed": ["rte"], "dense": ["rte"]}),
+    (3, {"routed": ["rte"], "dense": ["rte", "piqa"]})])
+def test_what_finished_is_kept(after, kept, tiny, router_file, question_files, call, tmp_path, monkeypatch):
+    """After Ctrl-C in a later task, or in that of a later variant: answers may take hours."""
+    answered, real = [], evaluation.answer
 
-    def interrupted(name, *rest):
-        if name == "piqa":
+    def interrupted(*given):
+        if len(answered) == after:
             raise KeyboardInterrupt
-        return run(name, *rest)
-    monkeypatch.setattr(evaluation, "run_task", interrupted)
+        answered.append(given[0])
+        return real(*given)
+    monkeypatch.setattr(evaluation, "answer", interrupted)
     status, _ = call(evaluation.main, "--model", tiny, "--tasks", "rte,piqa", "--data-dir", question_files,
-                     "--json", tmp_path / "o.json")
-    assert status == 130 and list(json.loads((tmp_path / "o.json").read_text())["tasks"]) == ["rte"]
+                     "--routers", router_file("attn_token"), "--json", tmp_path / "o.json")
+    table = json.loads((tmp_path / "o.json").read_text())
+    first = "routed" if "routed" in kept else "dense"
+    tables = {first: table} | {name: table[name] for name in kept if name != first}
+    assert status == 130 and {name: list(each["tasks"]) for name, each in tables.items()} == kept
+    assert ("routers" in table) == ("routed" in kept)
 
 
 # -------------------------------------------------------------------------------------------------- bad input
