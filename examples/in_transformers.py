@@ -1,6 +1,6 @@
 """Routers inside transformers: a router file on a Hugging Face Llama, for their evaluation and serving tools.
 
-    python examples/in_transformers.py MODEL out/routers.safetensors "Why is the sky blue?"
+    python examples/in_transformers.py MODEL out/routers.safetensors "The sky is blue because"
 
 MODEL is a Hugging Face folder or hub id; the first line below writes a folder of smollm2-135m:
 

@@ -168,9 +168,9 @@ class Run:
     def lines_to_keep(self):
         """Those of metrics.jsonl that tell of the steps which the checkpoint has."""
         self.file.seek(0)
-        lines = []
+        lines, where = [], f"{self.metrics} (if it is moved away, the run goes on without): a line"
         for line in self.file.read().splitlines(keepends=True)[:self.start]:
-            entry = json_of(line, {"step": (0, math.inf)}, f"{self.metrics}: a line")
+            entry = json_of(line, {"step": (0, math.inf)}, where)
             if entry.get("run") != self.id:
                 raise InputError(f"--resume: {self.metrics} has lines of another run than {self.path}; move"
                                  " it away, or give another --out")

@@ -338,7 +338,7 @@ def other_flag(arguments, folder):
     (edit_data, "data of hash"), (shorten_data, "data of hash"), (edit_template, "data of hash"),
     (other_weights, "weights of hash"), (other_rope, "weights of hash"),
     (fewer_layers, "a model of shape 4 x 48"), (more_threads, "threads"), (other_flag, "--lr 0.004"),
-    (other_metrics, "another run"), (damaged_metrics, "a line"),
+    (other_metrics, "another run"), (damaged_metrics, "moved away"), (damaged_metrics, "a line"),
 ])
 def test_resume_names_what_differs(change, named, tiny, short, call, tmp_path, request):
     threads = torch.get_num_threads()
