@@ -32,7 +32,7 @@ from support.cli import common_arguments, destination, number, numbers
 from support.data import DEFAULT_DATA, HELD_OUT, PLAIN_PIECE, PLAIN_PROMPT, read_samples
 from support.files import InputError, check_destinations, write_file
 from support.machine import device_and_dtype
-from support.run import hash_of_items, routers_entry, warn_if_unfinished, weights_hash
+from support.run import check_same_data, routers_entry, warn_if_unfinished, weights_hash
 from support.tasks import QUESTIONS, TASKS, read_task, standard_error
 from tokenizer import Tokenizer
 
@@ -324,8 +324,7 @@ def main():
     if args.text:
         parallel.check_enough(len(samples), args.text, "samples")
     unshuffled = setters = make_variants(model, tok, args, device)
-    if parallel.processes.world > 1:
-        parallel.check_same({"data of hash": hash_of_items(samples, *(task[0] for task in tasks.values()))})
+    check_same_data(samples, *(questions for questions, _ in tasks.values()))
     if args.shuffled:
         setters = with_shuffled(setters, model, args.seed)
     results = {variant: Result(model) for variant in setters}
@@ -340,7 +339,8 @@ def main():
     show_averages({variant: result.tasks for variant, result in results.items()})
     if samples:
         run_text(args.text, samples, setters, results, model, args, device)
-        tokens += (2 * len(setters) - 1) * sum(len(s.ids) for s in samples)         # two passes, of dense one
+        n_passes = 2 * len(setters) - 1              # a dense one beside each but the dense one
+        tokens += n_passes * sum(len(s.ids) for s in samples)
         save(results, args)
     seconds = time.perf_counter() - start
     print(f"\n{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} per second")

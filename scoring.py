@@ -22,6 +22,7 @@ from router import decisions_on, mindskips, overall_capacity, trace
 from support import parallel, written
 from support.attention import additive_mask
 from support.batches import common_beginning, pack
+from support.cuda import to_device
 from support.files import InputError
 from support.graph import release
 from support.memory import rows_that_fit
@@ -178,9 +179,10 @@ def tree(model, rows, beginning):
             branches += [i] * n_read
         for tensor, values in (idx, ids), (position, positions), (branch, branches):
             tensor[b, :length] = torch.tensor(values)
-    idx, position, branch = idx.to(device), position.to(device), branch.to(device)
+    has_branches, end = int(branch.max()) > 1, int(position.max()) + 1         # known before they are copied
+    idx, position, branch = (to_device(t, device) for t in (idx, position, branch))
     ctx = model.context(idx, lengths, [len(row.context) - start for row in rows])
-    if start or int(branch.max()) > 1:                                     # branches, or a beginning
+    if start or has_branches:
         visible = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
         visible = visible.tril()                                                # (B, T, T)
         visible = F.pad(visible, (start, 0), value=True)                              # (B, T, start + T)
@@ -188,7 +190,7 @@ def tree(model, rows, beginning):
             before = torch.arange(start, device=device).expand(len(rows), -1)
             ago = position[:, :, None] - torch.cat((before, position), 1)[:, None]
             visible = visible & (ago < model.config.sliding_window)
-        cos, sin = (t[:, None] for t in model.angles_of(position, int(position.max()) + 1))  # (B, 1, T, D)
+        cos, sin = (t[:, None] for t in model.angles_of(position, end))                      # (B, 1, T, D)
         mask = additive_mask(visible[:, None], model.embed.weight.dtype)
         ctx = replace(ctx, cos=cos, sin=sin, mask=mask, cache=beginning)
     return idx, ctx

@@ -52,17 +52,23 @@ def weights_hash(model):
 
 def file_hash(path):
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        return hash_of([Path(path).read_bytes()])
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror}); give the path of a file") from None
 
 
-def hash_of_items(*lists):
-    """A hash of questions or samples, by what they print as."""
-    data = hashlib.sha256()
-    for item in chain(*lists):
-        data.update(repr(item).encode())
-    return data.hexdigest()[:16]
+def hash_of(parts):
+    """A hash of bytes that come in parts."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    return whole.hexdigest()[:16]
+
+
+def check_same_data(*lists):
+    """Refuse processes that have read different questions or samples."""
+    if parallel.processes.world > 1:
+        parallel.check_same({"data of hash": hash_of(repr(item).encode() for item in chain(*lists))})
 
 
 def warn_if_unfinished(path, meta):
@@ -81,9 +87,8 @@ def settings_of(args, model, samples):
 
     The hash of the data reads all token ids; for that of the weights see weights_hash.
     """
-    config, data = model.config, hashlib.sha256()
-    for sample in samples:
-        data.update(np.array([sample.prompt, len(sample.ids), *sample.ids, *sample.answer]).tobytes())
+    config = model.config
+    data = (np.array([sample.prompt, len(sample.ids), *sample.ids, *sample.answer]) for sample in samples)
     on_cpu = model.embed.weight.device.type == "cpu"
     flags = {}
     for key in SAME_ON_RESUME:
@@ -94,7 +99,7 @@ def settings_of(args, model, samples):
         "a model of shape": f"{config.n_layer} x {config.n_embd}, {config.vocab_size} tokens",
         "the device": model.embed.weight.device.type, "numbers of type": str(model.embed.weight.dtype),
         "threads (OMP_NUM_THREADS)": str(torch.get_num_threads() if on_cpu else "any"),
-        "weights of hash": weights_hash(model), "data of hash": data.hexdigest()[:16]}
+        "weights of hash": weights_hash(model), "data of hash": hash_of(part.tobytes() for part in data)}
 
 
 class Run:

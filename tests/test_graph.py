@@ -31,7 +31,7 @@ from router import (
 from support import cuda, graph
 from support.attention import store
 from support.cuda import plain_kernels
-from support.kernels import first_mean, logit
+from support.kernels import logit
 from timing import Removed, open_share
 
 
@@ -306,9 +306,6 @@ class Kernels(TorchDispatchMode):
 
     def rotate_some(self, *arguments):
         return self.one("rotate_some", skipping.rotate_some.__wrapped__, *arguments)
-
-    def first_mean(self, *arguments):
-        return self.one("first_mean", first_mean.__wrapped__, *arguments)
 
     def store(self, *arguments):
         return self.one("store", store.__wrapped__, *arguments)
