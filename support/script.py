@@ -4,6 +4,11 @@ import ctypes
 import os
 import sys
 
+if "OMP_WAIT_POLICY" not in os.environ:
+    # A thread that waits for the others spins before it sleeps: by default 300,000 times, and where another
+    # process wants its core, the work of these waits all the while: a step of tuning took ten times as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")        # about 30 us; read when torch is imported
+
 
 def end_quietly(kind, error, trace):
     """For sys.excepthook: no traceback after Ctrl-C."""
