@@ -1,9 +1,9 @@
 """What it costs to close a gate, measured, and gates at sequence level that predict it.
 
 The harm of a gate to a sequence is KL(dense || gate closed) - KL(dense || gate open) in nats, summed over the
-sequence's answer, gates below as they stand, gates above as they then decide. At a price of lambda per gate
-it is best to close those whose harm is below lambda: so a router has to predict the harm, and its threshold
-is the price (both as square roots, see `fit`). Where a gate decides once for a whole sequence, a batch holds
+sequence's answer, gates below as they stand, gates above as they then decide. At a price of mu per gate it
+is best to close those whose harm is below mu: so a router has to predict the harm, and its threshold is the
+price (both as square roots, see `fit`). Where a gate decides once for a whole sequence, a batch holds
 only a handful of decisions, and a gradient through so few is mostly noise. There the harm is measured, with
 one run of its layer and those above for each gate, and its square root is predicted by ridge regression.
 """

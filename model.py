@@ -118,7 +118,7 @@ class Cache:
 
     def __init__(self, config, max_tokens):
         self.max_tokens, self.window = max_tokens, config.sliding_window
-        self.k = [None] * config.n_layer             # (B, K, columns, D) each; B: the rows that are open
+        self.k = [None] * config.n_layer             # (B, K, columns, D) each; B: rows that have the layer
         self.v = [None] * config.n_layer
         self.routing = defaultdict(dict)             # what skipping.py has to know of earlier tokens
 
@@ -194,9 +194,9 @@ class Attention(nn.Module):
         self.o = Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x, ctx, h=None):
-        """(B, T, C) to (B, T, C). h: norm(x), if computed, (B, n, C); what is pending comes first."""
+        """(B, T, C) to (B, T, C). h (B, n, C): norm(x), if computed, after that of tokens whose keys wait."""
         h = self.norm(x) if h is None else h
-        y = split_heads(self.qkv(h), self.head_dim)                           # (B, H + 2K, T, D)
+        y = split_heads(self.qkv(h), self.head_dim)                           # (B, H + 2K, n, D)
         qk, v = y[:, :-self.n_kv_head], y[:, -self.n_kv_head:]
         if self.q_norm:
             q, k = qk[:, :self.n_head], qk[:, self.n_head:]
@@ -207,7 +207,7 @@ class Attention(nn.Module):
         if ctx.cache is not None:
             k, v = ctx.cache.store(self.layer, k, v, ctx)                     # (B, K, S, D)
         y = attention(q, k, v, ctx.mask, causal=ctx.mask is None and not ctx.decoding)
-        return self.o(merge_heads(y), plus=x)                                 # (B, T, C)
+        return self.o(merge_heads(y), plus=x)                                 # x + o(y), (B, T, C)
 
 
 def split_heads(y, head_dim):

@@ -73,7 +73,7 @@ class Recipe:
     epochs: int = 1
     step_samples: int | None = None     # samples per step, of the training data alone; None: --accumulate
                                         # batches of --tokens tokens
-    tokens_cpu: int = 512               # tokens per batch, where --tokens does not say
+    tokens_cpu: int = 256               # tokens per batch, where --tokens does not say
     tokens_cuda: int = 16384
 
     def learning_rate(self, step, steps, peak):
@@ -103,13 +103,13 @@ PAPER = Recipe(
     name="paper", gate="unbiased", pool="all", kv="all", loss="ce", train="routers",
     method="straight-through", regularizer=excess_penalty, penalty=0.0, moves_penalty=False,
     falls_until=0.0, learns_own_text=False, calibrates=False, lr=1e-5,
-    betas=(0.9, 0.999), warmup=0.03, final_lr=0.0, clip=1.0, step_samples=64)
+    betas=(0.9, 0.999), warmup=0.03, final_lr=0.0, clip=1.0, step_samples=64, tokens_cpu=512)
 
 DEFAULT = Recipe(
     name="default", gate="linear", pool="prompt", kv="all", loss="kl", train="routers", method="ramp",
     regularizer=overall_penalty, penalty=2.0, moves_penalty=True, falls_until=0.5,
     learns_own_text=True, calibrates=True, lr=0.004, betas=(0.9, 0.95), warmup=0.05,
-    final_lr=0.02, clip=None, steps=160, tokens_cpu=256)
+    final_lr=0.02, clip=None, steps=160)
 
 # DEFAULT is for gates at token level. In its place:
 # at sequence level, for the KL and a frozen model: harm is measured, see harm.py

@@ -52,7 +52,7 @@ class LinearRouter(nn.Linear):
         self.scope, self.pool = scope, pool
         nn.init.zeros_(self.weight)
         if bias:
-            nn.init.ones_(self.bias)         # sigmoid(1) = 0.73; above a threshold of 0.5 MindSkip adds to it
+            nn.init.ones_(self.bias)         # a score of 0.73: open at 0.5; above, MindSkip raises the bias
 
     def pooled(self, h, ctx):
         """What the gate reads, from h = norm(x) (B, T, C): each token's h, or its mean, float32 (B, C)."""
@@ -134,15 +134,15 @@ class MindSkip(nn.Module):
         return self.sublayer.attn if self.part == "block" else self.sublayer
 
     def forward(self, x, ctx, h=None):                   # h: in every sublayer's signature; here None
-        if self.bypass:
+        if self.bypass:                                                  # the dense model
             return self.sublayer(x, ctx, h)
-        if ctx.captured:
+        if ctx.captured:                                                 # a step in a CUDA graph
             return skipping.run_captured(self, x, ctx)
-        if ctx.decoding and self.scope == "sequence":
+        if ctx.decoding and self.scope == "sequence":                    # the prompt has decided
             return skipping.run_rows(self, x, ctx, ctx.cache.routing["open rows"][self])
-        if ctx.decoding and self.is_single(x):
+        if ctx.decoding and self.is_single(x):                           # one row on a CPU decides by itself
             return skipping.run_single(self, x, ctx)
-        h = self.norm(x)
+        h = self.norm(x)                                                 # elsewhere the gate decides here
         score = self.score(h, ctx)                                       # (B,), or (B, T) at token level
         is_open = score >= self.threshold
         if self.trace is not None:
@@ -211,11 +211,11 @@ class MindSkip(nn.Module):
                 ctx = open_keys.mask_closed_keys(ctx, gate, x.dtype)
         else:
             self.count(gate.sum(), ctx, gate)
-            gate = gate[:, None]                                         # (B, 1)
+            gate = gate[:, None]                                         # (B, 1), as (B, T) of tokens
         y = self.sublayer(x, ctx, h)
         if self.merges:
             return self.router.merge(self, x, y, score, is_open)
-        return torch.lerp(self.replacement(x), y, gate[..., None].to(x.dtype))       # exactly y where g = 1
+        return torch.lerp(self.replacement(x), y, gate[..., None].to(x.dtype))       # (1 - g) x + g y
 
 
 # --------------------------------------------------------------------------------------------- a routed model

@@ -70,16 +70,16 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
     for step in run.steps():
         batches = next(source)
         target = recipe.target(step, run.n_steps, capacity_wanted)
-        weight = 1 / sum(len(batch.targets) for _, batch in batches)
+        per_token = 1 / sum(len(batch.targets) for _, batch in batches)
         for skip in mindskips(model).values():
             skip.estimator = recipe.gate_estimator(step, run.n_steps)
 
         loss = 0.0
         measured = []                                # of each batch: (kind of text, capacity)
         for (kind, batch), is_counted in parallel.share(batches):    # False: a filler, see share
-            penalty_share = is_counted * penalties[kind].value / len(batches)
-            regularizer = partial(recipe.regularizer, model, penalty_share, target)
-            loss += losses.backward(model, batch, recipe.loss, is_counted * weight, regularizer, teacher)
+            batch_penalty = is_counted * penalties[kind].value / len(batches)
+            regularizer = partial(recipe.regularizer, model, batch_penalty, target)
+            loss += losses.backward(model, batch, recipe.loss, is_counted * per_token, regularizer, teacher)
             if is_counted:
                 measured.append((kind, capacity(model)))
         loss = parallel.summed(float(loss))[0]
@@ -186,7 +186,7 @@ def parse_arguments():
     p.add_argument("--epochs", type=count, help="passes over the data (--recipe paper, instead of --steps)")
     p.add_argument("--max-samples", type=count, help="samples to tune on, of all --data mixed (default: all)")
     p.add_argument("--clip", type=rate, help="norm that gradients are clipped to; 0: not at all")
-    p.add_argument("--lr", type=rate, help="peak rate of the routers (of sequences' gates: their weights)")
+    p.add_argument("--lr", type=rate, help="peak rate of the routers (at sequence level, of their weights)")
     p.add_argument("--model-lr", type=rate, help="peak rate of the model's weights, with --train all")
     p.add_argument("--penalty", type=rate, help="lambda, the penalty on capacity, to begin with")
     p.add_argument("--pool", choices=("prompt", "all"), help="what the gate of a sequence reads")
@@ -299,7 +299,7 @@ def main():
     tok = Tokenizer.from_pretrained(args.model)
     tok.template.today = FIXED_DATE
     model = Llama.from_pretrained(args.model, "cpu" if args.shard else device, dtype)
-    for module in model.embed, model.norm, model.head:         # with --shard parallel.shard moves the layers
+    for module in model.embed, model.norm, model.head:         # with --shard the layers follow, in parts
         module.to(device)
     train_set, test_set = read_data(args, tok, model.config.max_context)
     recipe = make_recipe(args, train_set, model)
@@ -336,7 +336,7 @@ def main():
     run.check_finite(run.n_steps, result["loss"] + result["kl"])
     if not parallel.is_first():
         return
-    if recipe.train == "all":                        # before the routers, which tell that the run is finished
+    if recipe.train == "all":           # first the model: a router file with results says that all is there
         skips = mindskips(model)
         remove_routers(model)
         model.save_pretrained(Path(args.out) / "model", args.model)
