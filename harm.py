@@ -27,13 +27,14 @@ def measure(model, batch):
     """
     skips = mindskips(model)
     ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
+    at = batch.scored.flatten().nonzero().squeeze(1)                          # once: on CUDA this waits
     with dense(model):
         x = run_layers(model.layers, model.embed(batch.idx), ctx)
-        x = x[batch.scored]                                                   # (N, C)
+        x = x.flatten(0, 1)[at]                                               # (N, C)
         log_p = [log_probabilities(model, x[chunk]) for chunk in chunks(x)]   # (n, V) each, N in all
 
     def answers_kl(x):
-        x = x[batch.scored]
+        x = x.flatten(0, 1)[at]
         token_kl = torch.cat([kl(log_probabilities(model, x[chunk]), batch.targets[chunk], chunk_log_p)
                               for chunk, chunk_log_p in zip(chunks(x), log_p)])
         return token_kl.new_zeros(batch.scored.shape).masked_scatter(batch.scored, token_kl).sum(1)    # (B,)

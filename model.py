@@ -130,9 +130,10 @@ class Cache:
         """Store a prompt's keys and values from column 0 on."""
         B, K, T, D = k.shape
         try:
-            self.k[layer] = k.new_empty(B, K, self.max_tokens, D)
-            self.v[layer] = v.new_empty(B, K, self.max_tokens, D)
+            self.k[layer], self.v[layer] = k.new_empty(2, B, K, self.max_tokens, D)
         except RuntimeError as e:
+            if "memory" not in str(e):               # on CUDA an earlier kernel's error may come up here
+                raise
             size = 2 * len(self.k) * self.max_tokens * k[:, :, :1].nbytes / 2**30
             raise InputError(f"out of memory: keys and values of {B} rows of {self.max_tokens} tokens need"
                              f" {size:.2f} GiB; lower the batch, the prompt or max_new_tokens") from e
@@ -375,8 +376,9 @@ class Llama(nn.Module):
         if T + max_new_tokens > self.config.max_context:
             raise InputError(f"{T} prompt tokens and {max_new_tokens} new ones do not fit the model's context"
                              f" of {self.config.max_context}; shorten one of them")
-        ends = torch.as_tensor([] if eos_id is None else eos_id, dtype=torch.int64, device=idx.device)
-        pad = int(ends.flatten()[0]) if ends.numel() else 0
+        ends = torch.as_tensor([] if eos_id is None else eos_id, dtype=torch.int64).flatten()
+        pad = int(ends[0]) if len(ends) else 0
+        ends = ends.to(idx.device)
         was_training = self.training
         self.eval()
         try:
@@ -394,7 +396,7 @@ class Llama(nn.Module):
                     out.scatter_(1, (ctx.lengths + i)[:, None], token[:, None])
                     if on_token and on_token(token):
                         break
-                    if eos_id is not None:
+                    if len(ends):
                         done = done | torch.isin(token, ends)
                         if bool(done.all()):
                             break
@@ -419,14 +421,12 @@ class Llama(nn.Module):
             model = cls(config).to(dtype)
         parts = [checkpoint_parts(name, weight, config) for name, weight in model.named_parameters()]
         checkpoint.check_tensors({source: part.shape for pairs in parts for source, part in pairs})
-        if config.tie_embeddings:
-            model.head.weight = None                           # to_empty would part it from the embedding
         model.to_empty(device=device)
+        if config.tie_embeddings:
+            model.head.weight = model.embed.weight             # to_empty has parted them
         for name, parameter in model.named_parameters():
             for source, part in checkpoint_parts(name, parameter.detach(), config):
                 part.copy_(checkpoint.tensor(source))
-        if config.tie_embeddings:
-            model.head.weight = model.embed.weight
         return model.eval()
 
     def save_pretrained(self, folder, source):

@@ -38,7 +38,7 @@ def generate(model, tok, ids, args):
     """Stream a continuation of ids (1, T) to the terminal; returns its token ids."""
     torch.manual_seed(args.seed)
     printer, start = Printer(tok), time.perf_counter()
-    model.generate(ids, args.max_new_tokens, args.temperature, args.top_k, eos_id=tok.eos_ids or None,
+    model.generate(ids, args.max_new_tokens, args.temperature, args.top_k, eos_id=tok.eos_ids,
                    on_token=printer)
     seconds, n = time.perf_counter() - start, len(printer.ids)
     print(f"\n\n{n} tokens in {seconds:.2f} s, cache {model.cache.bytes() / 2**20:.2f} MiB\n")

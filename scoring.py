@@ -10,6 +10,7 @@ import math
 import time
 from collections import Counter, namedtuple
 from dataclasses import replace
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -42,13 +43,13 @@ class Usage:
 
     def add(self):
         for i, skip in mindskips(self.model).items():
-            self.opened[i] += int(skip.opened)
+            self.opened[i] += skip.opened            # a tensor on CUDA: nothing waits for it here
             self.seen[i] += skip.seen
 
     def summary(self):
         """{"capacity": overall, "routed_capacity", "keep": {layer: share}}."""
         layers = sorted(set(parallel.gathered(list(self.opened))))
-        opened = parallel.summed(*(self.opened[i] for i in layers))
+        opened = parallel.summed(*(int(self.opened[i]) for i in layers))
         seen = parallel.summed(*(self.seen[i] for i in layers))
         keep = {i: opened[at] / seen[at] for at, i in enumerate(layers)}
         shares, n_layer = list(keep.values()), self.model.config.n_layer
@@ -63,7 +64,8 @@ def evaluate(model, batches, teacher=None):
     set to eval mode)."""
     model.eval()
     teacher = teacher or model
-    sums, tokens, usage = torch.zeros(3, dtype=torch.float64), 0, Usage(model)
+    sums = torch.zeros(3, dtype=torch.float64, device=model.embed.weight.device)
+    tokens, usage = 0, Usage(model)
     n_open = n_decisions = 0                                             # on answers' tokens
     for batch, counts in parallel.share(batches):
         with trace(model) as decisions:
@@ -78,7 +80,7 @@ def evaluate(model, batches, teacher=None):
             log_p, log_q = log_probabilities(teacher, reference[chunk]), log_probabilities(model, x[chunk])
             losses = [cross_entropy(log_p, targets, None), cross_entropy(log_q, targets, None),
                       kl(log_q, targets, log_p)]
-            sums += torch.stack([loss.sum() for loss in losses]).cpu()
+            sums += torch.stack([loss.sum() for loss in losses])
         tokens += len(x)
         usage.add()
     n_open, n_decisions, tokens, *sums = parallel.summed(n_open, n_decisions, tokens, *sums.tolist())
@@ -168,7 +170,7 @@ def tree(model, rows, beginning):
     """Token ids (B, T) and Context of rows: branches follow their context, and do not see each other."""
     start, device = beginning.length if beginning else 0, model.embed.weight.device
     lengths = [size(row) - start for row in rows]
-    idx, position, branch = torch.zeros(3, len(rows), max(lengths), dtype=torch.int64)
+    tokens = torch.zeros(3, len(rows), max(lengths), dtype=torch.int64)       # ids, positions, branches
     for b, (row, length) in enumerate(zip(rows, lengths)):
         n = len(row.context)
         ids, positions, branches = row.context[start:], list(range(start, n)), [0] * (n - start)
@@ -177,10 +179,9 @@ def tree(model, rows, beginning):
             ids = ids + continuation[:-1]
             positions += range(n, n + n_read)
             branches += [i] * n_read
-        for tensor, values in (idx, ids), (position, positions), (branch, branches):
-            tensor[b, :length] = torch.tensor(values)
-    has_branches, end = int(branch.max()) > 1, int(position.max()) + 1         # known before they are copied
-    idx, position, branch = (to_device(t, device) for t in (idx, position, branch))
+        tokens[:, b, :length] = torch.tensor([ids, positions, branches])
+    has_branches, end = int(tokens[2].max()) > 1, int(tokens[1].max()) + 1     # known before they are copied
+    idx, position, branch = to_device(tokens, device)
     ctx = model.context(idx, lengths, [len(row.context) - start for row in rows])
     if start or has_branches:
         visible = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
@@ -209,7 +210,8 @@ def score(model, rows, beginning, out):
             targets += continuation
             owners += [(row.question, place)] * len(continuation)
             end += len(continuation) - 1
-    x, targets = x.flatten(0, 1)[at], torch.tensor(targets, device=idx.device)
+    at, targets = to_device(torch.tensor([at, targets]), idx.device)
+    x = x.flatten(0, 1)[at]
     for part in chunks(x):
         ll = log_probabilities(model, x[part]).gather(1, targets[part, None])[:, 0]
         for (question, place), value in zip(owners[part], ll.tolist()):
@@ -254,7 +256,7 @@ def log_likelihoods(model, questions, tok, budget, usages):
                 if parallel.is_first():              # each process runs it
                     count()
             run(group, beginning)
-    tokens, *values = parallel.summed(tokens, *sum(out, []))              # each row was run by one process
+    tokens, *values = parallel.summed(tokens, *chain.from_iterable(out))  # each row was run by one process
     values = iter(values)
     out = [[next(values) for _ in choices] for choices in out]
     return out, len({row.question for row in rows if row.cut}), tokens
@@ -276,8 +278,7 @@ def write(questions, stop, model, tok, budget, usages):
             texts = [torch.tensor(ids, device=model.embed.weight.device) for _, ids in batch]
             idx, lengths = pad_sequence(texts, batch_first=True), [len(ids) for ids in texts]
             writing = written.Writing(tok, stop, len(batch))
-            model.generate(idx, written.LONGEST, lengths=lengths, eos_id=tok.eos_ids or None,
-                           on_token=writing)
+            model.generate(idx, written.LONGEST, lengths=lengths, eos_id=tok.eos_ids, on_token=writing)
             for usage in usages:
                 usage.add()
             answers |= {place: answer for (place, _), answer in zip(batch, writing.answers())}

@@ -292,20 +292,14 @@ def run_captured(skip, x, ctx):
         is_open = skip.score(h, ctx).squeeze(1) >= skip.threshold
         ctx.cache.routing["decisions"][skip] = is_open
         if skip.kv == "open":
-            ctx = next_slots(skip, ctx, is_open)
+            n_open = ctx.cache.routing["n open"][skip]                              # (B,), before this step
+            ctx = at_slots(ctx, n_open.clone(), ctx.end)
+            n_open += is_open                                            # in place: the graph's own tensor
         elif attn:
             n_gated = {attn.qkv: attn.n_head * attn.head_dim}           # queries; then keys and values
     with only_for(is_open, n_gated):
         y = skip.sublayer(x, ctx, h)
     return torch.where(is_open[:, None, None], y, skip.replacement(x))
-
-
-def next_slots(skip, ctx, is_open):
-    """The Context of a captured step with kv="open", see at_slots."""
-    n_open = ctx.cache.routing["n open"][skip]                                      # (B,), before this step
-    slots = n_open.clone()
-    n_open += is_open                                                # in place: the graph's own tensor
-    return at_slots(ctx, slots, ctx.end)
 
 
 def at_slots(ctx, slots, end):

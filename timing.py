@@ -37,8 +37,6 @@ def random_model(config, device, dtype):
     """A Llama with random weights, made on its device in its dtype: right for timing, never for accuracy."""
     with torch.device("meta"):
         model = Llama(config).to(dtype)
-    if config.tie_embeddings:
-        model.head.weight = None
     model.to_empty(device=device)
     if config.tie_embeddings:
         model.head.weight = model.embed.weight

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import register_flop_formula
 
 from support import cuda
 from support.cuda import fused
@@ -70,12 +69,6 @@ class FrozenLinear(torch.autograd.Function):
     def backward(ctx, grad):
         weight, = ctx.saved_tensors
         return grad @ weight, None, None
-
-
-if ONEDNN:
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def onednn_linear_flops(x_shape, weight_shape, *_, **__):
-        return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 def linear(x, weight, bias=None):

@@ -5,6 +5,7 @@ import re
 import sys
 from collections import namedtuple
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -215,7 +216,7 @@ class Scores:
     def __init__(self, questions, lls, norm):
         """lls: [[log-likelihood of each choice] for each question]; norm: whether the task's metric is
         acc_norm."""
-        self.questions, self.lls, self.numbers = questions, lls, sum(lls, [])
+        self.questions, self.lls, self.numbers = questions, lls, list(chain.from_iterable(lls))
         gold = torch.tensor([q.gold for q in questions])
         likeliest = torch.tensor([ll.index(max(ll)) for ll in lls])            # the first, where several are
         by_length = [[value / n for value, n in zip(ll, q.lengths)] for q, ll in zip(questions, lls)]

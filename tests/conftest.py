@@ -1,6 +1,7 @@
 """Tiny random models in public formats, written by `transformers` and `tokenizers`, not by this project."""
 import copy
 import json
+import math
 import os
 import random
 import sys
@@ -17,12 +18,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"          # before Triton is imported
 
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from torch.utils.flop_counter import register_flop_formula
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import recipe
 from model import Llama
 from router import add_routers, mindskips, save_routers
 from support.data import read_samples
+from support.kernels import ONEDNN
 from support.script import run_script
 from tokenizer import Tokenizer
 from weights import fetch_smollm2
@@ -228,3 +231,9 @@ def call(monkeypatch, capsys):
 def is_one_sentence(said):
     """One line that is no traceback: what a user should read after a mistake."""
     return "Traceback" not in said and len(said.strip().splitlines()) == 1 and len(said) > 20
+
+
+if ONEDNN:
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def onednn_linear_flops(x_shape, weight_shape, *_, **__):
+        return 2 * math.prod(x_shape) * weight_shape[0]

@@ -28,6 +28,7 @@ from router import (
     mindskips,
     trace,
 )
+from scoring import Usage
 from support import cuda, graph
 from support.attention import store
 from support.cuda import plain_kernels
@@ -437,3 +438,16 @@ def test_a_prompt_waits_once_for_each_layer_that_decides(granularity, kv, is_sma
         before = waits.n
         model(idx, LENGTHS)
     assert before == 1 and waits.n == 2 + n_routed
+
+
+def test_usage_waits_in_its_summary_alone(tiny, monkeypatch):
+    model = routed(tiny, "attn_token")
+    monkeypatch.setattr(skipping, "is_asynchronous", lambda t: True)
+    with torch.no_grad(), Waits(monkeypatch) as waits:
+        usage = Usage(model)
+        for _ in range(2):
+            model(tokens(), LENGTHS)
+            before = waits.n
+            usage.add()
+            assert waits.n == before
+        assert usage.summary()["capacity"] == pytest.approx(capacity(model))
