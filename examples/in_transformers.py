@@ -2,9 +2,8 @@
 
     python examples/in_transformers.py MODEL out/routers.safetensors "The sky is blue because"
 
-MODEL is a Hugging Face folder or hub id; the first line below writes a folder of smollm2-135m:
+MODEL is smollm2-135m, a Hugging Face folder or a hub id. From Python, with fetch_smollm2() or one of these:
 
-    Llama.from_pretrained("smollm2-135m").save_pretrained(MODEL, "smollm2-135m")
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     handles = attach_routers(model, "out/routers.safetensors", capacity=0.8)      # handle.remove() undoes one
 
@@ -25,6 +24,7 @@ from support.checked import open_router_file, tensor_of  # noqa: E402
 from support.cli import parse_layers  # noqa: E402
 from support.files import InputError  # noqa: E402
 from support.script import run_script  # noqa: E402
+from weights import fetch_smollm2  # noqa: E402
 
 SIZES = {"n_layer": "num_hidden_layers", "n_embd": "hidden_size", "n_head": "num_attention_heads",
          "n_kv_head": "num_key_value_heads", "intermediate": "intermediate_size", "vocab_size": "vocab_size"}
@@ -123,8 +123,10 @@ def main():
     except ModuleNotFoundError:
         raise InputError("transformers is not installed; pip install transformers") from None
     if len(sys.argv) != 4:
-        raise InputError("give a model (a Hugging Face folder or hub id), a router file and a text")
+        raise InputError("give a model (smollm2-135m, a Hugging Face folder or a hub id), a router"
+                         " file and a text")
     name, path, text = sys.argv[1:]
+    name = fetch_smollm2() if name == "smollm2-135m" else name
     try:
         tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as e:

@@ -66,6 +66,10 @@ def test_the_script(tiny, router_file, tmp_path, monkeypatch, capsys):
     in_transformers.main()
     said = capsys.readouterr().out
     assert said.startswith("dense: ") and "\nrouted: " in said
+    monkeypatch.setattr(in_transformers, "fetch_smollm2", lambda: tiny)
+    sys.argv[1] = "smollm2-135m"
+    in_transformers.main()
+    assert capsys.readouterr().out == said
     for model, routers, text, named in ((tiny, "none.safetensors", "fox", "none.safetensors"),
                                         (tiny, router_file("attn_token"), "", "empty"),
                                         (tmp_path / "none", router_file("attn_token"), "fox", "none")):
