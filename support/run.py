@@ -199,8 +199,8 @@ class Run:
                                  f" {value}; give the same, or another --out to start afresh")
         self.start = number_of(meta["step"], 1, self.n_steps, f"{self.path}: its step", int)
         if self.start == self.n_steps:
-            print(f"--resume: all steps of the run in {self.out} are done; what follows them is done now",
-                  file=sys.stderr)
+            what = "the run is finished; its" if self.is_finished() else "all steps are done; their"
+            print(f"--resume: {self.out}: {what} calibration and table are made now", file=sys.stderr)
 
     def tensor(self, name, shape):
         """A tensor of the checkpoint, checked: see tensor_of."""
