@@ -4,7 +4,6 @@ import math
 import os
 import sys
 
-from support.checked import open_router_file
 from support.files import InputError
 from support.parallel import processes, say_once
 
@@ -21,8 +20,8 @@ class Parser(argparse.ArgumentParser):
             is_empty = "" in value if isinstance(value, list) else value == ""
             if is_empty and name != "prompt":
                 self.error(f"--{name.replace('_', '-')} is empty; give it a value, or leave it out")
-            if name in ("routers", "init") and value:           # before a model is read
-                open_router_file(value)
+            if name in ("routers", "init") and value and not os.path.exists(value):
+                raise InputError(f"{value}: this file is missing; train_router.py writes one")
         return args
 
     def error(self, message):

@@ -17,6 +17,7 @@ import bench
 import eval as evaluation
 import sample
 import train_router
+from model import Llama
 from scoring import perplexity
 from support import script
 from support.cli import number, numbers, parse_layers
@@ -152,6 +153,15 @@ def test_destinations_are_refused_before_the_work(main, flags, named, tiny, call
         monkeypatch.setattr(module.Tokenizer, "from_pretrained", None)
     status, said = call(main, "--model", tiny, *flags)
     assert status == 1 and is_one_sentence(said) and named in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("main", [train_router.main, evaluation.main, bench.main, sample.main])
+def test_a_missing_router_file_is_refused_before_a_model_is_read(main, call, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Llama, "from_pretrained", None)
+    status, said = call(main, "--init" if main is train_router.main else "--routers", "none.safetensors")
+    assert status == 1 and is_one_sentence(said) and "none.safetensors: this file is missing" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("main, flags", [(evaluation.main, ["--text"]), (evaluation.main, ["--static-data"]),
