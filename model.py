@@ -23,7 +23,7 @@ from torch import nn
 from support.attention import additive_mask, attention, store
 from support.cuda import fused, to_device
 from support.data import PLAIN_PROMPT
-from support.files import InputError, read_list, read_value
+from support.files import NO_MEMORY, InputError, read_list, read_value
 from support.graph import stepper
 from support.kernels import Linear, recomputed, rms_norm
 from weights import checkpoint_parts, open_checkpoint, read_rope, write_folder
@@ -118,7 +118,7 @@ class Cache:
 
     def __init__(self, config, max_tokens):
         self.max_tokens, self.window = max_tokens, config.sliding_window
-        self.k = [None] * config.n_layer             # (B, K, columns, D) each; B: rows that have the layer
+        self.k = [None] * config.n_layer             # (B, K, columns, D) each; B: the rows that ran it
         self.v = [None] * config.n_layer
         self.routing = defaultdict(dict)             # what skipping.py has to know of earlier tokens
 
@@ -132,8 +132,8 @@ class Cache:
         try:
             self.k[layer], self.v[layer] = k.new_empty(2, B, K, self.max_tokens, D)
         except RuntimeError as e:
-            if "memory" not in str(e):               # on CUDA an earlier kernel's error may come up here
-                raise
+            if not any(words in str(e) for words in NO_MEMORY):
+                raise                                # on CUDA an earlier kernel's error, which comes up here
             size = 2 * len(self.k) * self.max_tokens * k[:, :, :1].nbytes / 2**30
             raise InputError(f"out of memory: keys and values of {B} rows of {self.max_tokens} tokens need"
                              f" {size:.2f} GiB; lower the batch, the prompt or max_new_tokens") from e

@@ -52,7 +52,7 @@ class LinearRouter(nn.Linear):
         self.scope, self.pool = scope, pool
         nn.init.zeros_(self.weight)
         if bias:
-            nn.init.ones_(self.bias)         # a score of 0.73: open at 0.5; above, MindSkip raises the bias
+            nn.init.ones_(self.bias)         # a score of 0.73: open at 0.5; for more see MindSkip
 
     def pooled(self, h, ctx):
         """What the gate reads, from h = norm(x) (B, T, C): each token's h, or its mean, float32 (B, C)."""
@@ -215,7 +215,7 @@ class MindSkip(nn.Module):
         y = self.sublayer(x, ctx, h)
         if self.merges:
             return self.router.merge(self, x, y, score, is_open)
-        return torch.lerp(self.replacement(x), y, gate[..., None].to(x.dtype))       # (1 - g) x + g y
+        return torch.lerp(self.replacement(x), y, gate[..., None].to(x.dtype))       # exactly y where g = 1
 
 
 # --------------------------------------------------------------------------------------------- a routed model

@@ -15,15 +15,16 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from support.script import run_script  # noqa: E402, isort: skip (before torch, see there)
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
 import eval as eval_script  # noqa: E402
 from model import run_layers  # noqa: E402
 from router import GATES, LinearRouter, add_routers, close_all, mindskips, remove_routers  # noqa: E402
 from support.data import read_samples  # noqa: E402
-from support.script import run_script  # noqa: E402
 
 SCRIPTS = "train_router", "eval", "bench", "sample"
 MEAN_TEXTS = 48                     # that the means are taken over

@@ -8,7 +8,7 @@ closed tokens, a price on the square of the layers that a token uses; as kinds o
 
     python examples/flexidepth.py --data alpaca.jsonl --out out/flexidepth         # their gates and loss
     python examples/flexidepth.py eval --routers out/flexidepth/routers.safetensors     # or bench, or sample
-    python examples/flexidepth.py train_router --gate bottleneck                   # our recipe, their router
+    python examples/flexidepth.py train_router --gate bottleneck --lr 0.002 --tokens 512    # our recipe
 
 The first takes the flags of train_router.py: --penalty is alpha, from which capacity follows (--capacity is
 not used), --loss kl takes our loss, --gate gated goes without the adapter; --gate adapter without the gated
@@ -22,20 +22,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from support.script import run_script  # noqa: E402, isort: skip (before torch, see there)
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+
 from model import Block, swiglu  # noqa: E402
 from recipe import PAPER, RECIPES, Recipe  # noqa: E402
 from router import GATES, LinearRouter, mindskips  # noqa: E402
 from support.files import InputError  # noqa: E402
 from support.kernels import recomputed  # noqa: E402
-from support.script import run_script  # noqa: E402
 
 SCRIPTS = "train_router", "eval", "bench", "sample"
-
 
 # --------------------------------------------------------------------------------------------- kinds of gate
 class Bottleneck(LinearRouter):

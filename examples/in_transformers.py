@@ -2,7 +2,7 @@
 
     python examples/in_transformers.py MODEL out/routers.safetensors "The sky is blue because"
 
-MODEL is smollm2-135m, a Hugging Face folder or a hub id. From Python, with fetch_smollm2() or one of these:
+MODEL is smollm2-135m, a Hugging Face folder or a hub id. From Python (smollm2-135m is fetch_smollm2() there):
 
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     handles = attach_routers(model, "out/routers.safetensors", capacity=0.8)      # handle.remove() undoes one
@@ -16,14 +16,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from support.script import run_script  # noqa: E402, isort: skip (before torch, see there)
+
+import torch  # noqa: E402
+
 from router import GATES, threshold_for  # noqa: E402
 from support.checked import open_router_file, tensor_of  # noqa: E402
 from support.cli import parse_layers  # noqa: E402
 from support.files import InputError  # noqa: E402
-from support.script import run_script  # noqa: E402
 from weights import fetch_smollm2  # noqa: E402
 
 SIZES = {"n_layer": "num_hidden_layers", "n_embd": "hidden_size", "n_head": "num_attention_heads",

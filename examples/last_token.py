@@ -11,12 +11,13 @@ import importlib
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from support.script import run_script  # noqa: E402, isort: skip (before torch, see there)
+
+import torch  # noqa: E402
+
 from router import GATES, LinearRouter  # noqa: E402
 from support.files import InputError  # noqa: E402
-from support.script import run_script  # noqa: E402
 
 
 class LastToken(LinearRouter):

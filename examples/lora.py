@@ -13,12 +13,14 @@ Face folders with B A added to the weights; the latter with its router file:
 import sys
 from pathlib import Path
 
-import torch
-from torch import nn
-from torch.nn.utils import parametrize
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from support.script import run_script  # noqa: E402, isort: skip (before torch, see there)
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn.utils import parametrize  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
 import losses  # noqa: E402
 from model import Config, Llama  # noqa: E402
 from router import load_routers, mindskips, remove_routers, save_routers  # noqa: E402
@@ -29,7 +31,6 @@ from support.data import DEFAULT_DATA, HELD_OUT, read_samples  # noqa: E402
 from support.files import InputError  # noqa: E402
 from support.machine import device_and_dtype  # noqa: E402
 from support.run import check_output  # noqa: E402
-from support.script import run_script  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from weights import open_checkpoint  # noqa: E402
 

@@ -9,7 +9,8 @@ from support.parallel import processes, say_once
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses in one sentence, and what is not UTF-8, and what is empty, but for a prompt."""
+    """Refuses in one sentence; also what is not UTF-8, what is empty, but for a prompt, and a missing router
+    file."""
 
     def parse_args(self):
         for word in sys.argv[1:]:

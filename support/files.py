@@ -22,6 +22,9 @@ except ImportError:      # Windows
     fcntl = None
 
 
+NO_MEMORY = "allocate memory", "out of memory", "ALLOC_FAILED"      # as a CPU, CUDA and its libraries say it
+
+
 class InputError(ValueError):
     """Bad input, in one sentence: what is wrong, where, what to do. Scripts print it and exit with 1. It is
     one line of at most LONGEST characters, whatever it quotes."""

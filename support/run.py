@@ -168,7 +168,10 @@ class Run:
                     temporary.unlink()
 
     def is_finished(self):
-        return self.routers.exists() and "held_out" in (open_safetensors(self.routers).metadata() or {})
+        try:
+            return "held_out" in (open_safetensors(self.routers).metadata() or {})
+        except InputError:                           # missing, or damaged
+            return False
 
     def lines_to_keep(self):
         """Those of metrics.jsonl that tell of the steps which the checkpoint has."""
@@ -199,8 +202,8 @@ class Run:
                                  f" {value}; give the same, or another --out to start afresh")
         self.start = number_of(meta["step"], 1, self.n_steps, f"{self.path}: its step", int)
         if self.start == self.n_steps:
-            what = "the run is finished; its" if self.is_finished() else "all steps are done; their"
-            print(f"--resume: {self.out}: {what} calibration and table are made now", file=sys.stderr)
+            print(f"--resume: all steps of the run in {self.out} are done; what follows them is done"
+                  f" {'again' if self.is_finished() else 'now'}", file=sys.stderr)
 
     def tensor(self, name, shape):
         """A tensor of the checkpoint, checked: see tensor_of."""

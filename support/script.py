@@ -5,8 +5,8 @@ import os
 import sys
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    # A thread that waits for the others spins before it sleeps: by default 300,000 times, and where another
-    # process wants its core, the work of these waits all the while: a step of tuning took ten times as long.
+    # A thread that waits for the others spins before it sleeps: by default 300,000 times, in which it takes a
+    # core that the others need, if other processes run, too: a step of tuning took nine times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")        # about 30 us; read when torch is imported
 
 
@@ -50,12 +50,11 @@ def drop_unwritable_streams():
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-NO_MEMORY = "allocate memory", "out of memory", "ALLOC_FAILED"      # as a CPU, CUDA and its libraries say it
-
-
 def lack_of_memory(error):
     """What to say of an error that means that memory is full, on whatever device; None of another."""
     from torch import OutOfMemoryError
+
+    from support.files import NO_MEMORY
     if isinstance(error, OutOfMemoryError):                              # CUDA's, which tells how much
         why = str(error).split(". ")[0]
     elif isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):

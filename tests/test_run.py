@@ -209,7 +209,7 @@ def test_an_unfinished_run_is_kept_and_a_finished_one_replaced(unfinished, call,
     for more in ["--resume"], []:
         monkeypatch.setattr(sys, "stderr", io.StringIO())
         assert call(main, *unfinished, *more)[0] == 0
-        assert ("the run is finished" in sys.stderr.getvalue()) == bool(more)
+        assert ("are done; what follows them is done again" in sys.stderr.getvalue()) == bool(more)
         assert_same_run(files_of(tmp_path / "out"), finished)
     assert call(main, *unfinished, "--steps", 1)[0] == 0
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
