@@ -46,7 +46,7 @@ from support.files import InputError, check_destinations, write_file
 from support.machine import device_and_dtype, device_name, rates
 from support.memory import bench_bytes, free_bytes, linux_bytes, weight_bytes
 from support.run import routers_entry, warn_if_unfinished
-from timing import SHAPES, STEPS, UNTIMED, Transformers, Variant, random_model
+from timing import SHAPES, UNTIMED, Transformers, Variant, random_model
 from tokenizer import Tokenizer
 from weights import open_checkpoint
 
@@ -198,7 +198,7 @@ def check_fit(config, args):
 
 
 def needed(config, args):
-    n_tokens = max(args.batch) * (max(args.context) + UNTIMED + STEPS)
+    n_tokens = max(args.batch) * (max(args.context) + UNTIMED + args.steps)
     other_models = int("transformers" in args.against) + int(args.device.type == "cpu")      # peak_in_child's
     return (other_models * weight_bytes(config, args.dtype)
             + bench_bytes(config, args.device, args.dtype, n_tokens, args.phase))
@@ -250,7 +250,7 @@ def choose_model(args):
 
 def longest_text(args):
     """Tokens of the longest row."""
-    return max(args.context) + (UNTIMED + STEPS if "decode" in args.phase else 0)
+    return max(args.context) + (UNTIMED + args.steps if "decode" in args.phase else 0)
 
 
 def parse_arguments():
@@ -279,6 +279,7 @@ def parse_arguments():
                    help="also transformers, or all computed and then multiplied by the gates")
     p.add_argument("--loss", choices=LOSSES, help="of a router-tuning step (default: ce)")
     p.add_argument("--rounds", type=number(int, 2), default=7, help="measurements of each variant")
+    p.add_argument("--steps", type=number(int, 1), help="tokens decoded in one measurement (default: 16)")
     p.add_argument("--json", type=destination, help="write the table there, with the machine's name")
     args = p.parse_args()
     for flag in "granularity", "layers", "kv":
@@ -288,6 +289,8 @@ def parse_arguments():
         raise InputError("--routers: they were tuned for a model's own weights; leave out --random-weights")
     if args.loss and "train" not in args.phase:
         raise InputError("--loss: only of --phase train")
+    if args.steps and "decode" not in args.phase:
+        raise InputError("--steps: only of --phase decode")
     if args.granularity is None:
         args.granularity = ["attn_sequence", "attn_token"]
     if args.kv == "open" and not {*KV_OPEN} & {*args.granularity}:
@@ -301,6 +304,7 @@ def parse_arguments():
     if "masked" in args.against and "prefill" not in args.phase:
         raise InputError("--against masked: only of --phase prefill, where all can be computed at once")
     args.layers, args.kv, args.loss = args.layers or "all", args.kv or "all", args.loss or "ce"
+    args.steps = args.steps or 16
     check_destinations(args.json, read=(args.routers, args.model))
     args.device, args.dtype = device_and_dtype(args.device, args.dtype)
     if args.model is None:

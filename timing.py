@@ -29,8 +29,7 @@ SHAPES = {
     "llama3-8b": Config(32, 32, 8, 4096, 14336, 128256, 128, 8192, rope_theta=5e5),
     "llama3.1-8b": Config(32, 32, 8, 4096, 14336, 128256, 128, 131072, rope_theta=5e5),
 }
-STEPS = 16      # tokens that are decoded and timed in one measurement
-UNTIMED = 4     # decoded before them: the first ones lay out weights, or capture a graph
+UNTIMED = 4     # tokens decoded before those that are timed: the first lay out weights, or capture a graph
 
 
 def random_model(config, device, dtype):
@@ -154,7 +153,7 @@ class Variant:
         is_sequence_of_one = self.batch == 1 and self.granularity and self.granularity.endswith("sequence")
         if self.args.device.type == "cuda" and self.granularity and not is_sequence_of_one:
             return None
-        return self.work.bytes / STEPS / seconds
+        return self.work.bytes / self.args.steps / seconds
 
     def time(self, work):
         """Seconds that `work` takes on the device; nan in round 0, where it is counted."""
@@ -182,7 +181,7 @@ class Variant:
                 yield self.time(functools.partial(do, i))
 
     def time_steps(self, step):
-        """Run UNTIMED steps, then STEPS timed ones: yields seconds over STEPS, whose sum is the mean."""
+        """Run UNTIMED steps, then n = args.steps timed ones: yields seconds / n, whose sum is the mean."""
         for i in range(UNTIMED):
             step(i)
         skips = mindskips(self.model) if self.granularity else {}
@@ -190,8 +189,9 @@ class Variant:
             if skip.scope == "token":           # the prompt does not count in the capacity (the untimed steps
                 skip.opened = skip.seen = 0     # do where a graph replays them: it counts at its end)
         yield 0.0                               # a pause: all variants get here before one is timed
-        for seconds in self.time_parts(lambda i: step(UNTIMED + i), STEPS):
-            yield seconds / STEPS
+        n = self.args.steps
+        for seconds in self.time_parts(lambda i: step(UNTIMED + i), n):
+            yield seconds / n
 
     def read_prompt(self, cache):
         """An iterator that reads the prompt a layer at a time; its last value: the next logits, (B, V)."""
@@ -212,7 +212,7 @@ class Variant:
 
     @torch.no_grad()
     def decode(self):
-        model, cache = self.model, Cache(self.whole.config, self.context + UNTIMED + STEPS)
+        model, cache = self.model, Cache(self.whole.config, self.context + UNTIMED + self.args.steps)
         *_, logits = self.read_prompt(cache)
         token = sample(logits)
         with stepper(model, cache, self.batch) as next_x:

@@ -144,8 +144,9 @@ def test_variants_take_turns_part_by_part(phase, free, together, tiny, call, mon
     monkeypatch.setattr(bench, "free_bytes", lambda device: free)
     monkeypatch.setattr(bench, "peak_in_child", lambda *_: None)
     status, _ = call(bench.main, "--model", tiny, "--phase", phase, "--batch", 8, "--context", 40,
-                     "--rounds", 2, "--granularity", "attn_token", "--device", "cpu", "--dtype", "float32")
-    n_parts, rounds = {"prefill": 4 + 1, "decode": timing.STEPS}[phase], []                 # four layers
+                     "--rounds", 2, "--granularity", "attn_token", "--device", "cpu", "--dtype", "float32",
+                     *["--steps", 3] * (phase == "decode"))
+    n_parts, rounds = {"prefill": 4 + 1, "decode": 3}[phase], []                 # four layers
     for first in 0, 1, 2, 0:
         names = ["dense", "none", "routed"]
         if together:
@@ -222,9 +223,9 @@ def test_forced_gates_are_the_same_in_a_captured_step():
     ("attn_token", 1, None)])
 def test_rates_are_of_bytes_that_were_counted(granularity, batch, rate):
     """A captured step with gates reads more than the eager one, but for one sequence with its own gates."""
-    args = SimpleNamespace(device=torch.device("cuda"))
+    args = SimpleNamespace(device=torch.device("cuda"), steps=16)
     variant = SimpleNamespace(args=args, phase="decode", batch=batch, granularity=granularity,
-                              work=SimpleNamespace(bytes=timing.STEPS * 20, flops=16))
+                              work=SimpleNamespace(bytes=16 * 20, flops=16))
     assert timing.Variant.rate(variant, 2.0) == rate
     args.device = torch.device("cpu")
     assert timing.Variant.rate(variant, 2.0) == 10.0
@@ -256,13 +257,13 @@ def test_the_counted_round_has_pytorchs_own_kernels(tiny, call, monkeypatch):
 def test_the_first_steps_are_not_timed(tiny, monkeypatch):
     """Where weights are laid out, or a graph is captured."""
     model = Llama.from_pretrained(tiny)
-    args = SimpleNamespace(device=torch.device("cpu"), text=torch.randint(320, (2, 40)))
+    args = SimpleNamespace(device=torch.device("cpu"), text=torch.randint(320, (2, 40)), steps=5)
     variant = timing.Variant(model, args, "decode", "dense", 1, 40)
     events = []
     monkeypatch.setattr(Llama, "step", lambda self, token, ctx: events.append("step") or torch.zeros(1, 48))
     monkeypatch.setattr(variant, "time", lambda work: events.append("clock") or work() or 0.0)
     list(variant.run(1))
-    assert events == ["step"] * timing.UNTIMED + ["clock", "step"] * timing.STEPS
+    assert events == ["step"] * timing.UNTIMED + ["clock", "step"] * 5
 
 
 def test_peak_memory_on_cuda_is_the_variants_own(monkeypatch):
@@ -285,7 +286,8 @@ def test_which_model_cuda_gets(free, routers, model, is_random, monkeypatch):
     """The largest shape that fits, but for routers the model that they belong to."""
     monkeypatch.setattr(bench, "free_bytes", lambda device: free * 2**30)
     args = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, routers=routers, against=[],
-                           phase=["prefill", "decode"], batch=[1], context=[512], random_weights=False)
+                           phase=["prefill", "decode"], batch=[1], context=[512], random_weights=False,
+                           steps=16)
     bench.choose_model(args)
     assert (args.model, args.random_weights) == (model, is_random)
 
@@ -305,6 +307,7 @@ def test_random_model_runs(tmp_path):
     (["--routers", __file__, "--layers", "1"], "--layers:"),
     (["--routers", __file__, "--granularity", "attn_token"], "--granularity:"),
     (["--phase", "train", "--static", 2], "--static:"), (["--loss", "kl"], "--loss:"),
+    (["--phase", "prefill", "--steps", 8], "--steps:"),
     (["--routers", __file__, "--random-weights"], "--random-weights"),
     (["--kv", "open", "--granularity", "attn_sequence"], "--kv open:"),
     (["--kv", "open", "--phase", "train"], "--kv open: --phase train times the first"),

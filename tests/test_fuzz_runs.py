@@ -237,7 +237,7 @@ FLAGS = {
     evaluation: """--model --routers --capacity --tasks --data-dir --text --last --limit --num-fewshot
         --static --static-data --shuffled --tokens --json""",
     bench: """--phase --batch --context --capacity --granularity --layers --routers --random-weights --against
-        --loss --rounds --json --static --kv --seed""",
+        --loss --rounds --steps --json --static --kv --seed""",
     sample: "--model --routers --capacity --max-new-tokens --temperature --top-k --plain",
     plot: "--out",
 }
