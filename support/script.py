@@ -4,9 +4,11 @@ import ctypes
 import os
 import sys
 
-if "OMP_WAIT_POLICY" not in os.environ:
-    # A thread that waits for the others spins before it sleeps: by default 300,000 times, in which it takes a
-    # core that the others need, if other processes run, too: a step of tuning took nine times as long.
+# A thread that waits for the others spins before it sleeps: by default 300,000 times. Where other processes
+# run, it so takes a core that the others need: a step of tuning took nine times as long. Scripts that decode
+# keep the default: one token at a time is many short waits, and to wake up took 3 % of a routed one's time.
+decodes = any(os.path.basename(word) in ("bench", "bench.py", "sample", "sample.py") for word in sys.argv[:2])
+if not decodes and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")        # about 30 us; read when torch is imported
 
 

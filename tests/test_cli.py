@@ -102,13 +102,16 @@ def test_ctrl_c_in_a_real_process():
     assert process.returncode in (130, 0) and not said
 
 
-@pytest.mark.parametrize("given, wanted", [
-    ({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "30000000000")])
-def test_threads_that_wait_soon_sleep(given, wanted):
-    """As GNU's OpenMP tells at its start what it read; after torch was imported it would read nothing."""
+@pytest.mark.parametrize("script, given, wanted", [
+    ("train_router.py", {}, "3000"), ("eval.py", {"GOMP_SPINCOUNT": "7"}, "7"),
+    ("eval.py", {"OMP_WAIT_POLICY": "active"}, "30000000000"),
+    ("sample.py", {}, "300000"), ("examples/flexidepth.py bench", {}, "300000")])
+def test_threads_that_wait_soon_sleep(script, given, wanted):
+    """As GNU's OpenMP tells at its start what it read; after torch was imported it would read nothing. Where
+    tokens are decoded one by one they spin on."""
     ours = {key: value for key, value in os.environ.items() if not key.startswith(("OMP", "GOMP"))}
-    done = subprocess.run([sys.executable, "sample.py", "--help"], cwd=ROOT, capture_output=True, text=True,
-                          env=ours | given | {"OMP_DISPLAY_ENV": "verbose"})
+    done = subprocess.run([sys.executable, *script.split(), "--help"], cwd=ROOT, capture_output=True,
+                          text=True, env=ours | given | {"OMP_DISPLAY_ENV": "verbose"})
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("this PyTorch has another OpenMP")
     assert f"GOMP_SPINCOUNT = '{wanted}'" in done.stderr
