@@ -27,6 +27,7 @@ import math
 import multiprocessing
 import os
 import platform
+import random
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -85,8 +86,8 @@ def compare(model, args, phase, batch, context):
     for round_ in range(args.rounds + 2):            # round 0 counts the work, round 1 warms up
         with plain_kernels() if round_ == 0 else nullcontext():
             for group in groups:
-                first = round_ % len(group)          # who finds the weights in no cache is another each time
-                run_once(group[first:] + group[:first], round_)
+                order = random.Random(round_).sample(group, len(group))      # whom one follows makes 2 %
+                run_once(order, round_)
     for v in variants:
         del v.times[:2], v.results[:2]
     dense = variants[0].times
@@ -124,8 +125,8 @@ def compare(model, args, phase, batch, context):
 
 
 def can_take_turns(config, args, phase, n_tokens, n_variants):
-    """Whether all variants run at once, a layer or a step of each in turns, so that what disturbs the machine
-    slows all: on a CPU, if half of the memory that was free holds their caches and peak_in_child's model."""
+    """Whether all variants take turns at each layer or step, so that a disturbance of the machine slows all:
+    on a CPU, if half of the free memory holds their caches and peak_in_child's model."""
     weights = weight_bytes(config, args.dtype)
     each = bench_bytes(config, args.device, args.dtype, n_tokens, [phase]) - weights
     fits = not args.free_bytes or weights + n_variants * each < args.free_bytes / 2
@@ -134,7 +135,7 @@ def can_take_turns(config, args, phase, n_tokens, n_variants):
 
 def run_once(variants, round_):
     """Run variants once, part by part in turns where they are several."""
-    parts = zip_longest(*(v.run(round_) for v in variants), fillvalue=0.0)      # zip would let but one end
+    parts = zip_longest(*(v.run(round_) for v in variants), fillvalue=0.0)      # zip would let some not end
     for v, seconds in zip(variants, zip(*parts)):
         v.times.append(sum(seconds))
         v.results.append((v.capacity, v.routed_capacity, v.cache_bytes))
@@ -145,18 +146,18 @@ def interval(values):
     if len(values) < 6:
         return None
     values, n = sorted(values), len(values)
-    k = max(0, int((n - 1) / 2 - 0.98 * math.sqrt(n)))
+    k = max(0, int((n - 1) / 2 - 0.98 * math.sqrt(n)))                   # 0.98 = 1.96 / 2: the sign test's
     return values[k], values[-1 - k]
 
 
 # ----------------------------------------------------------------------------------------------------- memory
 @functools.cache
 def forkserver():
-    """What starts processes from one that has imported torch; what it imports lies beside this file."""
+    """Starts processes that have torch imported already; they import from this file's folder."""
     folders = str(Path(__file__).parent), os.environ.get("PYTHONPATH")
     os.environ.update(PYTHONSAFEPATH="1", PYTHONPATH=os.pathsep.join(filter(None, folders)))
     start = multiprocessing.get_context("forkserver")
-    start.set_forkserver_preload(["support.script", "losses"])           # in this order: Ctrl-C says nothing
+    start.set_forkserver_preload(["support.script", "losses"])           # script first: it quiets Ctrl-C
     return start
 
 
@@ -211,15 +212,15 @@ def show(rows):
           f"{'ms':>10}{'tokens/s':>10}{'spread':>8}{'speedup':>8} {'limit':>7}{'efficiency':>11}{'95 %':>14}"
           f"{'of peak':>8}{'peak MiB':>9}{'cache MiB':>10}")
     for r in rows:
-        def f(key, form, r=r, unit=1):
+        def cell(key, form, r=r, unit=1):
             return "" if r[key] is None else format(r[key] / unit, form)
         between = "{:.3f}-{:.3f}".format(*r["interval"]) if r["interval"] else ""
         noise = "~" if abs(r["speedup"] - 1) < r["spread"] and r["speedup"] != 1 else " "
         print(f"{r['phase']:>8}{r['batch']:6d}{r['context']:8d} {r['variant']:14}{r['granularity'] or '':15}"
-              f"{f('capacity', '.3f'):>8}{r['ms']:10.2f}{r['tokens_per_s']:10.1f}{r['spread']:8.3f}"
-              f"{r['speedup']:8.3f}{noise}{f('limit', '.3f'):>7}{f('efficiency', '.3f'):>11}{between:>14}"
-              f"{f('of_peak', '.2f'):>8}{f('peak_bytes', '.0f', unit=2**20):>9}"
-              f"{f('cache_bytes', '.1f', unit=2**20):>10}", flush=True)
+              f"{cell('capacity', '.3f'):>8}{r['ms']:10.2f}{r['tokens_per_s']:10.1f}{r['spread']:8.3f}"
+              f"{r['speedup']:8.3f}{noise}{cell('limit', '.3f'):>7}{cell('efficiency', '.3f'):>11}"
+              f"{between:>14}{cell('of_peak', '.2f'):>8}{cell('peak_bytes', '.0f', unit=2**20):>9}"
+              f"{cell('cache_bytes', '.1f', unit=2**20):>10}", flush=True)
 
 
 def machine(args):

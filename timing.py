@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from losses import backward
 from model import Cache, Config, Llama, run_layers, sample
 from recipe import overall_penalty
-from router import KV_OPEN, add_routers, capacity, close_all, load_routers, mindskips
+from router import KV_OPEN, add_routers, capacity, load_routers, mindskips
 from support.batches import Batch
 from support.data import Sample
 from support.files import InputError
@@ -29,7 +29,7 @@ SHAPES = {
     "llama3-8b": Config(32, 32, 8, 4096, 14336, 128256, 128, 8192, rope_theta=5e5),
     "llama3.1-8b": Config(32, 32, 8, 4096, 14336, 128256, 128, 131072, rope_theta=5e5),
 }
-UNTIMED = 4     # tokens decoded before those that are timed: the first lay out weights, or capture a graph
+UNTIMED = 4     # warm-up steps of decoding: the first ones pack weights, or capture a CUDA graph
 
 
 def random_model(config, device, dtype):
@@ -61,14 +61,14 @@ def override_of(layer, n_layers, share, seed):
     @functools.cache
     def drawn(count, shape, device):
         steps = patterns(count, (n_layers, *shape), share, seed, device)[:, layer]
-        is_on_cpu = device.type == "cpu"                 # where a look in a tuple costs less than a slice
+        is_on_cpu = device.type == "cpu"                 # where indexing a tuple is cheaper than a slice
         return steps, steps.unbind() if is_on_cpu else steps
 
     def override(score, ctx):
         count = ctx.cache.max_tokens if ctx.decoding else 1
         steps, each_step = drawn(count, score.shape, score.device)
         if ctx.slots is None:
-            wanted = each_step[ctx.end - 1]              # end is 0 in a prompt, which takes the last
+            wanted = each_step[ctx.end - 1]              # in a prompt end is 0: [-1], its only pattern
         else:                                            # a captured step: the device knows where it is
             wanted = steps.index_select(0, ctx.slots[:1])[0]
         return wanted + (score - score.detach()) if score.requires_grad else wanted
@@ -91,10 +91,10 @@ class Removed(torch.nn.Module):
 
 
 class Variant:
-    """One way to run the model. `run(round_)` does it once, on the texts of that round: a generator of the
-    seconds of its parts, between which other variants may have a turn. Their sum is the measurement: of
-    decoding, one step. asked: the capacity to run at, routed if gates are drawn at random, else overall;
-    n_removed: how many attentions "static" lacks."""
+    """One way to run the model. `run(round_)` runs it once, on that round's texts, and yields the seconds of
+    each part, so that other variants can run in between. Their sum is the measurement (decoding: of one
+    step). asked: the capacity to run at, routed if gates are drawn at random, else overall; n_removed: how
+    many attentions "static" lacks."""
 
     def __init__(self, whole, args, phase, name, batch, context, granularity=None, asked=None, n_removed=0):
         self.whole, self.args, self.phase, self.name = whole, args, phase, name
@@ -119,14 +119,14 @@ class Variant:
             open_share(model, self.asked, self.args.seed)
         if self.name == "none":
             for skip in mindskips(model).values():
-                skip.override = close_all
+                skip.threshold, skip.override = 2.0, None        # no score reaches it; an override takes time
         if self.name == "static":
             for i in range(self.n_removed):
                 model.layers[i * len(model.layers) // self.n_removed].attn = Removed()
         return model
 
     def run(self, round_):
-        """Round 0 is counted, not timed."""
+        """Yields seconds, part by part; in round 0 nan, while operations and bytes are counted."""
         self.begin(round_)
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -143,11 +143,11 @@ class Variant:
         text = self.args.text
         first = round_ % (len(text) // self.batch) * self.batch
         self.idx = text[first:first + self.batch, :self.context]
-        self.counts = round_ == 0
+        self.is_counted = round_ == 0
 
     def rate(self, seconds):
-        """Bytes per second in decoding, else operations per second. None where gates are data of a CUDA
-        graph, which reads more than the eager step that was counted."""
+        """Bytes per second in decoding, else operations per second. None for gates in a CUDA graph, which
+        reads more than round 0 counted, without one."""
         if self.phase != "decode":
             return self.work.flops / seconds
         is_sequence_of_one = self.batch == 1 and self.granularity and self.granularity.endswith("sequence")
@@ -155,25 +155,25 @@ class Variant:
             return None
         return self.work.bytes / self.args.steps / seconds
 
-    def time(self, work):
-        """Seconds that `work` takes on the device; nan in round 0, where it is counted."""
-        if self.counts:
+    def time(self, call):
+        """Seconds of call() on the device; nan in round 0, when self.work counts it."""
+        if self.is_counted:
             with self.work:
-                work()
+                call()
             return math.nan
         if self.args.device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            work()
+            call()
             end.record()
             torch.cuda.synchronize()
             return start.elapsed_time(end) / 1000
         start = time.perf_counter()
-        work()
+        call()
         return time.perf_counter() - start
 
     def time_parts(self, do, n):
-        """Seconds of do(0) to do(n - 1): each a part; all in one on a GPU, which would wait between them."""
+        """Yields the seconds of do(0) to do(n - 1), each a part; on a GPU all in one, to sync only once."""
         if self.args.device.type == "cuda":
             yield self.time(lambda: [do(i) for i in range(n)])
         else:
@@ -186,8 +186,8 @@ class Variant:
             step(i)
         skips = mindskips(self.model) if self.granularity else {}
         for skip in skips.values():
-            if skip.scope == "token":           # the prompt does not count in the capacity (the untimed steps
-                skip.opened = skip.seen = 0     # do where a graph replays them: it counts at its end)
+            if skip.scope == "token":           # leave the prompt out of the capacity (a CUDA graph adds its
+                skip.opened = skip.seen = 0     # warm-up steps later, when it ends)
         yield 0.0                               # a pause: all variants get here before one is timed
         n = self.args.steps
         for seconds in self.time_parts(lambda i: step(UNTIMED + i), n):
@@ -227,11 +227,11 @@ class Variant:
         """One step on every token: of the routers (--loss), or of the whole model with its routers
         (cross-entropy)."""
         model, idx = self.model.train(), self.idx
-        model.requires_grad_(self.name == "train_all")      # each time: the other variant has these weights
+        model.requires_grad_(self.name == "train_all")      # in each round: variants share these weights
         for skip in mindskips(model).values():
             skip.router.requires_grad_(True)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=0.0, fused=idx.device.type == "cuda")    # without copies
+        optimizer = torch.optim.AdamW(trained, lr=0.0, fused=idx.device.type == "cuda")    # no temporaries
         samples = [Sample(row, [True] * self.context, min(64, self.context)) for row in idx.tolist()]
         batch = Batch.of(samples, idx.device)
 
