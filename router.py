@@ -43,47 +43,48 @@ KV_OPEN = "attn_token", "block_token"                 # granularities that may h
 
 # -------------------------------------------------------------------------------------------------- the gate
 class LinearRouter(nn.Linear):
-    """What learns in a gate: one linear layer, from what the gate reads to the logit of its score. New gates
-    are open. scope: "sequence" or "token"; pool: what a sequence's gate reads, "prompt" or "all" (as in the
-    authors' code)."""
+    """The part of a gate that trains: one linear layer, from the gate's input to the logit of its score. New
+    gates are open. scope: "sequence" or "token"; pool: what a sequence's gate reads, "prompt" or "all" (as in
+    the authors' code)."""
 
     def __init__(self, n_embd, scope, pool="prompt", bias=True):
         super().__init__(n_embd, 1, bias=bias, dtype=torch.float32)
         self.scope, self.pool = scope, pool
         nn.init.zeros_(self.weight)
         if bias:
-            nn.init.ones_(self.bias)         # a score of 0.73: open at 0.5; for more see MindSkip
+            nn.init.ones_(self.bias)         # a score of 0.73: open at 0.5; MindSkip adds more
 
     def pooled(self, h, ctx):
-        """What the gate reads, from h = norm(x) (B, T, C): each token's h, or its mean, float32 (B, C)."""
+        """The gate's input, from h = norm(x) (B, T, C): each token's h, or their mean, float32 (B, C)."""
         if self.scope == "token":
             return h
         if self.pool == "all":
             return recomputed(first_mean, h, ctx.lengths, h.shape[1])
         return recomputed(first_mean, h, ctx.prompt_lengths, ctx.longest_prompt)
 
-    def forward(self, read):
-        """The logit of the score, float32 (..., 1), from what `pooled` gives."""
-        return recomputed(logit, read, self.weight, self.bias)
+    def forward(self, inputs):
+        """The logit of the score, float32 (..., 1), from what `pooled` returns."""
+        return recomputed(logit, inputs, self.weight, self.bias)
 
 
 # Kinds of gate, each by the class of its router. To add one, add its name here. A router has
 #   __init__(n_embd, scope, pool), and the attribute pool
-#   pooled(h, ctx)       what it reads of h = norm(x) (B, T, C): at sequence level (B, ...); at token level
-#       (B, T, ...), of each token only its own h, since a step of generation has one token per row
-#   forward(read)        the logit of the score, (..., 1)
+#   pooled(h, ctx)       the gate's input, from h = norm(x) (B, T, C): (B, ...) at sequence level; at token
+#       level (B, T, ...), each token's from its own h alone, since a decoding step has one token per row
+#   forward(inputs)      the logit of the score, (..., 1), from what `pooled` returns
 # and may have
 #   attach(sublayer)     called once, for parameters whose shapes depend on the sublayer
-#   replacement(x)       what closed tokens become in place of x (..., C): of each token only its own x, a new
-#       tensor of x's dtype; also called for open ones, whose result is dropped
-#   merge(skip, x, y, score, is_open)    instead, at token level, in place of x + g * f(h): the residual
-#       stream (B, T, C) after the sublayer, from y = x + f(h); in model.eval() y = x where a token is closed
-# skipping.run_single computes a score itself where forward and pooled are LinearRouter's. On CUDA a step of
-# generation is captured in a graph, so that no method should read a tensor on the host.
+#   replacement(x)       the output of closed tokens x (..., C): a new tensor of x's dtype, each token's from
+#       its own x alone; also called for open ones, whose result is discarded
+#   merge(skip, x, y, score, is_open)    at token level, replaces x + g * f(h): the residual stream (B, T, C)
+#       after the sublayer, from y = x + f(h); in model.eval() closed tokens have y = x
+# skipping.run_single computes the score itself if forward and pooled are LinearRouter's. A CUDA graph may
+# capture a step of generation, so no method may read a tensor on the host.
 GATES = {
     "linear": LinearRouter,                             # open at first
     "unbiased": partial(LinearRouter, bias=False),      # the paper's: scores of 0.5 at first, just open
 }
+CHOICES = {"granularity": GRANULARITIES, "pool": ("prompt", "all"), "gate": GATES, "kv": ("all", "open")}
 
 
 def straight_through(score, threshold):
@@ -133,16 +134,16 @@ class MindSkip(nn.Module):
             return None
         return self.sublayer.attn if self.part == "block" else self.sublayer
 
-    def forward(self, x, ctx, h=None):                   # h: in every sublayer's signature; here None
+    def forward(self, x, ctx, h=None):                   # h: only to match a sublayer's signature
         if self.bypass:                                                  # the dense model
             return self.sublayer(x, ctx, h)
-        if ctx.captured:                                                 # a step in a CUDA graph
+        if ctx.captured:                                                 # decoding in a CUDA graph
             return skipping.run_captured(self, x, ctx)
-        if ctx.decoding and self.scope == "sequence":                    # the prompt has decided
+        if ctx.decoding and self.scope == "sequence":                    # already decided, by the prompt
             return skipping.run_rows(self, x, ctx, ctx.cache.routing["open rows"][self])
-        if ctx.decoding and self.is_single(x):                           # one row on a CPU decides by itself
+        if ctx.decoding and self.is_single(x):                           # fast path: one row, on a CPU
             return skipping.run_single(self, x, ctx)
-        h = self.norm(x)                                                 # elsewhere the gate decides here
+        h = self.norm(x)                                                 # all other cases decide here
         score = self.score(h, ctx)                                       # (B,), or (B, T) at token level
         is_open = score >= self.threshold
         if self.trace is not None:
@@ -165,11 +166,10 @@ class MindSkip(nn.Module):
         return vars(self) | {"opened": opened, "gates": None}
 
     def _apply(self, fn, recurse=True):
-        """What .to() and its like call: the router goes to another device too, but keeps its dtype."""
-        if not recurse:
-            return super()._apply(fn, recurse)
-        self.sublayer._apply(fn)
-        self.router._apply(lambda tensor: tensor.to(fn(tensor).device))
+        """Called by .to(), .half() and the like: the router changes its device but keeps its dtype."""
+        if recurse:                                      # it has no tensors of its own
+            self.sublayer._apply(fn)
+            self.router._apply(lambda tensor: tensor.to(fn(tensor).device))
         return self
 
     @property
@@ -185,12 +185,12 @@ class MindSkip(nn.Module):
         return len(x) == 1 and x.device.type == "cpu" and x.dtype != torch.float64
 
     def score(self, h, ctx):
-        """How much the sublayer is wanted, 0 to 1, float32: (B,) or (B, T); h = norm(x), (B, T, C)."""
+        """The router's score, 0 to 1, float32: (B,) or (B, T); h = norm(x), (B, T, C)."""
         score = torch.sigmoid(self.router(self.router.pooled(h, ctx)).squeeze(-1))
         return self.override(score, ctx) if self.override else score
 
     def replacement(self, x):
-        """What closed tokens become in place of x (..., C)."""
+        """The output of closed tokens x (..., C)."""
         return self.router.replacement(x) if self.replaces else x
 
     def count(self, n_open, ctx, gates=None):
@@ -202,7 +202,7 @@ class MindSkip(nn.Module):
         vars(self).update(opened=n_open, seen=n_seen, gates=gates)       # nn.Module's setattr takes 15 us
 
     def run_gated(self, x, ctx, h, score, is_open):
-        """Training: x + g * f(h), everything computed, since dL/dg is the product of f(h) and dL/dy."""
+        """Training: x + g * f(h), all computed, since dL/dg is the inner product of f(h) and dL/dy."""
         gate = self.estimator(score, self.threshold)                     # (B,) or (B, T)
         if self.scope == "token":
             real_gates = gate * skipping.real_tokens(x, ctx)
@@ -212,10 +212,10 @@ class MindSkip(nn.Module):
         else:
             self.count(gate.sum(), ctx, gate)
             gate = gate[:, None]                                         # (B, 1), as (B, T) of tokens
-        y = self.sublayer(x, ctx, h)
+        y = self.sublayer(x, ctx, h)                                     # x + f(h), (B, T, C)
         if self.merges:
             return self.router.merge(self, x, y, score, is_open)
-        return torch.lerp(self.replacement(x), y, gate[..., None].to(x.dtype))       # exactly y where g = 1
+        return torch.lerp(self.replacement(x), y, gate[..., None].to(x.dtype))       # x + g * f(h)
 
 
 # --------------------------------------------------------------------------------------------- a routed model
@@ -227,12 +227,12 @@ def mindskips(model):
 
 @contextmanager
 def dense(model):
-    """Within it the model is the dense one."""
+    """Context manager: the model runs dense, all its gates bypassed."""
     outer = {skip: skip.bypass for skip in mindskips(model).values()}
     for skip in outer:
         skip.bypass = True
     try:
-        yield model
+        yield
     finally:
         for skip, bypass in outer.items():
             skip.bypass = bypass
@@ -240,7 +240,7 @@ def dense(model):
 
 @contextmanager
 def trace(model):
-    """Within it decisions are kept: {layer: [a bool tensor of each pass that decides, (B,) or (B, T)]}, on
+    """Context manager that records decisions: {layer: [(B,) or (B, T) bool, of each pass that decides]}, on
     their device."""
     skips = mindskips(model)
     outer = {i: skip.trace for i, skip in skips.items()}
@@ -256,7 +256,7 @@ def trace(model):
 
 
 def decisions_on(decisions, tokens):
-    """Decisions (n,) of all layers in one traced pass; at token level of the tokens in a mask (B, T)."""
+    """All layers' decisions (n,) in one traced pass; at token level only of the tokens in a mask (B, T)."""
     decided = torch.stack([is_open for (is_open,) in decisions.values()]).cpu()    # (layers, B) or (.., B, T)
     return (decided[:, tokens] if decided.dim() == 3 else decided).flatten()
 
@@ -278,10 +278,9 @@ def add_routers(model, granularity="attn_token", layers="all", threshold=0.5, po
     above 0.5 new gates of another kind than "linear" may be closed. Routers that the model had are replaced.
     Returns the model. InputError names a value that is not one of these.
     """
-    for name, value, known in (("granularity", granularity, GRANULARITIES), ("pool", pool, ("prompt", "all")),
-                               ("gate", gate, GATES), ("kv", kv, ("all", "open"))):
-        if value not in known:
-            raise InputError(f"{name} {value!r} is not known here; choose one of {', '.join(known)}")
+    for name, value in dict(granularity=granularity, pool=pool, gate=gate, kv=kv).items():
+        if value not in CHOICES[name]:
+            raise InputError(f"{name} {value!r} is not known here; choose one of {', '.join(CHOICES[name])}")
     if kv == "open" and granularity not in KV_OPEN:
         raise InputError(f"kv 'open': only for {' and '.join(KV_OPEN)}, not for {granularity}")
     if not 0 <= threshold <= 1:
@@ -362,13 +361,13 @@ def threshold_for(capacity, meta, path):
     capacity, interpolated in the file's calibration."""
     if capacity is None:
         return float(meta["threshold"])
-    # by rising capacity, that is falling threshold, also among equal capacities
+    # np.interp needs rising capacity; among equal ones the threshold falls
     table = sorted(json.loads(meta["calibration"]), key=lambda pair: (pair[1], -pair[0]))
     if not table:
         raise InputError(f"{path}: has no calibration (its recipe does none, its run did not finish, the"
                          " model was trained after it, or it was saved without one); leave out --capacity")
     thresholds, capacities = zip(*table)
-    if not capacities[0] - 5e-4 <= capacity <= capacities[-1] + 5e-4:        # the ends, as printed
+    if not capacities[0] - 5e-4 <= capacity <= capacities[-1] + 5e-4:        # 3 digits are printed
         raise InputError(f"{path}: its calibration has capacities from {capacities[0]:.3f} to"
                          f" {capacities[-1]:.3f}, not {capacity}; ask for one of these, or tune for it")
     return float(np.interp(capacity, capacities, thresholds))
@@ -395,6 +394,6 @@ def load_routers(model, path, capacity=None):
             for name, tensor in skip.router.state_dict().items():
                 tensor.copy_(tensor_of(file, f"layers.{i}.{name}", tensor.shape, path))
     except InputError:
-        remove_routers(model)                # rather no routers than half of them
+        remove_routers(model)                # leave no partly loaded routers
         raise
     return meta

@@ -21,7 +21,7 @@ from support.script import run_script  # noqa: E402, isort: skip (before torch, 
 
 import torch  # noqa: E402
 
-from router import GATES, threshold_for  # noqa: E402
+from router import CHOICES, GATES, threshold_for  # noqa: E402
 from support.checked import open_router_file, tensor_of  # noqa: E402
 from support.cli import parse_layers  # noqa: E402
 from support.files import InputError  # noqa: E402
@@ -34,16 +34,17 @@ SIZES = {"n_layer": "num_hidden_layers", "n_embd": "hidden_size", "n_head": "num
 def attach_routers(model, path, capacity=None, prompt=None):
     """Hang the routers of a file on a transformers model of the Llama family; returns the hooks' handles.
 
-    capacity: as in load_routers. prompt: how many tokens at the beginning are what a gate of sequences reads;
-    None: the whole first pass, as when generating. Rows of a batch have to be of one length for such gates.
+    capacity: as in load_routers. prompt: how many tokens at the beginning a gate of sequences reads; None:
+    the whole first pass, as when generating with a cache. Rows must then be of one length.
     InputError where the file is for another model, or cannot be had by hooks.
     """
     file, meta = open_router_file(path)
     if meta["kv"] == "open":
         raise InputError(f"{path}: kv 'open' hides the keys of closed tokens, which a hook cannot do; load"
                          " the model with model.py instead")
-    if meta["gate"] not in GATES:
-        raise InputError(f"{path}: its gate, {meta['gate']!r}, is not one of {', '.join(GATES)}")
+    for key, known in CHOICES.items():
+        if meta[key] not in known:
+            raise InputError(f"{path}: its {key}, {meta[key]!r}, is not one of {', '.join(known)}")
     for ours, theirs in SIZES.items():
         wanted, size = json.loads(meta["model"]).get(ours), getattr(model.config, theirs, None)
         if wanted != size:
@@ -129,8 +130,9 @@ def main():
     name, path, text = sys.argv[1:]
     name = fetch_smollm2() if name == "smollm2-135m" else name
     try:
-        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
-    except (OSError, ValueError) as e:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True)
+    except Exception as e:                           # whatever another package may run into
         reason = str(e).strip().split("\n")[0]
         raise InputError(f"{name}: transformers cannot load it ({reason})") from None
     ids = tokenizer(text, return_tensors="pt")

@@ -1,4 +1,5 @@
 """examples/in_transformers.py: the same logits and tokens as ours, and what it refuses."""
+import shutil
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from examples import in_transformers
 from model import Llama
 from router import GATES, GRANULARITIES, LinearRouter, add_routers, capacity, load_routers, save_routers
+from support.checked import open_router_file
 from weights import InputError
 
 
@@ -48,6 +50,13 @@ def test_what_cannot_be_attached(tiny, router_file, tmp_path, monkeypatch):
         in_transformers.attach_routers(theirs, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="no calibration"):
         in_transformers.attach_routers(theirs, router_file("attn_token"), capacity=0.5)
+    for key, value in ("granularity", "attn"), ("granularity", "foo_token"), ("pool", "x"), ("kv", "x"):
+        file, meta = open_router_file(router_file("attn_token"))
+        meta[key] = value
+        monkeypatch.setattr(in_transformers, "open_router_file", lambda path, opened=(file, meta): opened)
+        with pytest.raises(InputError, match=f"its {key}, '{value}', is not one of"):
+            in_transformers.attach_routers(theirs, "r.safetensors")
+    monkeypatch.setattr(in_transformers, "open_router_file", open_router_file)
     handles = in_transformers.attach_routers(theirs, router_file("attn_sequence"))
     idx, mask = torch.randint(3, 320, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
     theirs(idx, attention_mask=mask)
@@ -70,7 +79,10 @@ def test_the_script(tiny, router_file, tmp_path, monkeypatch, capsys):
     sys.argv[1] = "smollm2-135m"
     in_transformers.main()
     assert capsys.readouterr().out == said
-    for model, routers, text, named in ((tiny, "none.safetensors", "fox", "none.safetensors"),
+    shutil.copytree(tiny, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"\1" * 99)
+    for model, routers, text, named in ((tmp_path / "cut", router_file("attn_token"), "fox", "cut"),
+                                        (tiny, "none.safetensors", "fox", "none.safetensors"),
                                         (tiny, router_file("attn_token"), "", "empty"),
                                         (tmp_path / "none", router_file("attn_token"), "fox", "none")):
         monkeypatch.setattr(sys, "argv", ["in_transformers.py", str(model), str(routers), text])
