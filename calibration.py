@@ -1,4 +1,4 @@
-"""Capacity as it is asked for: after tuning, the threshold moves until as many gates are open."""
+"""Calibration, after tuning: find the threshold at which the model has the capacity that was asked for."""
 import math
 import sys
 
@@ -9,22 +9,22 @@ from tqdm import tqdm
 from model import run_layers
 from router import decisions_on, mindskips, overall_capacity, trace
 from support import parallel
-from support.batches import Batch, common_beginning, pack
+from support.batches import Batch, common_prefix, pack
 from support.data import PLAIN_PROMPT, Sample, pieces
 
-TRAINING_SAMPLES = 24                                # samples of the training data that are measured whole
-PROMPTS = 8 * TRAINING_SAMPLES                       # samples whose prompts are, if gates read only these
+TRAINING_SAMPLES = 24                                # training samples that are run, prompt and answer
+PROMPTS = 8 * TRAINING_SAMPLES                       # or prompts alone, where gates read only prompts
 LOGITS = 0.5, 0.25, 0.12, 0, -0.12, -0.25, -0.5, -1  # the curve's thresholds, as logits
-STRIDE = 4                                           # at token level the curve is of every fourth text
-ERROR = 0.003                                        # in capacity, at which the search ends
-ATTEMPTS = 12                                        # thresholds, at most, that the search measures
-NEIGHBOURS = 0.3                                     # in capacity: bounds farther apart are bisected
+STRIDE = 4                                           # at token level the curve uses every fourth text
+TOLERANCE = 0.003                                    # error of capacity at which the search ends
+ATTEMPTS = 12                                        # most thresholds that the search measures
+BISECTED_GAP = 0.3                                   # in capacity: bounds farther apart are bisected
 
 
 @torch.no_grad()
 def measured_capacity(model, batches, start=0):
-    """Overall capacity on batches, which processes share, of decisions (score >= threshold): all tokens from
-    column `start` on, or all sequences, count. Logits are not computed."""
+    """Overall capacity on batches, shared among processes: the share of scores that reach the threshold, of
+    tokens from column `start` on, or of sequences. No logits are computed."""
     n_open = n_seen = 0
     for batch, is_counted in parallel.share(batches):
         ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
@@ -50,7 +50,7 @@ def calibration_batches(gates_read_prompts, samples, own_ids, tokens, stride=1):
         samples = [Sample(s.ids[:s.prompt], s.answer[:s.prompt], s.prompt) for s in samples]
         n_tokens = PLAIN_PROMPT
     texts = [s.ids for s in samples]
-    template = common_beginning(texts) if min(texts) < max(texts) else 0
+    template = common_prefix(texts) if min(texts) < max(texts) else 0      # 0: all texts are the same
     sources = (samples[::stride], template), (pieces(own_ids[::stride].tolist(), n_tokens), 0)
     return [([Batch.of(group, own_ids.device) for group in pack(source, tokens)], start)
             for source, start in sources]
@@ -92,40 +92,39 @@ def calibrate(model, samples, own_ids, capacity, tokens):
         for skip in skips:
             skip.threshold = 1 / (1 + math.exp(-logit))
 
+    def n_batches(sources):
+        return sum(len(batches) for batches, start in sources)
+
     def measure(logit, sources):
         set_threshold(logit)
         capacities = [measured_capacity(model, batches, start) for batches, start in sources]
-        bar.update(size(sources))
+        bar.update(n_batches(sources))
         return sum(capacities) / len(sources)
-
-    def size(sources):
-        return sum(len(batches) for batches, start in sources)
 
     def nearest():
         return min(measured, key=lambda logit: abs(measured[logit] - capacity))
 
     least = overall_capacity([0.0] * len(skips), model.config.n_layer)
-    n_full = 1 if subset is full else 2                                  # passes, if one attempt is enough
-    n_batches = len(LOGITS) * size(subset) + n_full * size(full)
-    with tqdm(total=n_batches, desc="calibration", unit="batch", leave=False) as bar:
+    total = len(LOGITS) * n_batches(subset) + (subset is not full) * n_batches(full)
+    with tqdm(total=total, desc="calibration", unit="batch", leave=False) as bar:
         estimates = {logit: measure(logit, subset) for logit in LOGITS}  # {threshold's logit: capacity}
         measured = dict(estimates) if subset is full else {0: measure(0, full)}          # of all texts
         estimates = shifted(estimates, measured[0], least)
         curve = dict(estimates)
         for attempt in range(ATTEMPTS):
-            if abs(measured[nearest()] - capacity) < ERROR:
+            if abs(measured[nearest()] - capacity) < TOLERANCE:
                 break
-            # ends where all gates are taken to be open, or closed: logits of 4 at first, later of 16
+            # at logits of -end and end all gates count as open, and closed: 4 at first, later 16
             end = 4.0 if attempt < 4 and not {-4.0, 4.0} & measured.keys() else 16.0
             known = estimates | measured | {-end: 1.0, end: least}
             low = max(logit for logit, c in known.items() if c >= capacity)
             high = min(logit for logit, c in known.items() if c <= capacity)
             logit = (low + high) / 2
-            if known[low] - known[high] < NEIGHBOURS:
+            if known[low] - known[high] < BISECTED_GAP:
                 logit = float(np.interp(capacity, [known[high], known[low]], [high, low]))
             if logit in measured:
                 break
-            bar.total += size(full) if attempt else 0
+            bar.total += n_batches(full)
             measured[logit] = measure(logit, full)
             for bound in low, high:
                 estimates.pop(bound, None)

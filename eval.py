@@ -40,18 +40,18 @@ STATIC_BATCHES, STATIC_TOKENS = 8, 1024         # what the layers of --static ar
 
 
 # --------------------------------------------------------------------------------------------------- variants
-def layers_by_harm(model, samples, args, device):
+def layers_by_harm(model, samples, seed):
     """All layers, least harm first: the KL that closing a layer's attention alone adds on `samples`."""
     add_routers(model, "attn_token")                                       # all open
-    groups = islice(batches(samples, STATIC_TOKENS, args.seed), STATIC_BATCHES)
+    groups = islice(batches(samples, STATIC_TOKENS, seed), STATIC_BATCHES)
     total = 0                                                              # (n_layer,)
     for group in tqdm(groups, "harm of each layer", STATIC_BATCHES, unit="batch", leave=False):
-        total = total + harm.measure(model, Batch.of(group, device))[0].sum(0)
+        total = total + harm.measure(model, Batch.of(group, model.embed.weight.device))[0].sum(0)
     return total.argsort().tolist()
 
 
 def override_real(model, function):
-    """Let every gate's scores, of real tokens or of sequences, be function(layer, those scores)."""
+    """Replace every gate's scores by function(layer, scores (n,)): those of real tokens, or of sequences."""
     def override(layer, score, ctx):
         real = real_tokens(score, ctx) if score.dim() == 2 else torch.ones_like(score, dtype=torch.bool)
         score[real] = function(layer, score[real])
@@ -61,24 +61,24 @@ def override_real(model, function):
 
 
 class Shuffle:
-    """The routed model's scores on a whole text or task, kept layer by layer, then dealt to other tokens or
-    sequences: in every layer as many are open, others."""
+    """The routed model's scores on a whole text or task, recorded layer by layer, then replayed for other
+    tokens or sequences, in random order: each layer opens as many gates as before."""
 
     def __init__(self, seed):
-        self.rng, self.kept = torch.Generator().manual_seed(seed), {}
+        self.rng, self.recorded = torch.Generator().manual_seed(seed), {}
 
-    def keep(self, layer, scores):
-        self.kept.setdefault(layer, []).append(scores)
+    def record(self, layer, scores):
+        self.recorded.setdefault(layer, []).append(scores)
         return scores
 
     def mix(self):
-        for layer, scores in self.kept.items():
+        for layer, scores in self.recorded.items():
             scores = torch.cat(scores)
-            self.kept[layer] = scores[torch.randperm(len(scores), generator=self.rng).to(scores.device)]
+            self.recorded[layer] = scores[torch.randperm(len(scores), generator=self.rng).to(scores.device)]
 
-    def deal(self, layer, scores):
-        dealt, self.kept[layer] = self.kept[layer].tensor_split([len(scores)])
-        return dealt
+    def replay(self, layer, scores):
+        replayed, self.recorded[layer] = self.recorded[layer].tensor_split([len(scores)])
+        return replayed
 
 
 def named(name, values):
@@ -86,7 +86,7 @@ def named(name, values):
     return {name: values[0]} if len(values) == 1 else {f"{name} {value}": value for value in values}
 
 
-def make_variants(model, tok, args, device):
+def make_variants(model, tok, args):
     """{name: a function that turns the model into this variant}; the first is the dense model."""
     setters = {"dense": lambda: remove_routers(model)}
     settings = {f"--{key.replace('_', '-')}": value for key, value in vars(args).items()}
@@ -106,7 +106,7 @@ def make_variants(model, tok, args, device):
         samples, _ = read_samples(args.static_data, tok, min(STATIC_TOKENS, model.config.max_context))
         if not samples:
             raise InputError(f"--static-data {args.static_data}: no sample has an answer; give another file")
-        ranked = layers_by_harm(model, samples[:-HELD_OUT] or samples, args, device)
+        ranked = layers_by_harm(model, samples[:-HELD_OUT] or samples, args.seed)
         parallel.check_same({"attentions of least harm": ranked})
 
         def static(layers):
@@ -126,13 +126,13 @@ def with_shuffled(setters, model, seed):
 
     def routed():
         load()
-        shuffle.kept.clear()
-        override_real(model, shuffle.keep)
+        shuffle.recorded.clear()
+        override_real(model, shuffle.record)
 
     def shuffled():
         load()
         shuffle.mix()
-        override_real(model, shuffle.deal)
+        override_real(model, shuffle.replay)
     return setters | {"routed": routed, "shuffled": shuffled}
 
 
@@ -163,7 +163,7 @@ def save(results, args):
 
 
 def check_finite(values, what, variant):
-    """No score that is not a number passes for a result."""
+    """InputError where a score is not finite."""
     if not all(map(math.isfinite, values)):
         raise InputError(f"{what}: scores of the {variant} model are not finite; use --dtype float32, or"
                          " another model")
@@ -174,8 +174,8 @@ def plus_minus(value, width):
     return f" ±{value:{width}.1f}" if math.isfinite(value) else " " * (width + 2)
 
 
-def routed_capacity(used, variant):
-    """The column of that name, blank for a static model, whose closed attentions are no routers'."""
+def routed_column(used, variant):
+    """The column "routed", blank for a static model, whose closed attentions are no routers'."""
     return " " * 8 if variant.startswith("static") else f"{used['routed_capacity']:8.3f}"
 
 
@@ -185,8 +185,10 @@ def run_task(name, questions, shots, setters, results, model, tok, args):
     for variant, set_up in setters.items():
         set_up()
         usage, start, result = Usage(model), time.perf_counter(), results[variant]
-        scores, n, note = answer(name, questions, model, tok, args.tokens, (usage, result.usage))
+        scores, n, note = answer(name, questions, model, tok, args.tokens, usage)
         seconds = time.perf_counter() - start
+        result.usage.opened.update(usage.opened)     # a Counter's: it adds
+        result.usage.seen.update(usage.seen)
         n_tokens += n
         result.tasks[name] = scores
         check_finite(scores.numbers, name, variant)
@@ -200,7 +202,7 @@ def run_task(name, questions, shots, setters, results, model, tok, args):
         result.keep[name] = used["keep"]
         print(f"{name:14}{len(questions):6}{shots:6} {variant:12}{task.metric:>9}{percent:7.1f}"
               f"{plus_minus(100 * standard_error(scores.right), 4)}{beside_dense}{used['capacity']:9.3f}"
-              f"{routed_capacity(used, variant)}{seconds:9.1f}", flush=True)
+              f"{routed_column(used, variant)}{seconds:9.1f}", flush=True)
         save(results, args)
         notes += [f"{variant}: {note}" if task.stop else note]
     for note in filter(None, dict.fromkeys(notes)):
@@ -228,10 +230,11 @@ def show_averages(scores):
             print(line)
 
 
-def run_text(path, samples, setters, results, model, args, device):
+def run_text(samples, setters, results, model, args):
     """Perplexity of a text with every variant, and KL to the dense model."""
     print(f"\n{'text, tokens':>20} {'variant':12}{'loss':>9}{'perplexity':>12}{'KL to dense':>13}"
           f"{'capacity':>10}{'routed':>8}{'of answers':>12}")
+    path, device = args.text, model.embed.weight.device
     for variant, set_up in setters.items():
         set_up()
         groups = pack(samples, args.tokens or TOKENS[device.type])
@@ -240,7 +243,8 @@ def run_text(path, samples, setters, results, model, args, device):
         results[variant].text = {"file": path} | r
         results[variant].keep[path] = r["keep"]
         print(f"{r['tokens']:20,} {variant:12}{r['loss']:9.4f}{perplexity(r['loss']):>12}{r['kl']:13.4f}"
-              f"{r['capacity']:10.3f}{routed_capacity(r, variant)}{r['answer_capacity']:12.3f}", flush=True)
+              f"{r['capacity']:10.3f}{routed_column(r, variant)}{r['answer_capacity']:12.3f}", flush=True)
+        save(results, args)
 
 
 def tasks_in(data_dir):
@@ -248,8 +252,7 @@ def tasks_in(data_dir):
     try:
         there = [entry.name for entry in os.scandir(data_dir) if entry.is_dir()]
     except OSError as e:
-        raise InputError(f"--data-dir {data_dir}: {e.strerror}; give a folder with <task>/<split>.jsonl") \
-            from None
+        raise InputError(f"--data-dir {data_dir}: {e.strerror}; it has <task>/<split>.jsonl") from None
     names = [name for name in TASKS if name in there]
     if not names:
         raise InputError(f"--data-dir {data_dir}: has no folder of a task, <task>/<split>.jsonl; tasks are"
@@ -272,8 +275,7 @@ def parse_arguments():
     p.add_argument("--num-fewshot", type=number(int, 0),
                    help="examples before each question (default: the paper's, or what is there)")
     p.add_argument("--static", type=numbers(int, 1), default=[], metavar="N",
-                   help="also without the N attentions whose removal does least harm; one N or several."
-                        " To choose them takes minutes on a CPU")
+                   help="also without the N attentions of least harm, one N or several (minutes on a CPU)")
     p.add_argument("--static-data", help="the text they are chosen on (default: data/instructions.jsonl)")
     p.add_argument("--shuffled", action="store_true",
                    help="also with each layer's decisions shuffled, but where answers are written")
@@ -323,7 +325,7 @@ def main():
         parallel.check_enough(len(questions), name, "questions")
     if args.text:
         parallel.check_enough(len(samples), args.text, "samples")
-    unshuffled = setters = make_variants(model, tok, args, device)
+    unshuffled = setters = make_variants(model, tok, args)
     check_same_data(samples, *(questions for questions, _ in tasks.values()))
     if args.shuffled:
         setters = with_shuffled(setters, model, args.seed)
@@ -331,17 +333,15 @@ def main():
     tokens, start = 0, time.perf_counter()
     if tasks:
         print(f"{'task':14}{'n':>6}{'shots':>6} {'variant':12}{'metric':>9}{'score':>7}{'s.e.':>6}"
-              f"{'diff.':>9}{'95 %':>7}{'changed':>9}{'KL':>10}{'capacity':>9}{'routed':>8}"
-              f"{'seconds':>9}")
+              f"{'diff.':>9}{'95 %':>7}{'changed':>9}{'KL':>10}{'capacity':>9}{'routed':>8}{'seconds':>9}")
     for name, (questions, shots) in tasks.items():
-        chosen = unshuffled if TASKS[name].stop else setters      # gates write other texts: no scores to deal
+        chosen = unshuffled if TASKS[name].stop else setters      # written texts differ: nothing to shuffle
         tokens += run_task(name, questions, shots, chosen, results, model, tok, args)
     show_averages({variant: result.tasks for variant, result in results.items()})
     if samples:
-        run_text(args.text, samples, setters, results, model, args, device)
-        n_passes = 2 * len(setters) - 1              # a dense one beside each but the dense one
+        run_text(samples, setters, results, model, args)
+        n_passes = 2 * len(setters) - 1              # all but dense also run the dense model
         tokens += n_passes * sum(len(s.ids) for s in samples)
-        save(results, args)
     seconds = time.perf_counter() - start
     print(f"\n{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} per second")
 

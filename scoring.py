@@ -1,10 +1,10 @@
-"""What a model scores: loss and KL of held-out text, and answers to the questions of a benchmark, which are
-log-likelihoods of choices, or written.
+"""How a model is scored: loss and KL of held-out text, and answers to a benchmark's questions, by
+log-likelihood of their choices, or written.
 
-Choices of one question share its context: they branch off in one row, each seeing the context and
-itself alone. A beginning that all questions of a group share is kept as keys and values. Gates that read a
-sequence decide on the whole context, so for them nothing is shared between questions; gates that read even
-the answer (pool "all") share nothing, nor do gates with kv="open".
+The choices of a question branch off from its context in one row; each sees the context and itself alone. A
+prefix that all questions of a group share is computed once, and kept as keys and values. Gates of sequences
+read the whole context, so with them questions share no prefix; with pool="all" (they read even the answer) or
+kv="open" choices share nothing either.
 """
 import math
 import time
@@ -22,7 +22,7 @@ from model import Cache, run_layers
 from router import decisions_on, mindskips, overall_capacity, trace
 from support import parallel, written
 from support.attention import additive_mask
-from support.batches import common_beginning, pack
+from support.batches import common_prefix, pack
 from support.cuda import to_device
 from support.files import InputError
 from support.graph import release
@@ -43,7 +43,7 @@ class Usage:
 
     def add(self):
         for i, skip in mindskips(self.model).items():
-            self.opened[i] += skip.opened            # a tensor on CUDA: nothing waits for it here
+            self.opened[i] += skip.opened            # on CUDA a tensor: no sync here
             self.seen[i] += skip.seen
 
     def summary(self):
@@ -51,7 +51,7 @@ class Usage:
         layers = sorted(set(parallel.gathered(list(self.opened))))
         opened = parallel.summed(*(int(self.opened[i]) for i in layers))
         seen = parallel.summed(*(self.seen[i] for i in layers))
-        keep = {i: opened[at] / seen[at] for at, i in enumerate(layers)}
+        keep = {i: n_open / n_seen for i, n_open, n_seen in zip(layers, opened, seen)}
         shares, n_layer = list(keep.values()), self.model.config.n_layer
         routed = overall_capacity(shares, len(shares)) if shares else 1.0
         return {"capacity": overall_capacity(shares, n_layer), "routed_capacity": routed, "keep": keep}
@@ -67,10 +67,10 @@ def evaluate(model, batches, teacher=None):
     sums = torch.zeros(3, dtype=torch.float64, device=model.embed.weight.device)
     tokens, usage = 0, Usage(model)
     n_open = n_decisions = 0                                             # on answers' tokens
-    for batch, counts in parallel.share(batches):
+    for batch, is_counted in parallel.share(batches):
         with trace(model) as decisions:
             x, reference = hidden_states(model, batch, teacher)
-        if not counts:
+        if not is_counted:
             continue
         if decisions:
             is_open = decisions_on(decisions, batch.scored.cpu())
@@ -97,16 +97,16 @@ def perplexity(loss):
 
 
 # -------------------------------------------------------------------------------------------------- questions
-def answer(name, questions, model, tok, tokens, usages):
+def answer(name, questions, model, tok, tokens, usage):
     """(a task's tasks.Scores or written.Scores, tokens run, a note, often empty); processes share the
     questions.
 
-    tokens: per batch, None: what suits the device; what the gates did is added to each of the usages.
+    tokens: per batch, None: what suits the device; usage: a Usage, to which what the gates did is added.
     """
     task, device = TASKS[name], model.embed.weight.device.type
     if task.stop:
-        return write(questions, task.stop, model, tok, tokens or WRITTEN_TOKENS[device], usages)
-    values, n_cut, n_tokens = log_likelihoods(model, questions, tok, tokens or TOKENS[device], usages)
+        return write(questions, task.stop, model, tok, tokens or WRITTEN_TOKENS[device], usage)
+    values, n_cut, n_tokens = log_likelihoods(model, questions, tok, tokens or TOKENS[device], usage)
     return Scores(questions, values, task.norm), n_tokens, cut_note(n_cut, model.config.max_context)
 
 
@@ -121,9 +121,9 @@ Row = namedtuple("Row", "question context branches cut")     # branches: {the ch
 def rows_of(questions, tok, max_context, apart):
     """The rows to run for some questions.
 
-    As in the harness, a context's trailing spaces go to the continuation, which is what follows the context's
-    ids in the encoding of both, and a row too long for the model loses its first tokens. Choices after the
-    same context share a row, unless they are to be kept `apart` or do not fit.
+    As in the harness, a context's trailing spaces belong to the continuation. Context and continuation are
+    encoded together, and the ids after the context's own are the continuation's. A row too long for the model
+    loses its first tokens. Choices after the same context share a row, unless kept `apart` or too long.
     """
     rows = []
     for n, q in enumerate(questions):
@@ -140,7 +140,7 @@ def rows_of(questions, tok, max_context, apart):
                 rows.append(row)
                 continue
             for place, continuation in branches.items():
-                room = max_context + 1 - len(continuation)
+                room = max_context + 1 - len(continuation)       # + 1: its last token is not run
                 rows.append(Row(n, row.context[-room:], {place: continuation}, len(ids) > room))
     return rows
 
@@ -150,8 +150,8 @@ def size(row):
     return len(row.context) + sum(len(continuation) - 1 for continuation in row.branches.values())
 
 
-class Beginning:
-    """Keys and values of a beginning that many rows share. In a cache's place, it puts them before theirs."""
+class Prefix:
+    """Keys and values of a prefix that many rows share. Used as their cache: `store` puts them first."""
 
     def __init__(self, model, ids):
         cache = Cache(model.config, len(ids))
@@ -166,9 +166,9 @@ class Beginning:
                 torch.cat((self.v[layer].expand(rows, -1, -1, -1), v), 2))
 
 
-def tree(model, rows, beginning):
+def tree(model, rows, prefix):
     """Token ids (B, T) and Context of rows: branches follow their context, and do not see each other."""
-    start, device = beginning.length if beginning else 0, model.embed.weight.device
+    start, device = prefix.length if prefix else 0, model.embed.weight.device
     lengths = [size(row) - start for row in rows]
     tokens = torch.zeros(3, len(rows), max(lengths), dtype=torch.int64)       # ids, positions, branches
     for b, (row, length) in enumerate(zip(rows, lengths)):
@@ -180,10 +180,10 @@ def tree(model, rows, beginning):
             positions += range(n, n + n_read)
             branches += [i] * n_read
         tokens[:, b, :length] = torch.tensor([ids, positions, branches])
-    has_branches, end = int(tokens[2].max()) > 1, int(tokens[1].max()) + 1     # known before they are copied
+    has_several, end = int(tokens[2].max()) > 1, int(tokens[1].max()) + 1      # branches; read on the host
     idx, position, branch = to_device(tokens, device)
     ctx = model.context(idx, lengths, [len(row.context) - start for row in rows])
-    if start or has_branches:
+    if start or has_several:
         visible = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
         visible = visible.tril()                                                # (B, T, T)
         visible = F.pad(visible, (start, 0), value=True)                              # (B, T, start + T)
@@ -193,23 +193,26 @@ def tree(model, rows, beginning):
             visible = visible & (ago < model.config.sliding_window)
         cos, sin = (t[:, None] for t in model.angles_of(position, end))                      # (B, 1, T, D)
         mask = additive_mask(visible[:, None], model.embed.weight.dtype)
-        ctx = replace(ctx, cos=cos, sin=sin, mask=mask, cache=beginning)
+        ctx = replace(ctx, cos=cos, sin=sin, mask=mask, cache=prefix)
     return idx, ctx
 
 
-def score(model, rows, beginning, out):
+def score(model, rows, prefix, out):
     """Run rows, and write each branch's log-likelihood to out[question][place]; returns the tokens run."""
-    idx, ctx = tree(model, rows, beginning)
+    idx, ctx = tree(model, rows, prefix)
     x = run_layers(model.layers, model.embed(idx), ctx)                                            # (B, T, C)
-    at, targets, owners = [], [], []                # where a next token is scored, that token, and for whom
+    at, targets, owners = [], [], []     # flat index that predicts, token predicted, (question, place)
     for b, row in enumerate(rows):
-        last = b * idx.shape[1] + len(row.context) - (beginning.length if beginning else 0) - 1
+        last = b * idx.shape[1] + len(row.context) - (prefix.length if prefix else 0) - 1
         end = last + 1
         for place, continuation in row.branches.items():
             at += [last, *range(end, end + len(continuation) - 1)]
             targets += continuation
             owners += [(row.question, place)] * len(continuation)
             end += len(continuation) - 1
+    if max(targets) >= model.config.vocab_size:
+        raise InputError(f"token id {max(targets)} is not in the model's vocabulary of"
+                         f" {model.config.vocab_size}; is this tokenizer the model's own?")
     at, targets = to_device(torch.tensor([at, targets]), idx.device)
     x = x.flatten(0, 1)[at]
     for part in chunks(x):
@@ -220,42 +223,37 @@ def score(model, rows, beginning, out):
 
 
 @torch.no_grad()
-def log_likelihoods(model, questions, tok, budget, usages):
+def log_likelihoods(model, questions, tok, budget, usage):
     """[[log-likelihood of each choice in nats] for each question], how many questions had a context cut, and
-    how many tokens were run; what the gates did is added to usages."""
+    how many tokens were run; what the gates did is added to `usage`."""
     model.eval()
     skips = mindskips(model).values()
     by_sequence = any(skip.scope == "sequence" for skip in skips)
     reads_answers = by_sequence and any(skip.router.pool == "all" for skip in skips)
-    kv_open = any(skip.kv == "open" for skip in skips)          # gathered tokens have to be of one text
+    kv_open = any(skip.kv == "open" for skip in skips)          # open_keys.py has no branches or prefix
     rows = rows_of(questions, tok, model.config.max_context, apart=reads_answers or kv_open)
     out = [[0.0] * len(q.contexts) for q in questions]
     with tqdm(total=len(rows) // parallel.processes.world, unit="row", leave=False) as bar:
         tokens = 0
 
-        def count():
-            for usage in usages:
-                usage.add()
-
-        def run(group, beginning=None):
+        def run(group, prefix):
             nonlocal tokens
-            n_before = beginning.length if beginning else 0
+            n_before = prefix.length if prefix else 0
             for batch in pack(parallel.own(group), budget, lambda row: size(row) - n_before):
-                tokens += score(model, batch, beginning, out)
-                count()
+                tokens += score(model, batch, prefix, out)
+                usage.add()
                 bar.update(len(batch))
-        run([row for row in rows if row.cut])
+
         groups = {}
-        for row in rows:
-            if not row.cut:
-                groups.setdefault(questions[row.question].group, []).append(row)
+        for row in rows:                             # those that were cut are a group of their own
+            groups.setdefault(None if row.cut else questions[row.question].group, []).append(row)
         for group in groups.values():
-            shared, beginning = common_beginning([row.context for row in group]), None
-            if shared >= SHARED and len(group) > 1 and not by_sequence and not kv_open:
-                beginning = Beginning(model, group[0].context[:shared])
+            shared, prefix = common_prefix([row.context for row in group]), None
+            if shared >= SHARED and len(group) > 1 and not (by_sequence or kv_open or group[0].cut):
+                prefix = Prefix(model, group[0].context[:shared])
                 if parallel.is_first():              # each process runs it
-                    count()
-            run(group, beginning)
+                    usage.add()
+            run(group, prefix)
     tokens, *values = parallel.summed(tokens, *chain.from_iterable(out))  # each row was run by one process
     values = iter(values)
     out = [[next(values) for _ in choices] for choices in out]
@@ -264,10 +262,10 @@ def log_likelihoods(model, questions, tok, budget, usages):
 
 # -------------------------------------------------------------------------------------------- written answers
 @torch.no_grad()
-def write(questions, stop, model, tok, budget, usages):
+def write(questions, stop, model, tok, budget, usage):
     """(written.Scores of what the model writes to answer the questions, tokens run, a note). The likeliest
     tokens are written, until one of the strings `stop`. A row that ended goes on until all of its batch have,
-    and usages count its gates."""
+    and `usage` counts its gates."""
     own = parallel.own(questions)
     rows, n_cut = written.prompts(own, tok, model.config.max_context)
     longest = max((len(ids) for _, ids in rows), default=0) + written.LONGEST
@@ -279,8 +277,7 @@ def write(questions, stop, model, tok, budget, usages):
             idx, lengths = pad_sequence(texts, batch_first=True), [len(ids) for ids in texts]
             writing = written.Writing(tok, stop, len(batch))
             model.generate(idx, written.LONGEST, lengths=lengths, eos_id=tok.eos_ids, on_token=writing)
-            for usage in usages:
-                usage.add()
+            usage.add()
             answers |= {place: answer for (place, _), answer in zip(batch, writing.answers())}
             bar.update(len(batch))
     seconds = time.perf_counter() - start

@@ -60,9 +60,9 @@ def mean_updates(model, samples):
     return [total / n_tokens for total in sums]
 
 
-def with_means(make_variants, model, tok, args, device):
+def with_means(make_variants, model, tok, args):
     """eval.py's variants, of which the static ones leave the mean of what each attention adds."""
-    setters = make_variants(model, tok, args, device)
+    setters = make_variants(model, tok, args)
     if not args.static:
         return setters
     print("static: with the mean of what each of these attentions adds")

@@ -8,15 +8,17 @@ from support.cuda import to_device
 from support.files import InputError
 
 
-def common_beginning(texts):
+def common_prefix(texts):
     """How many ids all texts, lists of ids, start with, leaving each at least one of its own."""
     first, last = min(texts), max(texts)
     n = min(map(len, texts)) - 1
     return next((i for i in range(n) if first[i] != last[i]), n)
 
 
-def hold_out(samples, most):
-    """(samples to tune on, the last ones, at most `most` and a fifth of all)."""
+def hold_out(samples, most, path):
+    """(samples to tune on, the last ones, at most `most` and a fifth of all) of the samples of a file."""
+    if len(samples) < 2:
+        raise InputError(f"{path}: usable samples: {len(samples)}; give at least 2, of which one is held out")
     n = min(most, max(1, len(samples) // 5))
     return samples[:-n], samples[-n:]
 

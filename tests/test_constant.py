@@ -187,7 +187,7 @@ def test_a_static_drop_leaves_the_means(tiny):
     model, idx = Llama.from_pretrained(tiny), tokens()
     args = SimpleNamespace(static=[1], static_data=str(DEFAULT_DATA))
     setters = {"dense": lambda: remove_routers(model), "static": lambda: add_routers(model, layers="2")}
-    setters = constant.with_means(lambda *_: setters, model, Tokenizer.from_pretrained(tiny), args, "cpu")
+    setters = constant.with_means(lambda *_: setters, model, Tokenizer.from_pretrained(tiny), args)
     assert not mindskips(model)
     setters["static"]()
     skip, dense_logits = mindskips(model)[2], Llama.from_pretrained(tiny)(idx)

@@ -15,8 +15,8 @@ from model import Block, Llama
 from router import GRANULARITIES, add_routers, mindskips, save_routers, trace
 from scoring import Usage, rows_of, size
 from support import written
-from support.batches import Batch, common_beginning, pack
-from support.tasks import QUESTIONS, TASKS, Scores, read_task
+from support.batches import Batch, common_prefix, pack
+from support.tasks import QUESTIONS, TASKS, Question, Scores, read_task
 from tokenizer import Tokenizer
 from weights import InputError
 
@@ -150,13 +150,13 @@ def test_sharing_changes_nothing(kind, family, question_files, tmp_path):
         expected = brute_force(model, questions, tok)
         for budget in 1, 700:
             usage = Usage(model)
-            lls, _, _ = scoring.log_likelihoods(model, questions, tok, budget, [usage])
+            lls, _, _ = scoring.log_likelihoods(model, questions, tok, budget, usage)
             for ours, theirs in zip(lls, expected):
                 assert ours == pytest.approx(theirs, abs=1e-3), (name, budget)
             if kind:
                 assert 0.25 < usage.summary()["capacity"] < 1
     usage = Usage(model)                                    # the same in another order, as a part of more
-    again, _, _ = scoring.log_likelihoods(model, questions[::-1] + questions, tok, 300, [usage])
+    again, _, _ = scoring.log_likelihoods(model, questions[::-1] + questions, tok, 300, usage)
     for ours, theirs in zip(again, expected[::-1] + expected):
         assert ours == pytest.approx(theirs, abs=1e-3)
 
@@ -165,12 +165,12 @@ def test_a_beginning_is_run_once(tiny, question_files):
     tok, model = Tokenizer.from_pretrained(tiny), Llama.from_pretrained(tiny)
     questions = questions_of(question_files, "arc_challenge", 1)
     rows = rows_of(questions, tok, 512, apart=False)
-    shared = common_beginning([row.context for row in rows])
+    shared = common_prefix([row.context for row in rows])
     assert shared > scoring.SHARED and len(rows) == len(questions)
-    _, _, tokens = scoring.log_likelihoods(model, questions, tok, 512, [])
+    _, _, tokens = scoring.log_likelihoods(model, questions, tok, 512, Usage(model))
     assert tokens == sum(size(row) - shared for row in rows)
     with_gates(model, "attn_sequence")                        # a sequence's gate reads its own prompt
-    _, _, tokens = scoring.log_likelihoods(model, questions, tok, 512, [])
+    _, _, tokens = scoring.log_likelihoods(model, questions, tok, 512, Usage(model))
     assert tokens == sum(map(size, rows))
 
 
@@ -189,7 +189,7 @@ def test_a_long_context_loses_its_beginning(tiny, question_files, call):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     tok, model = Tokenizer.from_pretrained(tiny), Llama.from_pretrained(tiny)
     questions = questions_of(question_files, "boolq")
-    lls, cut, _ = scoring.log_likelihoods(model, questions, tok, 512, [])
+    lls, cut, _ = scoring.log_likelihoods(model, questions, tok, 512, Usage(model))
     assert cut == 1                                                       # with two choices
     for ours, theirs in zip(lls, brute_force(model, questions, tok)):
         assert ours == pytest.approx(theirs, abs=1e-3)
@@ -249,7 +249,7 @@ def test_answers_do_not_depend_on_their_batch(granularity, tiny, question_files,
     assert expected != free
     for budget in 1, 4000:
         usage = Usage(model)
-        scores, _, _ = scoring.write(questions, stop, model, tok, budget, [usage])
+        scores, _, _ = scoring.write(questions, stop, model, tok, budget, usage)
         assert list(scores.texts) == expected
         if granularity:
             assert 0.25 < usage.summary()["capacity"] < 1
@@ -367,7 +367,7 @@ def test_shuffled_decisions_go_elsewhere_at_every_layers_rate(granularity, tiny,
     save_routers(model, tmp_path / "r.safetensors")
     samples, _ = evaluation.read_samples(evaluation.DEFAULT_DATA, tok, 512)
     args = types.SimpleNamespace(routers=tmp_path / "r.safetensors", capacity=[None], static=[], seed=0)
-    found, said = evaluation.make_variants(model, tok, args, "cpu"), {}
+    found, said = evaluation.make_variants(model, tok, args), {}
     found = evaluation.with_shuffled(found, model, args.seed)
     for name in "routed", "shuffled", "routed", "shuffled":
         found[name]()
@@ -390,7 +390,7 @@ def test_static_drops_what_is_missed_least(tiny):
     model.layers[2].attn.o.weight.data.zero_()
     args = types.SimpleNamespace(seed=0)
     samples, _ = evaluation.read_samples(evaluation.DEFAULT_DATA, tok, 512)
-    assert evaluation.layers_by_harm(model, samples[:20], args, "cpu")[0] == 2
+    assert evaluation.layers_by_harm(model, samples[:20], args.seed)[0] == 2
 
 
 def test_a_text_in_pieces(tiny, call, tmp_path):
@@ -454,7 +454,35 @@ def test_what_finished_is_kept(after, kept, tiny, router_file, question_files, c
     assert ("routers" in table) == ("routed" in kept)
 
 
+def test_a_text_that_was_scored_is_kept(tiny, router_file, call, tmp_path, monkeypatch):
+    evaluated, real = [], evaluation.evaluate
+
+    def interrupted(*given):
+        if len(evaluated) == 2:
+            raise KeyboardInterrupt
+        evaluated.append(given[0])
+        return real(*given)
+    monkeypatch.setattr(evaluation, "evaluate", interrupted)
+    (tmp_path / "t.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    status, _ = call(evaluation.main, "--model", tiny, "--text", tmp_path / "t.txt", "--static", "1,2",
+                     "--routers", router_file("attn_token"), "--json", tmp_path / "o.json")
+    table = json.loads((tmp_path / "o.json").read_text())
+    assert status == 130 and table["text"]["kl"] > 0 and table["dense"]["text"]["kl"] == 0
+    assert not {"static 1", "static 2"} & table.keys()
+
+
 # -------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_choice_that_the_vocabulary_lacks(tiny):
+    """Also as its last token, which the model never reads."""
+    model, tok = Llama.from_pretrained(tiny), Tokenizer.from_pretrained(tiny)
+    question = Question(0, ["The sky"], [" is blue"], [8], 0, "")
+    n = model.config.vocab_size
+    encode = tok.encode
+    tok.encode = lambda text: encode(text) + [n] * text.endswith("blue")
+    with pytest.raises(InputError, match=f"token id {n} is not in the model's vocabulary of {n}"):
+        scoring.log_likelihoods(model, [question], tok, 512, Usage(model))
 
 
 @pytest.mark.parametrize("flags, words", [

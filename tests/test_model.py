@@ -28,7 +28,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model import Config, Llama, rope_frequencies
 from router import add_routers
-from scoring import Beginning
+from scoring import Prefix
 from weights import SMOLLM2_FILE, InputError
 
 
@@ -362,7 +362,7 @@ def test_a_token_that_the_model_does_not_have(token, tiny):
     model, idx = Llama.from_pretrained(tiny), torch.randint(0, 320, (2, 9))
     idx[1, 4] = token
     lengths = torch.tensor([9, 2])                      # in padding too
-    beginning = lambda idx: Beginning(model, idx[1].tolist())
+    beginning = lambda idx: Prefix(model, idx[1].tolist())
     for use in model, model.generate, lambda idx: model(idx, lengths), beginning:
         with pytest.raises(InputError, match=rf"token id {token} .* 320") as e:
             use(idx)

@@ -17,7 +17,7 @@ from calibration import calibrate, calibration_batches, measured_capacity, shift
 from model import Llama
 from recipe import DEFAULT, PAPER, Penalty, choose_recipe, own_text, ramp
 from router import add_routers, capacity, mindskips, straight_through, trace
-from support.batches import Batch, common_beginning
+from support.batches import Batch, common_prefix
 from support.data import pieces, read_samples
 
 # ------------------------------------------------------------------------------------------------------ PAPER
@@ -341,7 +341,7 @@ def test_calibration_tells_which_threshold_gives_a_capacity(granularity, tiny, s
     assert abs(best[1] - 0.6) < (0.05 if granularity.endswith("token") else 0.15)
     assert {gate.threshold for gate in mindskips(model).values()} == {best[0]}
     if granularity == "attn_token":  # by brute force: all tokens after the template, both sources' mean
-        shares, template = [], common_beginning([s.ids for s in samples[:24]])
+        shares, template = [], common_prefix([s.ids for s in samples[:24]])
         assert template > 3
         for source, start in (samples[:24], template), (pieces(text.tolist(), 128), 0):
             decisions = []
