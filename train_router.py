@@ -19,7 +19,6 @@ import math
 import shlex
 import sys
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -54,13 +53,11 @@ from support.own_text import own_text_file
 from support.run import Run, check_output, file_hash, settings_of
 from tokenizer import Tokenizer
 
-FIXED_DATE = datetime(2024, 7, 26)      # what chat templates print as today's: no run depends on the day
-
 
 # ------------------------------------------------------------------------------------------------------- loop
 def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
-    """Tune by gradient. source: for each step a list of (kind of text, Batch); each of the n_kinds has a
-    penalty of its own, and that of a step is the mean over its batches. run: a Run, which says what steps
+    """Tune by gradient. source: yields each step's [(kind of text, Batch)], see recipe.make_source. Each kind
+    has a penalty of its own; a step's penalty is the mean over its batches. run: a Run, which says what steps
     remain and keeps what they give; teacher: see losses.backward."""
     optimizer = make_optimizer(model, recipe)
     penalties = [Penalty(recipe.penalty) for _ in range(n_kinds)]
@@ -76,7 +73,7 @@ def tune(model, source, recipe, capacity_wanted, run, n_kinds=1, teacher=None):
 
         loss = 0.0
         measured = []                                # of each batch: (kind of text, capacity)
-        for (kind, batch), is_counted in parallel.share(batches):    # False: a filler, see share
+        for (kind, batch), is_counted in parallel.share(batches):    # not counted: a filler, of weight 0
             batch_penalty = is_counted * penalties[kind].value / len(batches)
             regularizer = partial(recipe.regularizer, model, batch_penalty, target)
             loss += losses.backward(model, batch, recipe.loss, is_counted * per_token, regularizer, teacher)
@@ -111,7 +108,7 @@ def trained(model):
 
 
 def make_optimizer(model, recipe):
-    """Let what the recipe names train: AdamW on it, each group with its peak learning rate."""
+    """AdamW on what the recipe trains, which is unfrozen here; each group has its peak learning rate."""
     if recipe.train == "all":
         model.requires_grad_(True)
     if recipe.train == "bias":
@@ -216,7 +213,7 @@ def make_recipe(args, samples, model):
     if args.init:
         recipe = replace(recipe, falls_until=0.0)                # its routers have closed gates already
     if not recipe.step_samples:
-        args.accumulate *= parallel.processes.world              # from here on of all processes
+        args.accumulate *= parallel.processes.world              # from here on: over all processes
     for key in keys:
         setattr(args, key, getattr(recipe, key))
     args.steps = recipe.steps or recipe.epochs * math.ceil(len(samples) / recipe.step_samples)
@@ -238,16 +235,13 @@ def check_capacity(args, recipe, n_layer):
 
 
 def read_data(args, tok, context):
-    """(training samples, held-out samples): the last ones of each --data."""
+    """(samples to tune on, held-out samples): of each --data file the last ones are held out."""
     train_sets, test_set = [], []
     for path in args.data:
         samples, n_cut = read_samples(path, tok, context, args.piece or PLAIN_PIECE)
         if n_cut:
             print(f"{n_cut} samples were cut to the context of {context} tokens", file=sys.stderr)
-        if len(samples) < 2:
-            raise InputError(f"{path}: usable samples: {len(samples)}; give at least 2, of which one is held"
-                             " out")
-        train_part, test_part = hold_out(samples, max(1, args.held_out // len(args.data)))
+        train_part, test_part = hold_out(samples, max(1, args.held_out // len(args.data)), path)
         train_sets.append(train_part)
         test_set += test_part
     return mixture(train_sets, args.data_weights, args.seed)[:args.max_samples], test_set
@@ -297,7 +291,6 @@ def main():
     check_output(args.model, args.out, args.init)
     device, dtype = device_and_dtype(args.device, args.dtype)
     tok = Tokenizer.from_pretrained(args.model)
-    tok.template.today = FIXED_DATE
     model = Llama.from_pretrained(args.model, "cpu" if args.shard else device, dtype)
     for module in model.embed, model.norm, model.head:         # with --shard the layers follow, in parts
         module.to(device)
@@ -336,7 +329,7 @@ def main():
     run.check_finite(run.n_steps, result["loss"] + result["kl"])
     if not parallel.is_first():
         return
-    if recipe.train == "all":           # first the model: a router file with results says that all is there
+    if recipe.train == "all":           # the model first: a router file with results marks a finished run
         skips = mindskips(model)
         remove_routers(model)
         model.save_pretrained(Path(args.out) / "model", args.model)

@@ -29,6 +29,7 @@ from support.batches import Batch, batches, hold_out, pack  # noqa: E402
 from support.cli import common_arguments, destination, number  # noqa: E402
 from support.data import DEFAULT_DATA, HELD_OUT, read_samples  # noqa: E402
 from support.files import InputError  # noqa: E402
+from support.kernels import Linear  # noqa: E402
 from support.machine import device_and_dtype  # noqa: E402
 from support.run import check_output  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -50,9 +51,8 @@ class LowRank(nn.Module):
 
 
 def linear_layers(model):
-    """[every linear layer of the blocks], but for routers."""
-    named = [(name, module) for layer in model.layers for name, module in layer.named_modules()]
-    return [module for name, module in named if isinstance(module, nn.Linear) and "router" not in name]
+    """[every linear layer of the blocks], but for routers, which are nn.Linear."""
+    return [module for module in model.layers.modules() if isinstance(module, Linear)]
 
 
 def check_rank(config, rank):
@@ -120,9 +120,7 @@ def main():
     config = Config.from_hf(checkpoint.config, checkpoint.path)
     check_rank(config, args.rank)
     samples, _ = read_samples(args.data, Tokenizer.from_pretrained(args.model), config.max_context)
-    if len(samples) < 2:
-        raise InputError(f"{args.data}: give at least 2 samples with an answer; one is held out")
-    train_set, test_set = hold_out(samples, args.held_out)
+    train_set, test_set = hold_out(samples, args.held_out, args.data)
     test = [Batch.of(group, device) for group in pack(test_set, args.tokens)]
     rows = {}
     for name in "routed", "dense":                   # in this order, since a router file may be refused

@@ -3,6 +3,7 @@ import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from support.files import InputError, read_text
@@ -11,6 +12,7 @@ DEFAULT_DATA = Path(__file__).parent.parent / "data" / "instructions.jsonl"
 HELD_OUT = 64         # samples at the end of a file that are kept for the final table
 PLAIN_PIECE = 512     # tokens of the pieces that plain text is cut into
 PLAIN_PROMPT = 64     # of which so many stand in for a prompt, and are not learned from
+FIXED_DATE = datetime(2024, 7, 26)     # "today" in chat templates: no sample depends on the date
 
 
 @dataclass
@@ -27,6 +29,7 @@ def read_samples(path, tok, context, piece=PLAIN_PIECE):
     Returns (samples, how many were cut to `context` tokens), and prints how many records were read in which
     form, and how many have nothing to learn from. InputError names the line or the field that is wrong.
     """
+    tok.template.today = FIXED_DATE
     text = read_text(path, "give a file of JSON, JSONL or plain text in UTF-8")
     if not text.strip() or "\0" in text:
         raise InputError(f"{path}: {'binary' if text.strip() else 'empty'}; give JSON, JSONL or plain text")

@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from support import template
+from support.data import read_samples
 from tokenizer import Tokenizer
 from weights import InputError
 
@@ -264,3 +265,11 @@ def test_the_date_that_a_template_reads(tmp_path):
     assert tok.template.render(chat)[0] == datetime.now().strftime("%d %b %Y")
     tok.template.today = datetime(2024, 7, 26)
     assert tok.template.render(chat)[0] == "26 Jul 2024"
+
+
+def test_samples_do_not_depend_on_the_date(tmp_path):
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": messages_of(CHATS[0])}))
+    template = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tok = Tokenizer.from_pretrained(folder_of(tmp_path, byte_level(), template))
+    (sample,), _ = read_samples(tmp_path / "c.jsonl", tok, 512)
+    assert tok.decode(sample.ids).startswith("2024")
