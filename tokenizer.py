@@ -19,7 +19,7 @@ import tokenizers
 from support.files import InputError, reason
 from support.gguf import LLAMA3_SPLIT
 from support.template import ChatTemplate
-from weights import SPECIAL_TOKENS, open_checkpoint
+from weights import SPECIAL_TOKENS, open_checkpoint, special_tokens
 
 LLAMA3_SPECIAL = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
@@ -145,7 +145,7 @@ class Tokenizer:
     def __init__(self, file, config):
         """file: a TokenizersFile or a TiktokenFile; config: dict, the keys of a tokenizer_config.json."""
         self.file, self.special = file, file.special
-        marks = {key: mark(config, key) for key in SPECIAL_TOKENS}
+        marks = dict.fromkeys(SPECIAL_TOKENS, "") | special_tokens(config, "tokenizer_config.json")
         ends = [self.special.get(marks["eos_token"]), *config["eos_token_ids"]]
         self.eos_ids = list(dict.fromkeys(i for i in ends if i is not None))
         self.eos_id = self.eos_ids[0] if self.eos_ids else None
@@ -162,7 +162,7 @@ class Tokenizer:
         if "ranks" in contents:
             return cls(TiktokenFile(contents["ranks"]), config)
         with told(f"{checkpoint.path}: its tokenizer cannot be read by `tokenizers`; get it again"):
-            marks = [mark(config, key) for key in SPECIAL_TOKENS]
+            marks = special_tokens(config, checkpoint.path).values()
             file = TokenizersFile(contents["json"], marks, config.get("added_tokens_decoder"))
             return cls(file, config)
 
@@ -232,9 +232,3 @@ GUARD, FILLER = 0x100000, "\U0010fffd"       # characters for private use
 def no_guards(text):
     """The text without the characters of guards."""
     return re.sub("[\U00100000-\U0010ffff]", "\ufffd", text)
-
-
-def mark(config, key):
-    """The text of a special token in a tokenizer_config.json, "" where there is none."""
-    token = config.get(key) or ""
-    return token["content"] if isinstance(token, dict) else token

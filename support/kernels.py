@@ -138,14 +138,14 @@ def packed_weights(model, rows):
     The copies live no longer than the context: nothing can be stale after a weight was changed.
     """
     layers = [module for module in model.modules() if isinstance(module, Linear)]
-    n_bytes = sum(layer.weight.nbytes for layer in layers)
-    if layers[0].packed is not None:         # a generation within another, which uses what that one has
+    weight, n_bytes = layers[0].weight, sum(layer.weight.nbytes for layer in layers)
+    pays = type(weight) is nn.Parameter and should_pack(n_bytes, weight.device, weight.dtype)   # no DTensor
+    if layers[0].packed is not None or not pays:     # a generation within another uses what that one has
         yield
         return
     try:
-        if should_pack(n_bytes, layers[0].weight.device, layers[0].weight.dtype):
-            for layer in layers:
-                layer.packed, layer.rows = {}, rows
+        for layer in layers:
+            layer.packed, layer.rows = {}, rows
         yield
     finally:
         for layer in layers:
