@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from model import Llama
-from router import capacity, load_routers
+from router import capacity, load_routers, threshold_for
+from support.checked import open_router_file
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,18 @@ def test_the_fork_runs(arguments, tmp_path):
     done = run(fork, "train_router", *arguments)                     # tokens have no prompt to read
     assert done.returncode == 1 and "sequence" in done.stderr and "Traceback" not in done.stderr
     assert run(fork).returncode == 1
+
+
+def test_shipped_files_give_the_capacities_that_are_promised():
+    page = (ROOT / "routers" / "README.md").read_text("utf-8")
+    ranges = dict(re.findall(r"([\d.]+ to [\d.]+) at (token|sequence) level", page))
+    (in_readme,) = re.findall(r"any from ([\d.]+ to [\d.]+)", README)
+    for text, level in [*ranges.items(), (in_readme, "token")]:
+        path = ROOT / "routers" / f"smollm2-135m.attn_{level}.safetensors"
+        _, meta = open_router_file(path)
+        low, high = (threshold_for(float(end), meta, path) for end in text.split(" to "))
+        assert 0 < high < low < 1
+    assert len(ranges) == 2
 
 
 def anchors(page):
