@@ -1,11 +1,11 @@
-"""What it costs to close a gate, measured, and gates at sequence level that predict it.
+"""The harm of closing a gate, measured as KL, and sequence-level routers that are fitted to predict it.
 
 The harm of a gate to a sequence is KL(dense || gate closed) - KL(dense || gate open) in nats, summed over the
-sequence's answer, gates below as they stand, gates above as they then decide. At a price of mu per gate it
-is best to close those whose harm is below mu: so a router has to predict the harm, and its threshold is the
-price (both as square roots, see `fit`). Where a gate decides once for a whole sequence, a batch holds
-only a handful of decisions, and a gradient through so few is mostly noise. There the harm is measured, with
-one run of its layer and those above for each gate, and its square root is predicted by ridge regression.
+sequence's answer. Gates in lower layers stay as they are; those in higher layers may change in response. If
+an open gate costs mu, it is best to close those whose harm is below mu: a router has to predict the harm, and
+its threshold is the price (of both the square roots, see `fit`). With one gate per sequence a batch holds
+only a handful of decisions, and a gradient through so few is mostly noise. So the harm is measured, by
+running a gate's layer and those above once per gate, and its square root is predicted by ridge regression.
 """
 import torch
 
@@ -14,20 +14,19 @@ from model import run_layers
 from router import dense, mindskips, overall_capacity, trace
 from support import parallel
 
-RIDGE = 20.0        # of the regression, in units of the inputs' mean squared distance from their mean
+RIDGE = 20.0        # ridge penalty, times the inputs' mean squared distance from their mean
 
 
 @torch.no_grad()
 def measure(model, batch):
     """What closing each of the model's G gates costs each of a batch's B sequences.
 
-    Returns the harm (B, G) in nats, what each router read (B, G, C), whether its gate is open (B, G), bool,
-    and the KL of each sequence's answer (B,). Gates at token level should be all open; what they read is
-    (B, G, T, C).
+    Returns the harm (B, G) in nats, the routers' inputs (B, G, C), which gates are open (B, G), bool, and the
+    KL of each sequence's answer (B,). Gates at token level must all be open; then inputs are (B, G, T, C).
     """
     skips = mindskips(model)
     ctx = model.context(batch.idx, batch.lengths, batch.prompt_lengths)
-    at = batch.scored.flatten().nonzero().squeeze(1)                          # once: on CUDA this waits
+    at = batch.scored.flatten().nonzero().squeeze(1)                          # once: a sync on CUDA
     with dense(model):
         x = run_layers(model.layers, model.embed(batch.idx), ctx)
         x = x.flatten(0, 1)[at]                                               # (N, C)
@@ -49,18 +48,18 @@ def measure(model, batch):
     for hook in hooks:
         hook.remove()
 
-    as_it_is = answers_kl(streams[-1])
+    base_kl = answers_kl(streams[-1])                                         # (B,)
     harm, opened = [], []
     for i, skip in skips.items():
-        is_open, = decisions[i]                                               # (B,), or (B, T) at token level
+        [is_open] = decisions[i]                                              # (B,), or (B, T) at token level
         opposite, outer = (~is_open).float(), skip.override
         skip.override = lambda score, ctx, scores=opposite: scores
         flipped = answers_kl(run_layers(model.layers[i:], streams[i], ctx))
         skip.override = outer
         was_open = is_open.view(len(is_open), -1).any(1)                      # (B,)
-        harm.append(torch.where(was_open, flipped - as_it_is, as_it_is - flipped))
+        harm.append(torch.where(was_open, flipped - base_kl, base_kl - flipped))
         opened.append(was_open)
-    return torch.stack(harm, 1), torch.stack(inputs, 1), torch.stack(opened, 1), as_it_is
+    return torch.stack(harm, 1), torch.stack(inputs, 1), torch.stack(opened, 1), base_kl
 
 
 def ridge_regression(x, y):
@@ -68,9 +67,9 @@ def ridge_regression(x, y):
     costs RIDGE times the mean squared distance of the inputs from their mean."""
     x_mean, y_mean = x.mean(0), y.mean()
     x = x - x_mean
-    product = x @ x.T                                                         # (n, n)
-    ridge = RIDGE * product.diagonal().mean().clamp(min=1e-9)
-    solution = torch.linalg.solve(product + ridge * torch.eye(len(x)).to(product), y - y_mean)
+    gram = x @ x.T                                                            # (n, n)
+    ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-9)
+    solution = torch.linalg.solve(gram + ridge * torch.eye(len(x)).to(gram), y - y_mean)
     w = x.T @ solution
     return w, y_mean - x_mean @ w
 
@@ -84,23 +83,23 @@ def fit(model, harm, inputs, capacity, biases_only=False):
     """
     skips = list(mindskips(model).values())
     root = harm.double().clamp(min=0).sqrt()
-    lines, predicted = [], []
+    predictors, predicted = [], []
     for x, y in zip(inputs.double().unbind(1), root.unbind(1)):
         w, intercept = ridge_regression(x, y)
         if biases_only:
             w, intercept = torch.zeros_like(w), y.mean()
-        lines.append((w, intercept))
+        predictors.append((w, intercept))
         predicted.append(x @ w + intercept)
     predicted = torch.stack(predicted).flatten().sort().values
 
-    # the cut lies between the gates of least predicted harm, which close, and the others
+    # the cut: the n_closed gates of least predicted harm lie below it (edges: one more harm at each end)
     n_closed = round((1 - capacity) * model.config.n_layer / len(skips) * len(predicted))
     margin = predicted.std(correction=0).clamp(min=1e-9)
     edges = torch.cat((predicted[:1] - margin, predicted, predicted[-1:] + margin))
     cut = edges[n_closed:n_closed + 2].mean()
     # the score is sigmoid((predicted - cut) / unit), whose logits have mean absolute value 1
     unit = (predicted - cut).abs().mean().clamp(min=1e-9)
-    for skip, (w, intercept) in zip(skips, lines):
+    for skip, (w, intercept) in zip(skips, predictors):
         skip.router.weight.data.copy_(w[None] / unit)
         skip.router.bias.data.fill_((intercept - cut) / unit)
 

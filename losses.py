@@ -86,7 +86,7 @@ def backward(model, batch, loss, weight=1.0, regularizer=None, teacher=None):
     """
     teacher = teacher or model
     x, reference = hidden_states(model, batch, teacher if reads_dense(loss) else None)
-    leaf = x.detach().requires_grad_()
+    leaf = x.detach().requires_grad_()                               # collects the chunks' gradients
     total = 0.0
     for chunk in chunks(leaf):
         log_p = None
@@ -97,7 +97,7 @@ def backward(model, batch, loss, weight=1.0, regularizer=None, teacher=None):
         chunk_loss = LOSSES[loss](log_q, batch.targets[chunk], log_p).sum() * weight
         chunk_loss.backward()
         total = total + chunk_loss.detach()
-        del log_p, log_q, chunk_loss                                          # before the next of their size
+        del log_p, log_q, chunk_loss                                          # before the next chunk's
     outputs, gradients = [x], [leaf.grad]
     if regularizer is not None:
         outputs, gradients = [x, regularizer()], [leaf.grad, None]

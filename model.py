@@ -9,7 +9,7 @@ Notable:
   Qwen3's norm on q and k, SmolLM3's layers without rotary positions, tied or untied head
 - support/kernels.py, attention.py and graph.py compute what the plain PyTorch calls do, faster
 
-Shapes: B rows, T columns (tokens), S keys, C n_embd, H n_head, K n_kv_head, D head_dim, V vocabulary.
+Shapes: B rows, T tokens, N chosen tokens, S keys, C n_embd, H n_head, K n_kv_head, D head_dim, V vocabulary.
 """
 import math
 from collections import defaultdict
@@ -29,7 +29,7 @@ from support.kernels import Linear, recomputed, rms_norm
 from weights import checkpoint_parts, open_checkpoint, read_rope, write_folder
 
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": 4096}, "phi3": {"rms_norm_eps": 1e-5}, "qwen2": {},
-            "qwen3": {}, "smollm3": {"rope_theta": 2e6, "tie_word_embeddings": True}}       # see from_hf
+            "qwen3": {}, "smollm3": {"rope_theta": 2e6, "tie_word_embeddings": True}}       # defaults
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Config:
         family = read_value(hf, where, "model_type", str)
         if family not in FAMILIES:
             raise InputError(f"{where}: model_type {family!r} is not supported; {', '.join(FAMILIES)} are")
-        hf = FAMILIES[family] | hf               # what a family means by keys that its file leaves out
+        hf = FAMILIES[family] | hf               # a family's defaults for keys that the file leaves out
         read = partial(read_value, hf, where)
         size = partial(read, kind=int, low=1, high=2**24)
         for key, known in (("attention_bias", False), ("mlp_bias", False), ("use_sliding_window", False),
@@ -118,9 +118,9 @@ class Cache:
 
     def __init__(self, config, max_tokens):
         self.max_tokens, self.window = max_tokens, config.sliding_window
-        self.k = [None] * config.n_layer             # (B, K, columns, D) each; B: the rows that ran it
+        self.k = [None] * config.n_layer             # (B, K, columns, D) each; B: the layer's open rows
         self.v = [None] * config.n_layer
-        self.routing = defaultdict(dict)             # what skipping.py has to know of earlier tokens
+        self.routing = defaultdict(dict)             # skipping.py's state: {name: {MindSkip: value}}
 
     def store(self, layer, k, v, ctx):
         """Store this pass's keys and values (B, K, T, D); returns all to attend to, (B, K, S, D)."""
@@ -143,7 +143,7 @@ class Cache:
         return k, v
 
     def store_step(self, layer, k, v, ctx):
-        """Store each row's T latest tokens, (B, K, T, D): those pending in skipping.py, then this step's."""
+        """Store T new tokens of each row, (B, K, T, D): those that skipping.py deferred, then this step's."""
         keys, values, T = self.k[layer], self.v[layer], k.shape[2]
         if ctx.slots is None:                        # every row is at the same position
             keys[:, :, ctx.end - T:ctx.end] = k
@@ -163,7 +163,7 @@ class Context:
     cos: torch.Tensor                            # (T, D), or (B, 1, T, D) where rows differ in positions
     sin: torch.Tensor
     lengths: torch.Tensor | None                 # (B,) real tokens of each row, then padding; None in a step
-    host_lengths: list[int]                      # the same on the host; in a step 1 each
+    host_lengths: list[int]                      # the same as a list; in a step [1] * B
     prompt_lengths: torch.Tensor | None = None   # (B,) how many of them are the prompt; None in a step
     longest_prompt: int = 0                      # the largest of those
     mask: torch.Tensor | None = None             # (B or 1, 1, T, S) added to scores; None: causal
@@ -171,7 +171,7 @@ class Context:
     decoding: bool = False                       # a step that continues the cache, one token per row
     end: int = 0                                 # decoding: keys to attend to, this step's included
     slots: torch.Tensor | None = None            # decoding: (B,) cache column each row writes; None: end - 1
-    captured: bool = False                       # decoding: in a CUDA graph: the host can read no tensor
+    captured: bool = False                       # decoding in a CUDA graph: no .item() or .tolist()
 
 
 class RMSNorm(nn.RMSNorm):
@@ -195,7 +195,7 @@ class Attention(nn.Module):
         self.o = Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x, ctx, h=None):
-        """(B, T, C) to (B, T, C). h (B, n, C): norm(x), if computed, after that of tokens whose keys wait."""
+        """(B, T, C) to (B, T, C). h (B, n, C): norm(x), if known, after that of deferred tokens, if any."""
         h = self.norm(x) if h is None else h
         y = split_heads(self.qkv(h), self.head_dim)                           # (B, H + 2K, n, D)
         qk, v = y[:, :-self.n_kv_head], y[:, -self.n_kv_head:]
@@ -204,7 +204,7 @@ class Attention(nn.Module):
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
         if self.rotates:
             qk = rotate(qk, ctx.cos, ctx.sin)                                 # both at once: fewer kernels
-        q, k = qk[:, :self.n_head, -x.shape[1]:], qk[:, self.n_head:]         # q of x alone, (B, H, T, D)
+        q, k = qk[:, :self.n_head, -x.shape[1]:], qk[:, self.n_head:]         # no q for deferred tokens
         if ctx.cache is not None:
             k, v = ctx.cache.store(self.layer, k, v, ctx)                     # (B, K, S, D)
         y = attention(q, k, v, ctx.mask, causal=ctx.mask is None and not ctx.decoding)
@@ -229,7 +229,7 @@ class MLP(nn.Module):
         self.down = Linear(config.intermediate, config.n_embd, bias=False)
 
     def forward(self, x, ctx=None, h=None):
-        """(..., C) to (..., C). h: norm(x), if computed."""
+        """(..., C) to (..., C). h: norm(x), if known."""
         h = self.norm(x) if h is None else h
         gate, up = self.gate_up(h).chunk(2, -1)                               # (..., intermediate) each
         return self.down(recomputed(swiglu, gate, up), plus=x)
@@ -249,7 +249,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, ctx, h=None):
-        """h: the attention's norm(x), if computed."""
+        """h: the attention's norm(x), if known."""
         return self.mlp(self.attn(x, ctx, h), ctx)
 
 
@@ -293,9 +293,9 @@ class Llama(nn.Module):
             raise InputError("the prompt is empty; give at least one token")
         lengths = one_per_row([T] * B if lengths is None else lengths, "lengths", idx)
         if prompt_lengths is None:
-            prompt_lengths = lengths.clamp(max=PLAIN_PROMPT)      # its beginning stands in for a prompt
+            prompt_lengths = lengths.clamp(max=PLAIN_PROMPT)      # plain text: the first 64 tokens
         prompt_lengths = one_per_row(prompt_lengths, "prompt_lengths", idx)
-        # all that the host has to know, in one wait for the device
+        # everything that the host needs, in one device sync
         low, high, *host = torch.cat((torch.stack(idx.aminmax()), lengths, prompt_lengths)).tolist()
         host_lengths, host_prompts = host[:B], host[B:]
         if low < 0 or high >= self.config.vocab_size:
@@ -306,9 +306,8 @@ class Llama(nn.Module):
                              " and no prompt longer than its row")
         window, mask = self.config.sliding_window, None
         if window and T > window:
-            t = torch.arange(T, device=idx.device)
-            age = t[:, None] - t                                              # (T, T), query minus key
-            mask = additive_mask((age >= 0) & (age < window), self.embed.weight.dtype)[None, None]
+            visible = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril().triu(1 - window)
+            mask = additive_mask(visible, self.embed.weight.dtype)[None, None]
         cos, sin = self.angles_of(slice(0, T), T)
         return Context(cos=cos, sin=sin, lengths=lengths, host_lengths=host_lengths, mask=mask,
                        prompt_lengths=prompt_lengths, longest_prompt=max(host_prompts), cache=cache)
@@ -346,7 +345,7 @@ class Llama(nn.Module):
         return self.angles[0][positions], self.angles[1][positions]
 
     def make_angles(self, end):
-        """self.angles of all positions below `end`, and some more."""
+        """Extend self.angles to all positions below `end`, with room to grow."""
         weight = self.embed.weight
         cos = self.angles[0] if self.angles else None
         if cos is not None and len(cos) >= end and (cos.dtype, cos.device) == (weight.dtype, weight.device):
@@ -401,7 +400,7 @@ class Llama(nn.Module):
                         if bool(done.all()):
                             break
                     if i + 1 < max_new_tokens:
-                        known = token.clamp(0, self.config.vocab_size - 1)       # pad may lie outside
+                        known = token.clamp(0, self.config.vocab_size - 1)       # pad may be no vocabulary id
                         x = step(known, [n + i for n in ctx.host_lengths])       # (B, C)
             return out
         finally:
@@ -423,7 +422,7 @@ class Llama(nn.Module):
         checkpoint.check_tensors({source: part.shape for pairs in parts for source, part in pairs})
         model.to_empty(device=device)
         if config.tie_embeddings:
-            model.head.weight = model.embed.weight             # to_empty has parted them
+            model.head.weight = model.embed.weight             # tie again: to_empty untied them
         for name, parameter in model.named_parameters():
             for source, part in checkpoint_parts(name, parameter.detach(), config):
                 part.copy_(checkpoint.tensor(source))
@@ -441,7 +440,7 @@ class Llama(nn.Module):
 
 def sample(logits, temperature=0.0, top_k=None):
     """One token id per row, (B,), from logits (B, V)."""
-    if temperature < 1e-6:                          # the limit at 0, without dividing by next to nothing
+    if temperature < 1e-6:                          # greedy, the limit at 0; avoids dividing by almost 0
         return logits.max(-1).indices               # argmax, but that is slow in bfloat16 on CPUs
     logits = logits.float() / temperature
     if top_k:

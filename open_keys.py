@@ -23,10 +23,10 @@ def run_open_only(skip, x, ctx, h, is_open):
     """The sublayer on a prompt's open tokens only, is_open (B, T), which attend to open tokens only."""
     is_open = is_open & real_tokens(x, ctx)
     n = is_open.sum(1)                                                   # (B,)
-    host_n = n.tolist()                                                  # the one wait for the device
+    host_n = n.tolist()                                                  # the one device sync
     skip.count(sum(host_n), ctx)
     order = (~is_open).int().argsort(dim=1, stable=True)                 # (B, T), a row's open tokens first
-    multiple = 1
+    multiple = 1                                                         # of columns, so that shapes recur
     if is_asynchronous(x):
         multiple = CUDA_MULTIPLE
     elif products_are_faster(x):
@@ -56,8 +56,8 @@ def run_open_only(skip, x, ctx, h, is_open):
 
 
 def mask_closed_keys(ctx, gate, dtype):
-    """The Context of a training pass in which closed tokens take no part: log g, gate (B, T), is added to the
-    scores of a token's key."""
+    """The Context of a training pass in which closed tokens take no part: a token's log g, gate (B, T), is
+    added to the scores of its key."""
     T, mask = gate.shape[1], ctx.mask
     if mask is None:
         mask = additive_mask(torch.ones(T, T, dtype=torch.bool, device=gate.device).tril(), dtype)

@@ -23,13 +23,13 @@ from support.files import InputError
 from support.own_text import write_text
 
 OWN_TEXTS, OWN_TOKENS = 288, 256      # texts that the model writes, and tokens of each
-CALIBRATION_TEXTS, CALIBRATION_TOKENS = 64, 128       # the first texts, cut, calibrate the threshold
-NOT_LEARNED = 24                      # texts 0 to 23 only calibrate, 24 to 63 are tuned on, too
+CALIBRATION_TEXTS, CALIBRATION_TOKENS = 64, 128       # calibration reads the start of the first 64
+NOT_LEARNED = 24                      # the first 24 are for calibration alone; tuning reads all others
 
 
 # ---------------------------------------------------------------------------------------------- regularizers
 def overall_penalty(model, penalty, target):
-    """penalty * overall capacity. The target is not used: a Penalty moves until it is met."""
+    """penalty * overall capacity. The target is unused here: Penalty moves lambda until it is met."""
     return penalty * overall_capacity(open_shares(model), model.config.n_layer)
 
 
@@ -55,7 +55,7 @@ class Recipe:
     falls_until: float                  # the target falls from 1 to --capacity over this share of the steps
     learns_own_text: bool               # whether text that the model writes is learned from too
     calibrates: bool                    # whether the threshold is moved afterwards
-    # where gradients are taken, not with method "harm":
+    # gradient methods only ("ramp", "straight-through"):
     regularizer: Callable               # (model, lambda, target capacity) -> what is added to the loss, a
                                         # tensor in proportion to lambda
     penalty: float                      # lambda, the penalty on capacity, at first
@@ -111,19 +111,19 @@ DEFAULT = Recipe(
     learns_own_text=True, calibrates=True, lr=0.004, betas=(0.9, 0.95), warmup=0.05,
     final_lr=0.02, clip=None, steps=160)
 
-# DEFAULT is for gates at token level. In its place:
-# at sequence level, for the KL and a frozen model: harm is measured, see harm.py
+# DEFAULT is for token level. Its variants:
+# sequence level, KL and a frozen model: harm is measured, see harm.py
 BY_HARM = replace(DEFAULT, method="harm", steps=48, tokens_cpu=768, tokens_cuda=2048)
-# at sequence level otherwise: fast biases first find the layers to close for every text
+# other sequence level: a high bias_lr, as biases alone find the layers to close for every text
 SEQUENCE = replace(DEFAULT, lr=0.0003, bias_lr=0.02, tokens_cpu=512)
-# with --train bias, by gradient
+# --train bias, by gradient
 ONLY_BIASES = replace(DEFAULT, lr=0.02, tokens_cpu=512)
 
 RECIPES = {"paper": PAPER, "default": DEFAULT}
 
 
 def default_for(granularity, loss=DEFAULT.loss, train=DEFAULT.train, method=None, **_):
-    """DEFAULT, or the form of it for this granularity and these of the values that were given."""
+    """The variant of DEFAULT for this granularity and these of a run's values."""
     if method in (None, "harm") and can_measure_harm(granularity, loss, train):
         return BY_HARM
     if train == "bias":
@@ -137,7 +137,7 @@ def can_measure_harm(granularity, loss, train):
 
 def check_flags(args, recipe, n_embd):
     """Refuse flags of train_router.py that do not go together, or that the recipe would not read."""
-    router = GATES[recipe.gate](n_embd, args.granularity.split("_")[1], recipe.pool)      # to see its kind
+    router = GATES[recipe.gate](n_embd, args.granularity.split("_")[1], recipe.pool)      # only to inspect
     if recipe.method == "harm":
         check_harm(args, recipe, router)
     if recipe.train == "bias" and getattr(router, "bias", None) is None:
@@ -157,8 +157,8 @@ def check_flags(args, recipe, n_embd):
 def check_harm(args, recipe, router):
     """Refuse what method "harm" cannot do; router: one of the recipe's gate."""
     is_linear = type(router).forward is LinearRouter.forward
-    has_no_more = {name for name, _ in router.named_parameters()} == {"weight", "bias"}
-    if not (is_linear and has_no_more and can_measure_harm(args.granularity, recipe.loss, recipe.train)):
+    only_w_and_b = {name for name, _ in router.named_parameters()} == {"weight", "bias"}
+    if not (is_linear and only_w_and_b and can_measure_harm(args.granularity, recipe.loss, recipe.train)):
         raise InputError("--method harm: only for linear gates at sequence level, with a bias and no more,"
                          " --loss kl and a frozen model; else give --method ramp")
     for flag in "lr", "penalty", "clip":
@@ -169,8 +169,7 @@ def check_harm(args, recipe, router):
 
 
 def choose_recipe(name, granularity, **values):
-    """The recipe of a run: PAPER or a form of DEFAULT, with those of the values replaced that are not
-    None."""
+    """The recipe of a run: PAPER or a variant of DEFAULT, with all `values` replaced that are not None."""
     given = {key: value for key, value in values.items() if value is not None}
     recipe = RECIPES[name]
     if recipe is DEFAULT:
@@ -182,9 +181,9 @@ def choose_recipe(name, granularity, **values):
 def ramp(score, threshold, width):
     """A gate between 0 and 1, one half at the threshold: sigmoid((logit(score) - logit(threshold)) / width).
 
-    Why not a step: let closing a sublayer cost d. For a gate between, the loss is about (1 - g)^2 d, with
-    slope -2 (1 - g) d. Opening the gate changes the loss by -d in all, which is the slope at g = 1/2. The
-    straight-through step sees the slope at the ends only, 0 at g = 1 and -2 d at g = 0; a ramp sees those
+    Why not a step: let closing a sublayer cost d. For g between 0 and 1 the loss is about (1 - g)^2 d, with
+    slope -2 (1 - g) d. Opening the gate really changes the loss by -d, and that is the slope at g = 1/2. The
+    straight-through step sees only the slopes at the ends, 0 at g = 1 and -2 d at g = 0; a ramp sees those in
     between.
     """
     threshold = min(max(threshold, 1e-6), 1 - 1e-6)
@@ -192,9 +191,9 @@ def ramp(score, threshold, width):
 
 
 class Penalty:
-    """Lambda, moved by dual ascent with damping. Where capacity exceeds its target by e, `level` integrates
-    e, level <- max(0, level + 0.5 e), and `value`, the next step's lambda, also answers e at once:
-    value = max(0, level + 10 e)."""
+    """Lambda, moved by damped dual ascent: a PI controller of e, the excess of capacity over its target. The
+    integral is level <- max(0, level + 0.5 e); the next step's lambda adds a term in proportion to e, value =
+    max(0, level + 10 e)."""
 
     def __init__(self, first):
         self.level = self.value = first
@@ -209,9 +208,8 @@ def own_text(model, recipe, samples, seed, path=None, run=None, piece=None):
     another kind than the training samples, whose labels, the dense model's probabilities, are known.
 
     Returns (token ids (n, T) to calibrate on, Samples to learn from or None); (None, None) where neither is
-    used.
-    path: see write_text; run: a Run, whose checkpoints have the text; piece: learn from pieces of so many
-    tokens of all texts, joined, and not from each text.
+    used. path: see write_text; run: a Run, whose checkpoints have the text; piece: join the texts and cut
+    them anew into pieces of so many tokens (not for method "harm", whose pieces are as long as an answer).
     """
     learns = recipe.learns_own_text and reads_dense(recipe.loss)
     if not learns and not recipe.calibrates:
@@ -233,10 +231,10 @@ def own_text(model, recipe, samples, seed, path=None, run=None, piece=None):
 
 
 def make_source(recipe, by_kind, args, device):
-    """For each step, forever, its batches, a list of (kind of text, Batch).
+    """Yields, forever, the batches of a step, a list of (kind of text, Batch).
 
-    by_kind: the Samples of each kind: of the training data, and of text that the model wrote, if it is used;
-    args: those of train_router.py.
+    by_kind: the Samples of each kind, 0: the training data, 1: what the model wrote, if used; args: those of
+    train_router.py.
     """
     if recipe.step_samples:
         steps = epochs(by_kind[0], recipe.step_samples, args.tokens, args.seed)

@@ -45,18 +45,18 @@ def generate(model, tok, ids, args):
     return printer.ids
 
 
-def show_layers(gates, n_layer):
-    """What ran at sequence level, one mark per layer. gates: see router.trace."""
+def show_layers(decisions, n_layer):
+    """What ran at sequence level, one mark per layer. decisions: see router.trace."""
     print("layers 0 to", n_layer - 1, "for this prompt (█ ran, · skipped, = has no router)\n")
     marks = ["="] * n_layer
-    for i, (is_open, *_) in gates.items():
+    for i, (is_open, *_) in decisions.items():
         marks[i] = "█" if is_open else "·"
     print("".join(marks))
 
 
-def show_map(gates, n_layer, prompt, width):
+def show_map(decisions, n_layer, prompt, width):
     """What ran at token level, a map of layers and tokens, of which the first `prompt` are the prompt's."""
-    rows = {i: torch.cat([gate[0] for gate in passes]).tolist() for i, passes in gates.items()}
+    rows = {i: torch.cat([is_open[0] for is_open in passes]).tolist() for i, passes in decisions.items()}
     tokens = len(next(iter(rows.values())))
     print(f"layers (down) and tokens (across), the first {prompt} the prompt's (█ ran, · skipped)")
     for start in range(0, tokens, width):
@@ -66,16 +66,17 @@ def show_map(gates, n_layer, prompt, width):
             print(f"{i:4d} " + "".join("█" if i not in rows or rows[i][t] else "·" for t in columns))
 
 
-def show_shaded(tok, ids, gates, n_layer):
-    """The text once more, each token the darker the fewer of the n_layer layers it ran; in colours of the
-    terminal (24 steps of grey)."""
-    ran = torch.stack([torch.cat([gate[0] for gate in passes]) for passes in gates.values()]).float()
-    share = (ran.sum(0) + n_layer - len(gates)) / n_layer                                  # (tokens,)
+def show_shaded(tok, ids, decisions, n_layer):
+    """The text once more, shaded: the fewer of the n_layer layers a token ran, the darker it is (24 ANSI
+    greys)."""
+    by_layer = [torch.cat([is_open[0] for is_open in passes]) for passes in decisions.values()]
+    ran = torch.stack(by_layer).sum(0)                                                         # (tokens,)
+    share = (ran + n_layer - len(decisions)) / n_layer
     shown = ""
     for n, token_share in enumerate(share.tolist(), 1):
         text = tok.decode(ids[:n]).rstrip("\ufffd")
-        grey = 232 + round(23 * token_share)                       # of the terminal's colours, black to white
-        ink = 231 if token_share < 0.5 else 16
+        grey = 232 + round(23 * token_share)                       # ANSI 232, black, to 255, white
+        ink = 231 if token_share < 0.5 else 16                     # white on dark, black on light
         print(f"\033[48;5;{grey}m\033[38;5;{ink}m{text[len(shown):]}\033[0m", end="")
         shown = text
     print("\n")
@@ -112,20 +113,20 @@ def main():
     ids = torch.tensor([ids], dtype=torch.int64, device=device)
 
     print(f"{args.prompt}\n\n--- dense")
-    with dense(model), plain_kernels():              # as the routed one, whose decisions are traced
+    with dense(model), plain_kernels():              # tracing needs plain kernels: the same for both
         generate(model, tok, ids, args)
     if args.routers:
         full = model.cache.bytes()
         print("--- routed")
-        with trace(model) as gates, plain_kernels():
+        with trace(model) as decisions, plain_kernels():
             new = generate(model, tok, ids, args)
         n_layer = model.config.n_layer
         if next(iter(mindskips(model).values())).scope == "sequence":
-            show_layers(gates, n_layer)
+            show_layers(decisions, n_layer)
         else:
             if sys.stdout.isatty():
-                show_shaded(tok, ids[0].tolist() + new, gates, n_layer)
-            show_map(gates, n_layer, ids.shape[1], max(1, shutil.get_terminal_size().columns - 6))
+                show_shaded(tok, ids[0].tolist() + new, decisions, n_layer)
+            show_map(decisions, n_layer, ids.shape[1], max(1, shutil.get_terminal_size().columns - 6))
         share = model.cache.bytes() / full
         print(f"\noverall capacity {capacity(model):.3f}, where there is a router"
               f" {capacity(model, routed=True):.3f}; cache {share:.3f} of the dense model's")

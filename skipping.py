@@ -1,10 +1,10 @@
 """What inference computes of a gated sublayer: the open rows or tokens, gathered, run and put back.
 
     run_sequences one gate per sequence: closed rows compute nothing and store nothing
-    run_tokens    one gate per token, kv="all": of an attention closed tokens have a key and a value only
-    run_all       run_tokens of a short prompt on CUDA, where computing all takes less time than a wait
-    run_step      one gate per token, in a step of generation: an attention's products are of all rows
-    run_single    run_step of one row on a CPU, with as few operations as there can be
+    run_tokens    one gate per token, kv="all": a closed token gets a key and a value, and nothing else
+    run_all       run_tokens for short prompts on CUDA, where computing everything beats a device sync
+    run_step      one gate per token, in a step of generation: attention's matmuls run for all rows
+    run_single    run_step for one row on a CPU, in as few operations as possible
     run_captured  a step of generation in a CUDA graph: no tensor is read on the host
 
 With kv="open" a prompt is read in open_keys.py, whose OpenKeys give a step its Context.
@@ -14,9 +14,9 @@ a running generation has to know of earlier tokens is kept in its cache, in cach
 
     "open rows"   sequence level: indices, on the host, of the rows whose prompt opened the gate
     "pending"     token level, kv="all": [(x_or_h, rms, cos, sin)] of steps without an open token, whose keys
-                  and values are not yet computed, see defer
+                  and values are deferred, see `defer`
     "open keys"   kv="open": an OpenKeys (open_keys.py)
-    "single"      of run_single: a Single
+    "single"      what run_single looks up once per generation
 
 and in a CUDA graph, (B,) each, on the device, made by support/graph.py:
 
@@ -25,28 +25,25 @@ and in a CUDA graph, (B,) each, on the device, made by support/graph.py:
     "n open"      kv="open": how many tokens were open before this step
 """
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from model import merge_heads, rotate, split_heads
 from support.attention import additive_mask, attention_of_some, fill
 from support.cuda import fused, is_asynchronous, only_for, to_device, to_host
 from support.kernels import logit_of_token, normalized, root_mean_square
 
-PENDING = 32        # steps, at most, whose keys and values are computed in one product
-NEARLY_OPEN = 0.9   # open share of a prompt's tokens from which all are computed: gathering costs a tenth
-GATHERED_FROM = 2**37   # B * T * C * (T + C) of a prompt on CUDA, below which run_all is faster
+PENDING = 32        # most steps whose deferred keys and values are computed in one matmul
+NEARLY_OPEN = 0.9   # open share of a prompt above which all tokens run: gathering costs about 10 %
+GATHERED_FROM = 2**37   # B * T * C * (T + C): on CUDA smaller prompts use run_all (measured on an H200)
 
 
 # ----------------------------------------------------------------------------------------- gates of sequences
 def run_sequences(skip, x, ctx, h, is_open):
     """The sublayer on the open rows only, is_open (B,), from their prompt on."""
-    rows = open_indices(to_host(is_open)())                              # the one wait for the device
+    rows = open_indices(to_host(is_open)())           # the last call waits: the one device sync
     skip.count(len(rows), ctx)
     if ctx.cache is not None:
         ctx.cache.routing["open rows"][skip] = rows
@@ -82,15 +79,17 @@ def select_rows(ctx, rows):
 
 # ------------------------------------------------------------------------------------------- gates of tokens
 def run_tokens(skip, x, ctx, h, is_open):
-    """The sublayer on a prompt's open tokens only, is_open (B, T); keys and values are computed of all."""
+    """The sublayer on a prompt's open tokens only, is_open (B, T); keys and values of all are computed."""
+    if min(ctx.host_lengths) < x.shape[1]:
+        is_open = is_open & real_tokens(x, ctx)                        # padding is closed
     if is_asynchronous(x) and x.numel() * sum(x.shape[1:]) < GATHERED_FROM:      # B * T * C * (T + C)
         return run_all(skip, x, ctx, h, is_open)
-    attn, attended = skip.attn, None                                   # what open tokens attend to
-    decisions = to_host(is_open)                                       # begins to copy them
+    attn, attended = skip.attn, None                                   # attended: (k, v), (B, K, S, D) each
+    fetch = to_host(is_open)                                           # starts an asynchronous copy
     if attn and is_asynchronous(x):
-        attended = keys_values(attn, ctx, h)                           # while the host waits for decisions
-    decided = decisions()
-    at, counts = open_tokens(decided, ctx.host_lengths)
+        attended = keys_values(attn, ctx, h)                           # the device works during the copy
+    decided = fetch()                                                  # (B, T) on the host; waits for it
+    at, counts = open_tokens(decided)
     skip.count(len(at), ctx)
     n_real = sum(ctx.host_lengths)
     if len(at) >= NEARLY_OPEN * n_real:              # (on CUDA keys and values are then computed twice)
@@ -105,108 +104,27 @@ def run_tokens(skip, x, ctx, h, is_open):
 
 
 def run_all(skip, x, ctx, h, is_open):
-    """run_tokens without a wait for the device: all is computed, and what closed tokens gave is dropped."""
-    counted = is_open
-    if min(ctx.host_lengths) < x.shape[1]:
-        counted = is_open & real_tokens(x, ctx)
-    skip.count(counted.sum(), ctx)
+    """run_tokens without a device sync: everything is computed, and closed tokens' results are discarded."""
+    skip.count(is_open.sum(), ctx)
     return torch.where(is_open[..., None], skip.sublayer(x, ctx, h), skip.replacement(x))
 
 
 def real_tokens(x, ctx):
-    """Which tokens of a pass are no padding, (B, T) bool; x (B, T, ...)."""
+    """Which tokens of a pass are not padding, (B, T) bool; x (B, T, ...)."""
     return torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
 
 
-def open_tokens(decided, lengths):
+def open_tokens(decided):
     """Indices (N,) among B * T of the open tokens, and how many each row has (a list), from decisions (B, T)
-    on the host; lengths (a list): padding is excluded."""
-    if min(lengths) < decided.shape[1]:
-        decided = decided & (torch.arange(decided.shape[1]) < torch.tensor(lengths)[:, None])
+    on the host."""
     return open_indices(decided.flatten()), decided.sum(1).tolist()
-
-
-def run_step(skip, x, ctx, h, is_open):
-    """The sublayer in a step of generation, one token per row, is_open (B, 1)."""
-    attn = skip.attn
-    decided = to_host(is_open)().squeeze(1)                              # (B,) on the host
-    row_is_open = decided.tolist()
-    n_open = sum(row_is_open)
-    skip.count(n_open, ctx)
-    if not attn:
-        return run_rows(skip, x, ctx, open_indices(decided), h)
-    pending = ctx.cache.routing["pending"].setdefault(skip, [])          # none with kv="open"
-    if n_open == 0:
-        if skip.kv == "all":
-            defer(attn, pending, h, None, ctx)
-        return skip.replacement(x)
-    if pending:
-        ctx, h = with_pending(attn, pending, h, None, ctx)
-    if skip.kv == "open":
-        ctx = ctx.cache.routing["open keys"][skip].step(ctx, row_is_open)
-    if n_open == len(x):
-        return skip.sublayer(x, ctx, h)
-    with only_for(is_open.squeeze(1)):      # attention leaves out closed rows; products do not
-        y = attn(x, ctx, h)
-    x = torch.where(is_open[..., None], y, skip.replacement(x))
-    if skip.part == "block":
-        rows = to_device(open_indices(decided), x.device)
-        x = x.index_copy(0, rows, skip.sublayer.mlp(x[rows]))
-    return x
-
-
-class Single(NamedTuple):
-    """What run_single reads of a MindSkip, looked up once per generation: between two products of megabytes
-    each look through an nn.Module takes microseconds."""
-    sublayer: nn.Module
-    deferring: nn.Module | None         # the attention whose keys wait while it is closed
-    norm_weight: torch.Tensor
-    eps: float
-    logit: Callable
-    pending: list
-    open_keys: object                   # an OpenKeys, or None
-
-    @classmethod
-    def of(cls, skip, routing):
-        norm, router = skip.norm, skip.router
-        logit = logit_of_token(norm, router.weight, router.bias)
-        deferring = skip.attn if skip.kv == "all" else None
-        pending, open_keys = routing["pending"].setdefault(skip, []), routing["open keys"].get(skip)
-        return cls(skip.sublayer, deferring, norm.weight, norm.eps, logit, pending, open_keys)
-
-
-def run_single(skip, x, ctx):
-    """run_step of one row on a CPU, where each operation, however small, takes time: the host decides, by two
-    dot products, one for the norm and one for the logit."""
-    singles = ctx.cache.routing["single"]
-    if skip not in singles:
-        singles[skip] = Single.of(skip, ctx.cache.routing)
-    sublayer, deferring, norm_weight, eps, logit, pending, open_keys = singles[skip]
-    token = x.flatten().float()                                          # (C,)
-    rms = root_mean_square(token, eps)
-    score = 0.5 + 0.5 * math.tanh(logit(token, rms) / 2)                 # sigmoid, without overflow
-    is_open = bool(np.float32(score) >= np.float32(skip.threshold))      # as tensors are compared
-    if skip.override:
-        is_open = bool(skip.override(torch.tensor([[score]]), ctx) >= skip.threshold)
-    if skip.trace is not None:
-        skip.trace.append(torch.tensor([[is_open]]))
-    skip.count(int(is_open), ctx)
-    if is_open and pending:
-        return sublayer(x, *with_pending(deferring, pending, x, rms, ctx))
-    if is_open and open_keys:
-        ctx = open_keys.step(ctx, [True])
-    if is_open:
-        return sublayer(x, ctx, normalized(x, rms, norm_weight))
-    if deferring:
-        defer(deferring, pending, x, rms, ctx)
-    return skip.replacement(x)
 
 
 def run_gathered(skip, x, ctx, h, host_at, counts, attended):
     """The sublayer on gathered tokens: host_at (N,), counts: see open_tokens; attended: what keys_values
     gives, None for an MLP."""
     attn, n = skip.attn, len(host_at)
-    host_at, counts = fill(host_at, counts, x)
+    host_at, counts = fill(host_at, counts, x)                           # padded: only n are real
     at = to_device(host_at, x.device)
     open_x = x.flatten(0, 1).index_select(0, at)                         # (N, C), row after row
     open_h = h.flatten(0, 1).index_select(0, at)
@@ -222,7 +140,7 @@ def run_gathered(skip, x, ctx, h, host_at, counts, attended):
 
 
 def copy_tokens(x, at, tokens):
-    """x (B, T, C) with other tokens (N, C) at some places: at (N,), indices among B * T."""
+    """x (B, T, C) with `tokens` (N, C) in the places at (N,), flat indices among B * T."""
     return x.flatten(0, 1).index_copy(0, at, tokens).view_as(x)
 
 
@@ -254,10 +172,10 @@ def rotate_some(q, cos, sin, at):
     return rotate(q, cos[index], sin[index])
 
 
-# A step of generation in which no token is open defers its keys and values: they are computed in one product
+# A step of generation in which no token is open defers its keys and values: they are computed in one matmul
 # with those of the next step that has open tokens, or when PENDING steps have deferred theirs.
 def defer(attn, pending, x_or_h, rms, ctx):
-    """Defer a step's keys and values. x_or_h: its x with its root mean square rms, or its h with None."""
+    """Defer a step's keys and values. x_or_h: its h, with rms None, or its x, with x's root mean square."""
     if len(pending) < PENDING - 1:
         pending.append((x_or_h, rms, ctx.cos, ctx.sin))
     else:
@@ -265,8 +183,8 @@ def defer(attn, pending, x_or_h, rms, ctx):
 
 
 def with_pending(attn, pending, x_or_h, rms, ctx):
-    """The Context and h (B, n, C) of the pending steps and this one, its own last; then none is pending.
-    x_or_h, rms: see defer."""
+    """The Context and h (B, n, C) of all pending steps and, last, this one; empties `pending`. x_or_h, rms:
+    see `defer`."""
     pending.append((x_or_h, rms, ctx.cos, ctx.sin))
     inputs, all_rms, cos, sin = zip(*pending)
     pending.clear()
@@ -279,13 +197,80 @@ def with_pending(attn, pending, x_or_h, rms, ctx):
     return replace(ctx, cos=cos, sin=sin), h
 
 
+def run_step(skip, x, ctx, h, is_open):
+    """The sublayer in a step of generation, one token per row, is_open (B, 1)."""
+    attn = skip.attn
+    decided = to_host(is_open)().squeeze(1)                              # (B,) on the host
+    row_is_open = decided.tolist()
+    n_open = sum(row_is_open)
+    skip.count(n_open, ctx)
+    if not attn:
+        return run_rows(skip, x, ctx, open_indices(decided), h)
+    pending = ctx.cache.routing["pending"].setdefault(skip, [])          # none with kv="open"
+    if n_open == 0:
+        if skip.kv == "all":
+            defer(attn, pending, h, None, ctx)
+        return skip.replacement(x)
+    if pending:
+        ctx, h = with_pending(attn, pending, h, None, ctx)
+    if skip.kv == "open":
+        ctx = ctx.cache.routing["open keys"][skip].step(ctx, row_is_open)
+    if n_open == len(x):
+        return skip.sublayer(x, ctx, h)
+    with only_for(is_open.squeeze(1)):      # attention skips closed rows; matmuls do not
+        y = attn(x, ctx, h)
+    x = torch.where(is_open[..., None], y, skip.replacement(x))
+    if skip.part == "block":
+        rows = to_device(open_indices(decided), x.device)
+        x = x.index_copy(0, rows, skip.sublayer.mlp(x[rows]))
+    return x
+
+
+def look_up(skip, routing):
+    """What run_single reads of a MindSkip: (sublayer; its attention, if closed steps defer keys and values;
+    the norm's weight and eps; the token's logit; pending steps; an OpenKeys or None)."""
+    norm, router = skip.norm, skip.router
+    logit = logit_of_token(norm, router.weight, router.bias)
+    deferring = skip.attn if skip.kv == "all" else None
+    pending, open_keys = routing["pending"].setdefault(skip, []), routing["open keys"].get(skip)
+    return skip.sublayer, deferring, norm.weight, norm.eps, logit, pending, open_keys
+
+
+def run_single(skip, x, ctx):
+    """run_step for one row on a CPU, where the overhead of each operation counts: the gate is decided in
+    Python floats, from two dot products, one for the norm and one for the logit. What it reads of a MindSkip
+    is looked up once per generation: an nn.Module takes microseconds to find an attribute."""
+    singles = ctx.cache.routing["single"]
+    if skip not in singles:
+        singles[skip] = look_up(skip, ctx.cache.routing)
+    sublayer, deferring, norm_weight, eps, logit, pending, open_keys = singles[skip]
+    token = x.flatten().float()                                          # (C,)
+    rms = root_mean_square(token, eps)
+    score = 0.5 + 0.5 * math.tanh(logit(token, rms) / 2)                 # sigmoid, without overflow
+    is_open = bool(np.float32(score) >= np.float32(skip.threshold))      # in float32, as elsewhere
+    if skip.override:
+        is_open = bool(skip.override(torch.tensor([[score]]), ctx) >= skip.threshold)
+    if skip.trace is not None:
+        skip.trace.append(torch.tensor([[is_open]]))
+    skip.count(int(is_open), ctx)
+    if is_open and pending:
+        return sublayer(x, *with_pending(deferring, pending, x, rms, ctx))
+    if is_open and open_keys:
+        ctx = open_keys.step(ctx, [True])
+    if is_open:
+        return sublayer(x, ctx, normalized(x, rms, norm_weight))
+    if deferring:
+        defer(deferring, pending, x, rms, ctx)
+    return skip.replacement(x)
+
+
 # ------------------------------------------------------------------------------------------ a captured step
 def run_captured(skip, x, ctx):
-    """The sublayer in a step that support/graph.py captures: the same kernels whatever is open. They read the
-    decision, is_open (B,), on the device: attention reads no key of a closed row, and with one row products
-    read no weight either. With several rows products are computed for all."""
+    """The sublayer in a step that support/graph.py captures: the same kernels run whichever gates are open.
+    They read is_open (B,) on the device: attention skips the keys of closed rows; with B = 1 a closed row's
+    matmuls skip their weights, too; with more rows matmuls run for all."""
     attn, h = skip.attn, skip.norm(x)
-    n_gated = {}                         # {a Linear: of how many of its first outputs the gate decides}
+    n_gated = {}                         # {Linear: n}: its first n outputs are needed only where open
     if skip.scope == "sequence":
         is_open = ctx.cache.routing["is open"][skip]                                # as the prompt decided
     else:
@@ -296,7 +281,7 @@ def run_captured(skip, x, ctx):
             ctx = at_slots(ctx, n_open.clone(), ctx.end)
             n_open += is_open                                            # in place: the graph's own tensor
         elif attn:
-            n_gated = {attn.qkv: attn.n_head * attn.head_dim}           # queries; then keys and values
+            n_gated = {attn.qkv: attn.n_head * attn.head_dim}           # queries; k and v always run
     with only_for(is_open, n_gated):
         y = skip.sublayer(x, ctx, h)
     return torch.where(is_open[:, None, None], y, skip.replacement(x))
