@@ -1,4 +1,4 @@
-"""Chat templates: Jinja from strangers, run in a sandbox, with an end to its time and memory."""
+"""Chat templates: untrusted Jinja, run in a sandbox with limits on time and memory."""
 import json
 import os
 import re
@@ -14,8 +14,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from support.files import InputError, reason
 
-SECONDS, MEGABYTES, CHARACTERS = 10, 512, 10**7     # that a template may take, and write, for one chat
-FIRST, END = "\U0010fffe", "\U0010ffff"   # around what a template says is the assistant's: no characters
+SECONDS, MEGABYTES, CHARACTERS = 10, 512, 10**7     # limits of one chat: time, memory, length of its text
+FIRST, END = "\U0010fffe", "\U0010ffff"   # marks around an answer; Unicode assigns them no character
 
 # what stands before and after a role, at the end of a content, and between messages, where a model ships no
 # template of its own; {% generation %} is transformers' mark of an answer
@@ -122,12 +122,12 @@ class ChatTemplate:
                 after = self.beginning(messages[:i + 1], False)
             question = len(before)
             if not text.startswith(before):
-                question = self.end_of_question(messages[:i], before, text)
+                question = self.end_of_question(messages[:i], message["content"].strip(), before, text)
             if 0 < question <= len(after) and text.startswith(after):
                 spans.append((question, len(after)))
                 continue
             content, start = message["content"].strip(), max(question, spans[-1][1] if spans else 0)
-            if i and not question and messages[i - 1]["role"] != "assistant":    # it may stand there, too
+            if i and not question and messages[i - 1]["role"] != "assistant":    # it may quote the answer
                 start = end_of(messages[i - 1]["content"].strip(), text, start) or start
             end = end_of(content, text, start)
             if end and content:
@@ -135,11 +135,14 @@ class ChatTemplate:
                 spans.append((first, mark.end() if mark else end))
         return spans
 
-    def end_of_question(self, messages, before, text):
-        """Where `text` goes on after some messages, if they are all that it shares with `before`, the same
-        with an answer opened: as where that opens a thought, with which past answers do not begin. Else 0."""
+    def end_of_question(self, messages, answer, before, text):
+        """Where the answer begins in `text`: where that departs from `before`, the messages with an answer
+        opened, if after the messages. (Past answers may lack the thought that opens a new one.) Else 0."""
         shared, unopened = os.path.commonprefix([before, text]), self.beginning(messages, False)
-        return len(shared) if 0 < len(unopened) < len(shared) else 0
+        if not 0 < len(unopened) < len(shared):
+            return 0
+        ends = range(len(shared), len(unopened), -1)           # an answer may begin as <think> does, with "<"
+        return next((end for end in ends if text.startswith(answer, end)), len(shared))
 
     def beginning(self, messages, opens):
         """text_of a chat's first messages; "" where the template refuses them."""
@@ -180,8 +183,8 @@ def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=Fa
 
 @contextmanager
 def bounded(seconds, megabytes):
-    """Within it TimeoutError is raised after some seconds, and MemoryError where that much more memory is
-    wanted; both in the main thread of a Linux process only."""
+    """Context manager: TimeoutError after `seconds`, MemoryError past `megabytes` of new memory; only in the
+    main thread of a Linux process."""
     statm = Path("/proc/self/statm")
     if threading.current_thread() is not threading.main_thread() or not statm.exists():
         yield

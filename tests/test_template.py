@@ -169,14 +169,16 @@ def test_a_template_under_a_limit_of_the_address_space(tmp_path):
 
 def test_an_answer_is_opened_with_a_thought(tmp_path):
     """As by DeepSeek-R1-Distill and QwQ, whose past answers have none; the questions have the answers'
-    words."""
+    words, and an answer may begin as the thought does."""
     opens = "{{ '<|im_start|>assistant\n"
     tok = Tokenizer.from_pretrained(folder_of(tmp_path, byte_level(),
                                               CHATML.replace(opens, opens + "<think>\n")))
-    chat = [("user", "Say no"), ("assistant", "no"), ("user", "dog or fox?"), ("assistant", "fox")]
-    for n in 2, 4:
+    chat = [("user", "Say no"), ("assistant", "no"), ("user", "dog or fox?"), ("assistant", "fox"),
+            ("user", "In HTML"), ("assistant", "<th>fox")]
+    for n in 2, 4, 6:
         ids, answer = tok.encode_chat(messages_of(chat[:n]))
-        assert spoken(tok, ids, answer) == ["no<|im_end|>\n", "fox<|im_end|>\n"][:n // 2]
+        expected = ["no<|im_end|>\n", "fox<|im_end|>\n", "<th>fox<|im_end|>\n"]
+        assert spoken(tok, ids, answer) == expected[:n // 2]
     assert tok.decode(ids[:answer.index(True)]).endswith("Say no<|im_end|>\n<|im_start|>assistant\n")
 
 
