@@ -8,7 +8,7 @@ score of the tasks against it; keep.png, how often each layer ran on each task o
 that bench.py --json wrote, of the same capacities: tradeoff.png, KL against measured speedup, a panel per
 setting, and a table of the speedup at equal KL.
 """
-from support.script import run_script  # isort: skip (before torch, see there)
+from support.script import run_script  # isort: skip (must come before torch)
 
 import io
 import math
@@ -93,29 +93,32 @@ def keep(figure, evaluations):
 
 
 def tradeoff(points):
-    """A figure of points, see tradeoffs: a panel per setting, four side by side; a line's colour tells the
-    gates, its style the text. The lines to the right win."""
+    """A figure of points, see tradeoffs: a panel per setting, and the legend. A line's colour tells the
+    gates, its style the text; the lines to the right win."""
     settings = sorted({setting for by_setting in points.values() for setting in by_setting})
-    n_columns = min(4, len(settings))
-    n_rows = math.ceil(len(settings) / n_columns)
+    n_columns = math.ceil(math.sqrt(len(settings) + 1))               # the legend has a place of its own
+    n_rows = math.ceil((len(settings) + 1) / n_columns)
     figure = new_figure(1 + 3.5 * n_columns, 0.5 + 3 * n_rows)
     panels = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True).flatten()
-    colors = {}                                                       # the same in all panels
-    for axes, setting in zip(panels, settings):
-        for (text, by_setting), style in zip(points.items(), cycle(["-", "--", ":"])):
-            for name, dots in sorted(by_setting.get(setting, {}).items()):
-                axes.plot(*zip(*dots), marker="o", markersize=4, linestyle=style,
-                          color=colors.setdefault(name, f"C{len(colors)}"),
-                          label=plain(f"{name}, {short(text)}"))
-        phase, batch, context = setting
+    colors, lines = {}, {}                                            # the same in all panels
+    for axes, (phase, batch, context) in zip(panels, settings):
         axes.axvline(1, color="grey", linewidth=0.5)
-        axes.set(title=f"{phase}, {context:,} tokens, batch {batch}")
+        lines["dense"], = axes.plot(1, 0, "kd", markersize=5)
+        for (text, by_setting), style in zip(points.items(), cycle(["-", "--", ":"])):
+            for name, dots in sorted(by_setting.get((phase, batch, context), {}).items()):
+                color = colors.setdefault(name, f"C{len(colors)}")
+                label = plain(f"{name}, {short(text)}")
+                lines[label], = axes.plot(*zip(*dots), marker="o", markersize=4, linestyle=style, color=color)
+        what = "a prompt of" if phase == "prefill" else "one token after"
+        axes.set(title=f"{what} {context:,} tokens" + f", {batch} rows" * (batch > 1))
+    routed = [kl for by_setting in points.values() for lines_by_name in by_setting.values()
+              for name, dots in lines_by_name.items() if name != "static" for _, kl in dots]
+    panels[0].set_ylim(top=1.1 * (max(routed, default=0) or 1))       # static's may lie far above
     for axes in panels[len(settings):]:
         axes.set_axis_off()
+    panels[-1].legend(lines.values(), lines.keys(), loc="center")
     figure.supxlabel("speedup over dense")
     figure.supylabel("KL to dense")
-    fullest = max(panels, key=lambda axes: len(axes.lines))
-    fullest.legend(fontsize=7)
     return figure
 
 
