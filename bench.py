@@ -18,7 +18,7 @@ scores are computed all the same. With it each round reads texts of its own, and
                  or the dense model's own where it is higher; round 0, not timed, counts bytes and operations
     peak MiB     weights included; on a CPU each variant is run once more for it, in a process of its own
 """
-from support.script import run_script  # isort: skip (before torch, see there)
+from support.script import run_script  # isort: skip (must come before torch)
 
 import copy
 import functools

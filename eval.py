@@ -9,7 +9,7 @@ the likeliest per character. In GSM8K the model writes its answer, and the numbe
 splits and metrics are lm-evaluation-harness 0.4's, few-shot examples the first K of the training split.
 scoring.py computes the answers.
 """
-from support.script import run_script  # isort: skip (before torch, see there)
+from support.script import run_script  # isort: skip (must come before torch)
 
 import json
 import math

@@ -3,7 +3,7 @@
     python sample.py "Why is the sky blue?"
     python sample.py "Why is the sky blue?" --routers routers/smollm2-135m.attn_token.safetensors
 """
-from support.script import run_script  # isort: skip (before torch, see there)
+from support.script import run_script  # isort: skip (must come before torch)
 
 import shutil
 import sys

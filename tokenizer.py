@@ -28,8 +28,8 @@ LLAMA3_SPECIAL = [
 
 
 @contextmanager
-def told(sentence):
-    """What the packages' Rust code raises, a panic included, as an InputError; it has no narrower kind."""
+def as_input_error(sentence):
+    """Context manager: errors of the packages' Rust code, panics included, become InputErrors."""
     try:
         yield
     except BaseException as e:
@@ -59,10 +59,10 @@ class TokenizersFile:
         self.special = {token.content: i for i, token in added.items()
                         if token.special or token.content in known}
         self.spec = spec
-        self.id_of = {}                          # ids that stand for others, see `renamed`
+        self.id_of = {}                          # {id in self.inner: the model's id}, see `renamed`
 
     def findable(self, token):
-        """A special token that the space which the normalizer puts before a text does not hide."""
+        """A special token's entry, unnormalized: else the space that the normalizer prepends hides it."""
         return token | {"normalized": False} if self.prepends and token.get("special") else token
 
     def add_missing(self, i, entry, there):
@@ -161,7 +161,7 @@ class Tokenizer:
         config = contents["config"]
         if "ranks" in contents:
             return cls(TiktokenFile(contents["ranks"]), config)
-        with told(f"{checkpoint.path}: its tokenizer cannot be read by `tokenizers`; get it again"):
+        with as_input_error(f"{checkpoint.path}: its tokenizer cannot be read by `tokenizers`; get it again"):
             marks = special_tokens(config, checkpoint.path).values()
             file = TokenizersFile(contents["json"], marks, config.get("added_tokens_decoder"))
             return cls(file, config)
@@ -174,12 +174,12 @@ class Tokenizer:
     def encode_spans(self, text, guarded=False):
         """As TokenizersFile.encode. guarded: special tokens are recognized by their guards alone."""
         text = text.encode("utf-8", "replace").decode()       # a lone surrogate has no bytes: it becomes "?"
-        with told("the model's tokenizer cannot encode this text"):
+        with as_input_error("the model's tokenizer cannot encode this text"):
             return (self.guarded if guarded else self.file).encode(text)
 
     def decode(self, ids):
         """The text of token ids (special tokens included); bytes that are not UTF-8 become U+FFFD."""
-        with told("the model's tokenizer cannot decode these token ids"):
+        with as_input_error("the model's tokenizer cannot decode these token ids"):
             return self.file.decode([int(i) for i in ids])
 
     def encode_chat(self, messages):
@@ -199,9 +199,9 @@ class Tokenizer:
             in_answer[first:end] = b"\1" * (end - first)
         return ids, [any(in_answer[first:max(end, first + 1)]) for first, end in spans]
 
-    # Text is kept apart from special tokens by guards: for each special token a text of the same length that
-    # nobody writes. What stands in a message is swapped for its guard, the template adds its own, then both
-    # are swapped: now guards stand for special tokens, and a tokenizer that knows only guards finds them.
+    # A special token written in a message must stay text. So each has a guard, an unused text of the same
+    # length, which replaces it in messages. The template then adds real ones, and the two are swapped: guards
+    # now stand for the template's tokens alone, and `guarded` recognizes only guards.
     @cached_property
     def guards(self):
         """{special token: its guard}."""

@@ -12,7 +12,7 @@ harm.tune), calibrates the threshold where the recipe says so, and prints a tabl
 --train says which weights learn. routers: the routers' alone. bias: the routers' biases alone, which closes
 the same layers for all text. all: the model's too, as in Mixture of Depths; it is then saved in out/model.
 """
-from support.script import run_script  # isort: skip (before torch, see there)
+from support.script import run_script  # isort: skip (must come before torch)
 
 import json
 import math

@@ -87,7 +87,7 @@ def fetch_from_hub(name):
     repo, _, revision = name.partition("@")
     try:
         return snapshot_download(repo, revision=revision or None, allow_patterns=HUB_FILES,
-                                 ignore_patterns=["*/*", "consolidated*"])       # the weights once more
+                                 ignore_patterns=["*/*", "consolidated*"])       # copies of the weights
     except errors.GatedRepoError:
         raise InputError(f"{name}: its owner asks for consent; accept the terms on its page on the hub, then"
                          " log in with `hf auth login`") from None
@@ -199,7 +199,7 @@ class Folder(Checkpoint):
             for named in read_list(config, where, "chat_template", dict):
                 read_value(named, where, "name", str)
                 read_value(named, where, "template", str)
-        special_tokens(config, where)                                    # refuses what is none
+        special_tokens(config, where)                                    # raises if one is malformed
         path = self.path / "special_tokens_map.json"
         is_older = read_value(config, where, "added_tokens_decoder", dict, None) is None
         if is_older and path.name in self.files:
@@ -245,7 +245,7 @@ def write_folder(folder, source, tensors):
         (folder / left_over).unlink(missing_ok=True)
     write_file(folder / "generation_config.json", json.dumps(generation).encode())
     write_file(folder / "tokenizer_config.json", json.dumps(tokenizer["config"], indent=1).encode())
-    write_file(folder / "config.json", json.dumps(source.config, indent=1).encode())  # last: it is whole
+    write_file(folder / "config.json", json.dumps(source.config, indent=1).encode())  # last: complete
 
 
 LLAMA3_ROPE = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
@@ -283,9 +283,9 @@ def read_rope(config, where, n_pairs):
     read = functools.partial(read_value, config, where)
     rope = read("rope_scaling", dict, {}) or read("rope_parameters", dict, {})
     theta = read_value(config | rope, where, "rope_theta", float, 10000.0, 1, 1e30)
-    read = functools.partial(read_value, rope, where)
-    kind = read("rope_type", str, None) or read("type", str, "default")
-    if read("partial_rotary_factor", float, 1.0) != 1:
+    read_rope_value = functools.partial(read_value, rope, where)
+    kind = read_rope_value("rope_type", str, None) or read_rope_value("type", str, "default")
+    if read_rope_value("partial_rotary_factor", float, 1.0) != 1:
         kind = "partial"
     if any(isinstance(value, dict) for value in rope.values()):
         kind = "one per layer type"
@@ -298,7 +298,7 @@ def read_rope(config, where, n_pairs):
         return theta, {kind: factors}
     if kind != "llama3":
         raise InputError(f"{where}: rope type {kind!r} is not supported; 'default' and 'llama3' are")
-    scaling = {key: read(key, float, low=1e-6, high=1e12) for key in LLAMA3_ROPE}
+    scaling = {key: read_rope_value(key, float, low=1e-6, high=1e12) for key in LLAMA3_ROPE}
     if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise InputError(f"{where}: low_freq_factor should be below high_freq_factor")
     return theta, scaling
@@ -328,7 +328,7 @@ def fetch_smollm2():
             write_file(folder / SMOLLM2_FILE, download_smollm2())
         if not (folder / "config.json").exists():       # else another process was sooner
             source = GGUF(folder / SMOLLM2_FILE, f"delete {folder}, and it is fetched again")
-            source.meta.pop("tokenizer.chat_template", None)      # a system message: see data/README.md
+            source.meta.pop("tokenizer.chat_template", None)      # it adds a system message, data/README.md
             write_folder(folder, source, {name: source.tensor(name) for name in sorted(source.names)})
     return folder
 

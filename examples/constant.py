@@ -7,8 +7,8 @@
     python examples/constant.py sample "Why is the sky blue?" --routers out/constant/routers.safetensors
 
 An attention adds much that is the same for every token: a head that finds nothing to read attends to the
-first one. So a static drop, too, is compared here with the constant that serves it: in eval an attention that
---static removes leaves the mean of what it adds in the dense model, on the first texts of --static-data.
+first one. To be fair, eval here gives a static drop a constant too: an attention that --static removes is
+replaced by the mean of what it adds in the dense model, on the first texts of --static-data.
 """
 import importlib
 import sys
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.script import run_script  # noqa: E402, isort: skip (before torch, see there)
+from support.script import run_script  # noqa: E402, isort: skip (must come before torch)
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402

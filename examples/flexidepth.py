@@ -1,10 +1,10 @@
 """FlexiDepth (arXiv 2503.23798) in one file: a router with a bottleneck, a gated update, an adapter for
 closed tokens, a price on the square of the layers that a token uses; as kinds of gate and a recipe.
 
-    z = norm1(x)    g = sigmoid(W_r W_up norm(tanh(W_down z)))      W_down: C -> C/16, W_up: C/16 -> C
-    open, g >= 0.5: y = x + g (block(x) - x)
-    closed:         y = x + (1 - g) A(norm2(x))       A: a SwiGLU 16 times narrower; key and value are kept
-    loss = cross-entropy + alpha * mean over tokens of (sum over layers of g)^2
+    h = norm1(x)    s = sigmoid(W_r W_up norm(tanh(W_down h)))      W_down: C -> C/16, W_up: C/16 -> C
+    open, s >= 0.5: y = x + s (block(x) - x)
+    closed:         y = x + (1 - s) A(norm2(x))       A: a SwiGLU 16 times narrower; key and value are kept
+    loss = cross-entropy + alpha * mean over tokens of (sum over layers of s)^2
 
     python examples/flexidepth.py --data alpaca.jsonl --out out/flexidepth         # their gates and loss
     python examples/flexidepth.py eval --routers out/flexidepth/routers.safetensors     # or bench, or sample
@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.script import run_script  # noqa: E402, isort: skip (before torch, see there)
+from support.script import run_script  # noqa: E402, isort: skip (must come before torch)
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -58,7 +58,7 @@ class Bottleneck(LinearRouter):
 
 
 class Gated(Bottleneck):
-    """With the gated update: an open token gets g times what the sublayer adds, a closed one nothing."""
+    """With the gated update: an open token gets s times what the sublayer adds, a closed one nothing."""
 
     def merge(self, skip, x, y, score, is_open):
         return torch.lerp(x, y, (score * is_open)[..., None].to(x.dtype))
@@ -107,7 +107,7 @@ GATES |= {"bottleneck": partial(Bottleneck, bias=True), "gated": Gated, "adapter
 
 # ------------------------------------------------------------------------------------------------- a recipe
 def squared_price(model, alpha, target=None):
-    """alpha * the mean over real tokens of (the sum over layers of g)^2."""
+    """alpha * the mean over real tokens of (the sum over layers of s)^2."""
     skips = list(mindskips(model).values())
     layers_used = sum(skip.gates for skip in skips)                      # (B, T), 0 at padding
     return alpha * layers_used.square().sum() / skips[0].seen
@@ -115,7 +115,7 @@ def squared_price(model, alpha, target=None):
 
 @dataclass(frozen=True)
 class SoftGates(Recipe):
-    """What is priced is g itself, not the step."""
+    """The score s itself is priced, not the step g."""
 
     def __post_init__(self):
         if self.gate not in ("gated", "flexidepth"):

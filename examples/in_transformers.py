@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.script import run_script  # noqa: E402, isort: skip (before torch, see there)
+from support.script import run_script  # noqa: E402, isort: skip (must come before torch)
 
 import torch  # noqa: E402
 
@@ -32,11 +32,11 @@ SIZES = {"n_layer": "num_hidden_layers", "n_embd": "hidden_size", "n_head": "num
 
 
 def attach_routers(model, path, capacity=None, prompt=None):
-    """Hang the routers of a file on a transformers model of the Llama family; returns the hooks' handles.
+    """Attach the routers of a file to a transformers model of the Llama family; returns the hooks' handles.
 
     capacity: as in load_routers. prompt: how many tokens at the beginning a gate of sequences reads; None:
     the whole first pass, as when generating with a cache. Rows must then be of one length.
-    InputError where the file is for another model, or cannot be had by hooks.
+    InputError where the file is for another model, or needs more than hooks can do.
     """
     file, meta = open_router_file(path)
     if meta["kv"] == "open":
@@ -68,7 +68,7 @@ def attach_routers(model, path, capacity=None, prompt=None):
 
 
 class Generation:
-    """Whether a pass goes on with a text, whose gates of sequences are decided."""
+    """Whether a pass continues a text, so that its gates at sequence level are already decided."""
 
     def __init__(self, scope):
         self.scope, self.goes_on = scope, False

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.script import run_script  # noqa: E402, isort: skip (before torch, see there)
+from support.script import run_script  # noqa: E402, isort: skip (must come before torch)
 
 import torch  # noqa: E402
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.script import run_script  # noqa: E402, isort: skip (before torch, see there)
+from support.script import run_script  # noqa: E402, isort: skip (must come before torch)
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
@@ -128,7 +128,7 @@ def main():
         if name == "routed":
             load_routers(model, args.routers)
         rows[name] = evaluate(model, test)
-        torch.manual_seed(args.seed)                 # new routers draw numbers, too
+        torch.manual_seed(args.seed)                 # again: creating routers drew random numbers
         add_lora(model, args.rank, args.alpha)
         tune(model, train_set, args, f"{name} + LoRA")
         merge(model)

@@ -1,12 +1,12 @@
-"""The attention of the model, faster: PyTorch's scaled_dot_product_attention, and what it reads.
+"""The model's attention, faster than PyTorch's scaled_dot_product_attention, and the write to its cache.
 
-    attention            of all tokens of a pass, or of one new token per row
-    attention_of_token   of one token per row, all rows or the open ones
-    attention_of_some    of a few queries per row, those of open tokens
-    store                keys and values of a step, into a cache
+    attention            all tokens of a pass, or one new token per row
+    attention_of_token   one token per row, all rows or the open ones
+    attention_of_some    a few queries per row, those of open tokens
+    store                write a step's keys and values into a cache
 
-On CPUs plain products, a chunk of queries at a time, take less than half of the time of PyTorch's kernel in
-bfloat16. On CUDA one query per row, and some queries, have Triton kernels; else flash or cuDNN is taken.
+In bfloat16 on CPUs plain matmuls, a chunk of queries at a time, take less than half the time of PyTorch's
+kernel. On CUDA one query per row, and gathered queries, have Triton kernels; the rest uses flash or cuDNN.
 """
 import math
 from functools import partial
@@ -19,12 +19,12 @@ from support import cuda
 from support.cuda import fused, to_device
 from support.kernels import recomputed
 
-CHUNK = 128         # queries whose scores exist at once
-CALL = 256          # queries, of some, per call of PyTorch's kernel: 128 take up to a seventh longer
-OPEN_ROWS_FROM = 512    # keys, from which attention of the open rows alone is faster on 2 threads
-PARTS_FROM = 2048   # keys, from which attention_by_parts is faster than attention_in_chunks; see there
-MULTIPLE = 32       # of gathered tokens, of queries and of keys, so that shapes recur: see fill
-CUDNN_FROM = 4096   # tokens: cuDNN's attention takes half of flash's time, but plans a new shape for 30 ms
+CHUNK = 128         # queries per matmul of scores, to bound their memory
+CALL = 256          # queries per call of PyTorch's kernel for open tokens: 128 take up to a seventh longer
+OPEN_ROWS_FROM = 512    # fewest keys for which a call per run of open rows is faster, on 2 threads
+PARTS_FROM = 2048   # fewest keys for which attention_by_parts is faster than attention_in_chunks
+MULTIPLE = 32       # gathered tokens, queries and keys are padded to multiples of this: see fill
+CUDNN_FROM = 4096   # fewest queries for cuDNN: half of flash's time, but 30 ms to plan each new shape
 
 
 @fused
@@ -50,35 +50,35 @@ def attention(q, k, v, mask=None, causal=False):
     and every query sees the keys before those. causal: query t sees the keys up to t; then there is no mask,
     and S = T.
     """
-    if mask is not None and mask.shape[-1] < k.shape[2] and (q.shape[2] == 1 or not products_are_faster(q)):
+    if mask is not None and mask.shape[-1] < k.shape[2] and (q.shape[2] == 1 or not is_cpu_bfloat16(q)):
         mask = F.pad(mask, (k.shape[2] - mask.shape[-1], 0))
     kernels = cuda.triton_kernels(q)
     if kernels and q.shape[2] == 1 and kernels_fit(q, k):
         return kernels.attention_of_token(q, k, v, mask, cuda.choices.gate[0])
-    if q.shape[2] == 1:        # one token: a key head's query heads are the rows of one product, much faster
-        is_open = cuda.choices.gate[0] if q.device.type == "cpu" else None  # the host can read it
+    if q.shape[2] == 1:        # the query heads of a key head become the rows of one matmul, much faster
+        is_open = cuda.choices.gate[0] if q.device.type == "cpu" else None  # on CUDA: a device sync
         y = attention_of_token(q.view(*k.shape[:2], -1, q.shape[3]), k, v, mask, is_open)
         return y.reshape(q.shape)
-    if products_are_faster(q):
+    if is_cpu_bfloat16(q):
         return recomputed(attention_by_products, q, k, v, mask, causal)
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        grouped = False            # the flash kernel alone knows groups, and it knows no mask and no float32
+        grouped = False            # only flash takes grouped heads, and it takes no mask and no float32
     if q.is_cuda and mask is not None and mask.requires_grad and not q.requires_grad:
-        q = q.detach().requires_grad_()      # without a gradient of q, k or v no log-sum-exp is kept for it
+        q = q.detach().requires_grad_()      # else the kernel saves no log-sum-exp, which mask.grad needs
     return pytorch_attention(q, k, v, mask, causal, grouped)
 
 
 def pytorch_attention(q, k, v, mask=None, causal=False, grouped=False):
-    """PyTorch's, on CUDA by cuDNN only from CUDNN_FROM queries on, and not where a gradient of the mask is
-    asked for, which cuDNN does not have."""
+    """PyTorch's attention. On CUDA cuDNN is allowed only from CUDNN_FROM queries on, and not where the mask
+    needs a gradient, which cuDNN does not compute."""
     call = partial(F.scaled_dot_product_attention, q, k, v, mask, is_causal=causal, enable_gqa=grouped)
     if not q.is_cuda:
         return call()
     outer = torch.backends.cuda.cudnn_sdp_enabled()
-    mask_learns = mask is not None and mask.requires_grad
-    torch.backends.cuda.enable_cudnn_sdp(q.shape[2] >= CUDNN_FROM and not mask_learns)
+    mask_needs_grad = mask is not None and mask.requires_grad
+    torch.backends.cuda.enable_cudnn_sdp(q.shape[2] >= CUDNN_FROM and not mask_needs_grad)
     try:
         return call()
     finally:
@@ -86,12 +86,12 @@ def pytorch_attention(q, k, v, mask=None, causal=False, grouped=False):
 
 
 def attention_of_token(q, k, v, mask, is_open):
-    """`attention` of one token per row, q (B, K, H/K, D). is_open (B,), see cuda.only_for, or None for
-    all rows. From many keys on, neighbouring open rows are one call, and others' keys are not read."""
+    """`attention` of one token per row, q (B, K, H/K, D), to the same shape. is_open (B,), see cuda.only_for,
+    or None: all rows. From OPEN_ROWS_FROM keys on, closed rows give 0, and their keys are not read."""
     if is_open is None or k.shape[2] < OPEN_ROWS_FROM:
         return pytorch_attention(q, k, v, mask)
     y = torch.zeros_like(q)
-    edges = F.pad(is_open.int(), (1, 1)).diff().nonzero()        # where open rows begin, and where they end
+    edges = F.pad(is_open.int(), (1, 1)).diff().nonzero()        # begin, end of each run of open rows
     for first, end in edges.view(-1, 2).tolist():
         rows = slice(first, end)
         row_mask = mask[rows] if mask is not None and len(mask) > 1 else mask
@@ -100,21 +100,21 @@ def attention_of_token(q, k, v, mask, is_open):
 
 
 def kernels_fit(q, k):
-    """Whether attention's Triton kernels take heads of this width, a power of 2, whose blocks fit the shared
-    memory of cards from a T4 on, and as many per key head."""
+    """Whether the Triton kernels take these heads: D a power of 2 from 16 on, in blocks that fit the shared
+    memory of a T4 or newer; at most 16 query heads per key head."""
     D = q.shape[3]
-    is_width = D >= 16 and D & (D - 1) == 0 and D * q.itemsize <= 256
-    return is_width and q.shape[1] <= 16 * k.shape[1]
+    width_fits = D >= 16 and D & (D - 1) == 0 and D * q.itemsize <= 256
+    return width_fits and q.shape[1] <= 16 * k.shape[1]
 
 
-def products_are_faster(q):
+def is_cpu_bfloat16(q):        # there plain matmuls beat PyTorch's attention, and each new shape costs time
     return q.dtype == torch.bfloat16 and q.device.type == "cpu"
 
 
 def fill(at, counts, x):
-    """Gathered tokens, at (N,), counts[b] of row b, filled up with their last one to a MULTIPLE of them: in
-    bfloat16 oneDNN plans each new shape, for longer than its product takes."""
-    n_more = -len(at) % MULTIPLE if products_are_faster(x) else 0
+    """(at, counts), padded to a MULTIPLE of tokens by repeating the last: at (N,), the gathered tokens, of
+    which counts[b] are row b's. In bfloat16 oneDNN plans each new shape, for longer than the matmul takes."""
+    n_more = -len(at) % MULTIPLE if is_cpu_bfloat16(x) else 0
     if n_more == 0:
         return at, counts
     row = max(row for row, n in enumerate(counts) if n)
@@ -128,8 +128,8 @@ def parts_are_faster(q, S):
 
 
 def attention_by_products(q, k, v, mask=None, causal=False, positions=None):
-    """`attention` by plain products, CHUNK queries at a time: causal ones with the keys up to their last.
-    positions (T,), int32, rising: query t sees the keys up to positions[t]; then they are filled up, too."""
+    """`attention` by plain matmuls, CHUNK queries at a time; a causal chunk reads keys up to its last query.
+    positions (T,), int32, ascending: query t sees keys 0 to positions[t]; then queries are padded, too."""
     (B, H, n, D), K = q.shape, k.shape[1]
     n_more = -n % MULTIPLE
     if positions is not None and n_more:
@@ -151,7 +151,7 @@ def attention_by_products(q, k, v, mask=None, causal=False, positions=None):
         elif mask is not None:
             bias = mask[..., chunk, :]
         score = torch.bmm(queries.flatten(1, 2), k[:, :end].mT)               # (BK, H/K * size, end)
-        if bias is not None and bias.requires_grad:                           # the gates', then of all keys
+        if bias is not None and bias.requires_grad:          # open_keys.py's log g, of all keys
             score = (score.view(B, H, size, end) + bias).view_as(score)
         elif bias is not None:
             score.view(B, H, size, end)[..., end - bias.shape[-1]:] += bias
@@ -160,8 +160,8 @@ def attention_by_products(q, k, v, mask=None, causal=False, positions=None):
 
 
 def keys_seen(host_positions, positions, S, dtype):
-    """How many of S keys are seen by one of the queries at these rising positions (n,), which the host knows
-    too, and the mask of the last of these, which not all queries see, (n, last ones); None for one query."""
+    """(end, mask): these queries, at ascending positions (n,), see only keys below `end`. All see those up to
+    the first query's; mask (n, the keys after it), additive, hides the rest. None for one query."""
     first, last, n = int(host_positions[0]), int(host_positions[-1]), len(host_positions)
     if n == 1:
         return last + 1, None
@@ -191,7 +191,7 @@ def attention_of_some(q, k, v, counts, host_at, at, T, mask=None):
         keys, values, queries = k[row:row + 1], v[row:row + 1], q[:, :, done:done + n]
         host_positions = (host_at[done:done + n] % T + (S - T)).int()
         positions = host_positions if q.device.type == "cpu" else (at[done:done + n] % T + (S - T)).int()
-        if n > 1 and mask is None and products_are_faster(q):
+        if n > 1 and mask is None and is_cpu_bfloat16(q):
             y = attention_by_products(queries, keys, values, positions=positions)
         elif mask is None and parts_are_faster(queries, S):
             y = attention_by_parts(queries, keys, values, positions.long())
@@ -207,8 +207,8 @@ def attention_in_chunks(q, k, v, host_positions, positions, mask):
     """attention_of_some for one row, a few queries at a time: q (1, H, n, D), k and v (1, K, S, D), positions
     (n,) of the queries, on the device and on the host, mask (T, S) or None."""
     (_, H, n, D), (_, K, S, _), outputs = q.shape, k.shape, []
-    size = CHUNK if products_are_faster(q) else CALL
-    if n > 1 and q.device.type == "cpu" and not products_are_faster(q):
+    size = CHUNK if is_cpu_bfloat16(q) else CALL
+    if n > 1 and q.device.type == "cpu" and not is_cpu_bfloat16(q):
         q, k, v = q.view(K, -1, n, D), for_query_heads(k, H), for_query_heads(v, H)
     chunks = zip(q.split(size, 2), host_positions.split(size), positions.split(size))
     for queries, host_chunk, chunk in chunks:
@@ -220,23 +220,23 @@ def attention_in_chunks(q, k, v, host_positions, positions, mask):
 
 
 def for_query_heads(t, H):
-    """Keys or values (1, K, S, D) as (K, H/K, S, D), for H query heads: without the copy for each of these
-    that PyTorch makes in every call."""
+    """A view of keys or values (1, K, S, D) as (K, H/K, S, D), for H query heads, where PyTorch would copy
+    them for every query head in every call."""
     _, K, S, D = t.shape
     return t.view(K, 1, S, D).expand(K, H // K, S, D)
 
 
 def attention_by_parts(q, k, v, at):
-    """attention_of_some for one row on a CPU, without mask and gradient, where most of many tokens are
-    chosen, at (n,) int64, their positions, rising. Attention to chosen tokens is plain causal attention,
-    which from 768 queries on PyTorch computes in larger blocks than a masked chunk; to the others it is
-    computed in chunks; the mean of the two is weighted by their sums of exponentials."""
+    """attention_of_some for one row on a CPU, without mask or gradient, where most of many tokens are open;
+    at (n,), int64, their positions, ascending. Among open tokens it is plain causal attention, which PyTorch
+    computes in larger blocks from 768 queries on; to closed tokens' keys it is computed in chunks. The two
+    results are averaged, weighted by their sums of exponentials."""
     (_, H, n, D), (_, K, S, _) = q.shape, k.shape
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     q = q.view(K, -1, n, D)
     y, lse = kernel(q, *(for_query_heads(t.index_select(2, at), H) for t in (k, v)), 0.0, True)
-    n_seen = at - torch.arange(n)                    # how many of the others each sees; it never falls
-    first = int((n_seen == 0).sum())                 # the first that sees one
+    n_seen = at - torch.arange(n)                    # (n,) closed keys before each query, ascending
+    first = int((n_seen == 0).sum())                 # the first query that sees one
     if first < n:
         others = torch.ones(S, dtype=torch.bool).index_fill(0, at, False).nonzero().squeeze(1)
         k, v = (for_query_heads(t.index_select(2, others), H) for t in (k, v))

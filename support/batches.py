@@ -45,7 +45,7 @@ def batches(samples, budget, seed):
     while True:
         order = torch.randperm(len(samples), generator=rng).tolist()
         groups = []
-        for i in range(0, len(order), 256):
+        for i in range(0, len(order), 256):          # sorted by length in windows of 256: little padding
             groups += pack([samples[j] for j in order[i:i + 256]], budget)
         yield from (groups[i] for i in torch.randperm(len(groups), generator=rng).tolist())
 

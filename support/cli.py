@@ -9,8 +9,8 @@ from support.parallel import processes, say_once
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses in one sentence; also what is not UTF-8, what is empty, but for a prompt, and a missing router
-    file."""
+    """Errors are one sentence. Also refuses text that is not UTF-8, empty values (except a prompt's), and a
+    missing router file."""
 
     def parse_args(self):
         for word in sys.argv[1:]:
@@ -87,7 +87,7 @@ def check_reachable(capacity, n_gates, n_layer):
     """InputError for an overall capacity that is below what layers without a gate, which always run, give."""
     n_free = n_layer - n_gates
     if capacity < n_free / n_layer:
-        least = math.ceil(1000 * n_free / n_layer) / 1000                    # so that what is printed will do
+        least = math.ceil(1000 * n_free / n_layer) / 1000                    # rounded up, so it is accepted
         raise InputError(f"--capacity {capacity}: {n_free} of {n_layer} layers have no router and always run;"
                          f" give at least {least:.3f}, or more --layers")
 

@@ -14,7 +14,7 @@ from support.files import reason
 
 
 class Choices(threading.local):
-    """See plain_kernels and only_for; of each thread its own."""
+    """Per thread: triton, whether Triton kernels run (plain_kernels); gate, what only_for was called with."""
     triton, gate = True, (None, {})
 
 
@@ -44,8 +44,8 @@ def triton_module():
 
 
 def triton_kernels(x):
-    """The module of Triton kernels where they serve: on CUDA's current device, where no gradient is asked for
-    and float32 is exact enough, without autocast, which they would not hear of; else None."""
+    """The module of Triton kernels where they can run: x on CUDA's current device, not float64, no gradient
+    needed, and no autocast, whose casts Triton kernels would bypass. Else None."""
     if not x.is_cuda or not choices.triton or torch.is_grad_enabled() or x.dtype == torch.float64:
         return None
     if torch.is_autocast_enabled("cuda"):
@@ -54,7 +54,7 @@ def triton_kernels(x):
 
 
 def fused(plain):
-    """Let a function run as the Triton kernel of its name where that serves; all arguments by position."""
+    """Decorator: run the function of this name in triton_kernels.py where it can. Positional arguments."""
     @functools.wraps(plain)
     def function(x, *args):
         kernels = triton_kernels(x)
@@ -73,39 +73,39 @@ def choose(name, value):
 
 
 def is_asynchronous(t):
-    """Whether what computes t runs on while the host goes on."""
+    """Whether operations on t run asynchronously to the host: on CUDA."""
     return t.is_cuda
 
 
 def to_host(t):
-    """A function that gives t on the host. The copy begins now: what is launched until it is called overlaps
-    the wait for the device."""
+    """A function that returns t on the host. The copy starts now, and the call waits for its end: what is
+    launched in between overlaps the copy."""
     if t.device.type == "cpu":
         return lambda: t
-    copy, is_there = t.to("cpu", non_blocking=True), torch.cuda.Event()
-    is_there.record(torch.cuda.current_stream(t.device))
+    copy, copied = t.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(t.device))
 
     def wait():
-        is_there.synchronize()
+        copied.synchronize()
         return copy
     return wait
 
 
 def to_device(t, device):
-    """t on a device, without a wait for it where t is on the host."""
+    """t on a device; from the host without a device sync."""
     if t.device.type == "cpu" and torch.device(device).type != "cpu":
         return t.pin_memory().to(device, non_blocking=True)
     return t.to(device)
 
 
 def plain_kernels():
-    """Within it no Triton kernel runs and no graph is replayed: for what watches PyTorch's own calls."""
+    """Context manager: no Triton kernel runs and no graph is replayed, for what watches PyTorch's calls."""
     return choose("triton", False)
 
 
 def only_for(is_open, n_gated=None):
-    """Within it products of one token, and attention of one token per row, may leave out rows whose gate is
-    closed: is_open (B,) bool, on the device. What they return of those rows must not be used. Of a Linear in
-    n_gated, {Linear: n}, only the first n outputs; the others are computed all the same. (Of several rows all
-    products are: they read their weights for one row as for all.)"""
+    """Context manager: with one token per row, attention skips rows whose gate is closed, is_open (B,) bool
+    on the device. With B = 1 matmuls skip their weights, too (for several rows these are read once anyway).
+    Results of closed rows must not be used. n_gated {Linear: n}: only its first n outputs obey the gate; the
+    others are always computed."""
     return choose("gate", (is_open, n_gated or {}))

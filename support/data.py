@@ -73,7 +73,7 @@ def records(text, path):
 
 
 ROLES = {"human": "user", **dict.fromkeys(["gpt", "bot", "chatgpt", "bing", "bard"], "assistant")}
-FORMS = {     # name: the fields that tell it, the first that a record has all of
+FORMS = {     # name: its fields; a record has the first form of which it has all fields
     "chat": ["messages"], "conversations": ["conversations"], "instruction": ["instruction"],
     "prompt": ["prompt", "completion"], "context": ["context", "response"], "text": ["text"]}
 
@@ -160,7 +160,7 @@ def messages_of(record, form, where):
 
 
 def has_values(value):
-    """Whether a field says something: not "[]", as some files have it, nor an object of nulls."""
+    """Whether a field is not empty, also not "[]" as text or an object of nulls, as some files have it."""
     if isinstance(value, dict):
         return any(of_key is not None for of_key in value.values())
     return value not in (None, [], "", "[]", "{}")

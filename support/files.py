@@ -66,7 +66,7 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
          dict: "an object"}
 REQUIRED = object()
 FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
-LARGEST = torch.finfo(torch.float16).max     # no weight is larger: all models are run in float16 too
+LARGEST = torch.finfo(torch.float16).max     # no larger weight is accepted: public models run in float16
 LARGEST_ID = 2**31 - 1
 READ_OF_FOLDERS = ("*config.json", "*.index.json", "*.safetensors", "*.gguf", "tokenizer*", "*.jinja",
                    "special_tokens_map.json", "*.jsonl")           # of a model's, or of tasks'
@@ -90,7 +90,7 @@ def read_value(data, where, key, kind, default=REQUIRED, low=-math.inf, high=mat
 
 
 def read_list(data, where, key, kind, default=REQUIRED, low=-math.inf, high=math.inf):
-    """The same for a list of values; one alone is a list of one."""
+    """read_value for a list of values; a single value counts as a list of one."""
     values = read_value(data, where, key, (kind, list), default, low, high)
     values = values if isinstance(values, list) else [values]
     for i, value in enumerate(values):
@@ -158,8 +158,8 @@ def write_file(path, data):
 
 
 def check_destinations(*paths, read=()):
-    """InputError, before the work, for a file that could not be written after it, or that is `read` by it,
-    itself or as part of a folder. None: no file."""
+    """InputError, before the work, for a path that cannot be written, or that the work reads: it is one of
+    `read`, or a file that is read in one of these folders. None is skipped."""
     for path in filter(None, paths):
         if any(is_of(path, source) for source in read if source):
             raise InputError(f"{path}: is read, and would be lost; name another place to write to")
@@ -188,8 +188,8 @@ def is_printed_to(path):
 
 
 def try_to_write(path):
-    """Nothing, or the OSError that write_file would meet; leaves nothing behind. Files are written more than
-    once, which a pipe does not take."""
+    """Raise the OSError that write_file would, and leave nothing behind. A pipe is refused: files are written
+    more than once."""
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
     if os.path.exists(path) and not os.path.isfile(path):                      # a device or a pipe
@@ -228,7 +228,7 @@ def lock(file, wait=True):
 
 @contextmanager
 def locked(path):
-    """Within it no other process holds the lock `path`, a file that is made for it and stays."""
+    """Context manager that holds the lock `path`, a file that is created for it and stays."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab")

@@ -47,7 +47,7 @@ def llama3_rope(factors, theta):
     see model.rope_frequencies. (transformers knows no other factors.)"""
     factor = max(factors.tolist(), default=1.0)
     turns = 8192 / (2 * math.pi) * theta ** -(torch.arange(len(factors)) / len(factors))
-    ramp = ((turns - 1) / 3).clamp(0, 1)
+    ramp = ((turns - 1) / 3).clamp(0, 1)         # 3: high_freq_factor - low_freq_factor, 4 - 1
     if factor <= 1 or not torch.allclose(1 / (ramp + (1 - ramp) / factor), factors, rtol=1e-4):
         return None
     return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -86,8 +86,8 @@ class GGUF(Checkpoint):
                              f" {', '.join(GGUF_ARCHITECTURES)} are")
         self.stored = {self.rename(t.name): (t, tuple(int(n) for n in reversed(t.shape)))
                        for t in tensors}
-        self.config = {theirs: self.meta[f"{arch}.{ours}"] for ours, theirs in GGUF_CONFIG.items()
-                       if f"{arch}.{ours}" in self.meta}
+        self.config = {hf_key: self.meta[f"{arch}.{key}"] for key, hf_key in GGUF_CONFIG.items()
+                       if f"{arch}.{key}" in self.meta}
         self.config.setdefault("num_key_value_heads", self.config.get("num_attention_heads"))
         self.config |= {"model_type": arch, "tie_word_embeddings": "lm_head.weight" not in self.names}
         if "model.embed_tokens.weight" in self.names:

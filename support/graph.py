@@ -1,4 +1,4 @@
-"""How a generation is continued by one token per row: an eager step, or on CUDA a captured graph.
+"""Decoding, one token per row and step: eager, or on CUDA a captured graph.
 
     with stepper(model, cache, rows) as step:
         x = step(token, positions)       # token (B,), positions: a list; the residual stream (B, C)
@@ -15,9 +15,9 @@ import torch
 from support.cuda import choices, to_device, triton_module
 from support.kernels import packed_weights
 
-KEPT_GRAPHS, KEPT_BYTES = 4, 2**32                  # per model, and of their caches
-COLUMNS = 256                                       # of a cache, a multiple: one graph for many prompts
-graphs_of = weakref.WeakKeyDictionary()             # {model: {key: Replay}}, the latest last
+KEPT_GRAPHS, KEPT_BYTES = 4, 2**32                  # per model: most graphs, and most bytes of their caches
+COLUMNS = 256                                       # caches have a multiple of this: one graph, many prompts
+graphs_of = weakref.WeakKeyDictionary()             # {model: {key: Replay}}, the last used last
 
 
 def release(model):
@@ -34,7 +34,7 @@ def can_replay(model):
     """Whether a step of generation can be captured, on CUDA, and is worth it."""
     if model.embed.weight.device.type != "cuda" or not choices.triton:
         return False
-    if torch.is_autocast_enabled("cuda"):            # its casts would be captured, and no key tells of them
+    if torch.is_autocast_enabled("cuda"):            # its casts would be captured, but are not in the key
         return False
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return False                                 # a replayed step calls none
@@ -42,9 +42,9 @@ def can_replay(model):
 
 
 def can_capture(skip, window):
-    """A replayed step runs no Python that could add to a trace; an override may read what only the host
-    knows, unless it says so; `merge` may gather tokens; a window is of positions, and with kv="open" columns
-    are not positions; and without Triton a closed gate would save nothing."""
+    """Not with a trace, which needs Python in every step; nor an override that may read the host, nor a
+    `merge`, which may gather tokens; nor a window with kv="open", where columns are not positions; nor
+    without Triton, where a closed gate would save nothing."""
     on_device = skip.override is None or getattr(skip.override, "on_device", False)
     on_device = on_device and skip.trace is None and not skip.merges
     return on_device and (skip.kv == "all" or not window) and triton_module()
@@ -70,7 +70,7 @@ def stepper(model, cache, rows):
     def step(token, positions):
         nonlocal replay
         if replay is None:                                      # only now: a generation may have no step
-            kept = graphs.pop(key, None)                        # while it is used, no other generation's
+            kept = graphs.pop(key, None)                        # taken out: no other generation may use it
             while len(graphs) >= KEPT_GRAPHS or kept_bytes(graphs) > KEPT_BYTES:
                 del graphs[next(iter(graphs))]
             kept = kept or Replay(model, type(cache), rows, columns)
@@ -91,19 +91,19 @@ def kept_bytes(graphs):
 
 @functools.cache
 def side_stream(device):
-    """Where steps are captured: one stream per device, since cuBLAS keeps memory for each that it saw."""
+    """The stream for captures, one per device: cuBLAS keeps a workspace for every stream that it has seen."""
     return torch.cuda.Stream(device)
 
 
 class Replay:
-    """A step of generation as a CUDA graph: captured once, its kernels run again without Python. They work at
-    fixed addresses: it has a cache, tokens, positions and decisions of its own, advances the positions with
-    each step, and attends to all columns, masked."""
+    """A decoding step as a CUDA graph: captured once, its kernels run again without Python. They use fixed
+    addresses, so a Replay owns its cache, tokens, positions and decisions. Each step advances the positions,
+    and attends to all columns, masked."""
 
-    @torch.inference_mode(False)                                # they are used again, in whatever mode
+    @torch.inference_mode(False)                                # its tensors outlive the caller's mode
     @torch.no_grad()
     def __init__(self, model, make_cache, rows, columns):
-        self.model = weakref.proxy(model)                       # the model's graphs do not keep the model
+        self.model = weakref.proxy(model)                       # weak: graphs must not keep a model alive
         self.angles = model.angles                              # which the model replaces when it needs more
         weight, config = model.embed.weight, model.config
         self.token = torch.zeros(rows, dtype=torch.int64, device=weight.device)
@@ -141,18 +141,18 @@ class Replay:
         return x, graph.replay
 
     def begin(self, cache):
-        """Take over a prompt's keys, values and decisions; its cache holds this one's memory from then on."""
+        """Copy a prompt's keys, values and decisions; its cache then uses this one's memory."""
         open_rows = {skip: to_device(rows, self.token.device)               # sequence level
                      for skip, rows in cache.routing["open rows"].items()}
         stored = {skip.attn.layer: rows for skip, rows in open_rows.items() if skip.attn}
         for mine, theirs in (self.cache.k, cache.k), (self.cache.v, cache.v):
             for layer, memory in enumerate(theirs):
                 n = min(memory.shape[2], self.cache.max_tokens) if memory is not None else 0
-                if n and layer in stored:                       # n is 0: no row opened it
+                if n and layer in stored:                       # only the rows that are open
                     mine[layer][:, :, :n].index_copy_(0, stored[layer], memory[:, :, :n])
                 elif n:
                     mine[layer][:, :, :n] = memory[:, :, :n]
-                mine[layer][:, :, n:] = 0                       # masked, but of an earlier one: perhaps NaN
+                mine[layer][:, :, n:] = 0                       # masked, but old numbers could be NaN
                 theirs[layer] = mine[layer]
         for skip, is_open in self.is_open.items():
             is_open.zero_().index_fill_(0, open_rows[skip], True)

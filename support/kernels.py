@@ -1,15 +1,15 @@
-"""The products of the model and what stands between them, faster: every function equals a plain PyTorch call.
+"""The model's matmuls and small operations, faster: every function equals plain PyTorch calls.
 
     here                      the plain form
     Linear, linear            F.linear
     rms_norm                  F.rms_norm
-    logit, first_mean         a few calls, which stand there
+    logit, first_mean         their own bodies, which a Triton kernel replaces on CUDA
     logit_of_token            logit(norm(x), ...)
     recomputed(f, ...)        f(...)
 
-What is gained on CUDA: support/triton_kernels.py tells. On CPUs in float32 MKL multiplies a few tokens faster
-as weight @ x.T, and oneDNN is faster for single tokens and by wide weights; in bfloat16 weights that
-oneDNN lays out anew ("packed") halve the time of a decoding step.
+For CUDA see support/triton_kernels.py. On CPUs in float32 MKL multiplies a few tokens faster as weight @ x.T,
+and oneDNN is faster for single tokens and for wide weights; in bfloat16 weights in oneDNN's own layout
+("packed") halve the time of a decoding step.
 """
 import functools
 import math
@@ -26,8 +26,8 @@ from support.cuda import fused
 
 ONEDNN = torch.backends.mkldnn.is_available()
 MKL = torch.backends.mkl.is_available()
-FEW = 5             # tokens, at most, for which MKL is faster at weight @ x.T than at x @ weight.T
-SMALL = 2**20       # numbers of a weight, at most, for which product_of_one is faster than oneDNN
+FEW = 5             # most tokens for which MKL is faster at weight @ x.T than at x @ weight.T
+SMALL = 2**20       # most elements of a weight for which product_of_one is faster than oneDNN
 
 
 def recomputed(f, *args):
@@ -37,7 +37,7 @@ def recomputed(f, *args):
     return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-# -------------------------------------------------------------------------------------------------- products
+# --------------------------------------------------------------------------------------------------- matmuls
 def onednn_linear(x, weight, bias):
     """F.linear by oneDNN, without autograd; the weight may be packed."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -50,15 +50,15 @@ def product_of_few(x, weight):
 
 
 def product_of_one(x, weight):
-    """The same of one token. MKL multiplies a single column on one thread, so the token's halves are two, a
-    row's halves two rows: of the four products of a row two are wanted, first by first, second by second."""
+    """The same for one token. MKL multiplies a single column on one thread, so x is cut in half, into two
+    columns, and each weight row too: per output, first half by first and second by second are added."""
     n_out = len(weight)
     products = torch.mm(weight.reshape(2 * n_out, -1), x.reshape(2, -1).T).view(n_out, 4)
     return (products[:, 0] + products[:, 3]).view(*x.shape[:-1], n_out)
 
 
 class FrozenLinear(torch.autograd.Function):
-    """onednn_linear of weight and bias that do not train, with the gradient of x."""
+    """onednn_linear for a frozen weight and bias: only x gets a gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -74,9 +74,9 @@ class FrozenLinear(torch.autograd.Function):
 def linear(x, weight, bias=None):
     """x (..., T, in) @ weight (out, in).T + bias (out,), as F.linear.
 
-    In float32 on a CPU, without gradients, up to FEW tokens go to product_of_few, and one token by a small
-    weight to product_of_one. Else oneDNN takes one token per row, and wide products: 1.1 to 1.9 times as fast
-    as MKL on AMD's processors. Elsewhere it is not used: its sums round to twice the error.
+    In float32 on a CPU, without gradients, up to FEW tokens go to product_of_few, and one token with a small
+    weight to product_of_one. Otherwise oneDNN computes rows of one token, and weights with out > 4 in: 1.1 to
+    1.9 times as fast as MKL on AMD CPUs. It is not used elsewhere, as its rounding error is twice MKL's.
     """
     n_out, n_in = weight.shape
     if x.dtype != torch.float32 or x.device.type != "cpu" or not ONEDNN:
@@ -97,13 +97,13 @@ def linear(x, weight, bias=None):
 
 
 class Linear(nn.Linear):
-    packed = None      # within packed_weights(): {outputs: that part of the weight as oneDNN lays it out}
-    rows = 1           # of the inputs that it is laid out for
+    packed = None      # in packed_weights(): {(start, end): those outputs' weight in oneDNN's layout}
+    rows = 1           # input rows that this layout is made for
 
     def forward(self, x, start=0, end=None, plus=None):
-        """F.linear; start, end: only these outputs; plus: what is added to them."""
+        """F.linear for outputs start to end only, + plus, of the outputs' shape, if given."""
         weight, bias = self.weight, self.bias
-        if (start, end) != (0, None):            # a slice of all would be a copy more in the backward pass
+        if (start, end) != (0, None):            # slicing all would cost a copy in the backward pass
             weight = weight[start:end]
             bias = None if bias is None else bias[start:end]
         kernels = cuda.triton_kernels(x) if x.numel() == x.shape[-1] else None
@@ -121,7 +121,7 @@ class Linear(nn.Linear):
 
 
 def should_pack(n_bytes, device, dtype):
-    """Whether weights of n_bytes are packed for decoding: in bfloat16, on a CPU that computes it, where a
+    """Whether to pack weights of n_bytes for decoding: in bfloat16, on a CPU with native bfloat16, if a
     second copy takes less than a quarter of the memory."""
     if dtype != torch.bfloat16 or device.type != "cpu":
         return False
@@ -132,15 +132,15 @@ def should_pack(n_bytes, device, dtype):
 
 @contextmanager
 def packed_weights(model, rows):
-    """Within it every Linear has what is used of its weight a second time, laid out for products of `rows`
-    rows, if that pays.
+    """Context manager: if that pays, every Linear keeps a second copy of the parts of its weight that are
+    used, in oneDNN's layout for inputs of `rows` rows.
 
-    The copies live no longer than the context: nothing can be stale after a weight was changed.
+    The copies are dropped at the end, so a weight that changes later leaves no stale one.
     """
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     weight, n_bytes = layers[0].weight, sum(layer.weight.nbytes for layer in layers)
     pays = type(weight) is nn.Parameter and should_pack(n_bytes, weight.device, weight.dtype)   # no DTensor
-    if layers[0].packed is not None or not pays:     # a generation within another uses what that one has
+    if layers[0].packed is not None or not pays:     # a nested generation uses the outer one's
         yield
         return
     try:
@@ -171,15 +171,15 @@ def rms_norm(x, weight, eps):
     kernels = cuda.triton_kernels(x)
     if kernels and x.numel() <= 64 * x.shape[-1]:                    # for more tokens PyTorch's is as good
         return kernels.rms_norm(x, weight, eps)
-    if x.is_cuda:                            # where PyTorch's kernel keeps one number per token for backward
+    if x.is_cuda:                            # its backward needs just one more number per token
         return F.rms_norm(x, weight.shape, weight, eps)
     if x.numel() == x.shape[-1] and x.dtype != torch.float64 and not torch.is_grad_enabled():
-        return normalized(x, root_mean_square(x.flatten().float(), eps), weight)     # 5 operations for 10
+        return normalized(x, root_mean_square(x.flatten().float(), eps), weight)     # 5 operations, not 10
     return recomputed(F.rms_norm, x, weight.shape, weight, eps)
 
 
 def root_mean_square(x, eps):
-    """sqrt(mean(x^2) + eps) of one token x, float32 (C,), on a CPU, a number."""
+    """sqrt(mean(x^2) + eps), a Python float, of one token x, float32 (C,) on a CPU."""
     return math.sqrt(x.dot(x).item() / len(x) + eps)
 
 
@@ -189,8 +189,8 @@ def normalized(x, rms, weight):
 
 
 def logit_of_token(norm, weight, bias=None):
-    """A function of one token x, float32 (C,), on a CPU, and its root mean square: the number logit(norm(x),
-    weight, bias). With the norm's weight v, w . (v x / rms) is (w v) . x / rms: norm(x) is not needed."""
+    """A function (x, rms) -> float, the logit of norm(x), for one token x, float32 (C,) on a CPU, rms known.
+    With v the norm's weight, w . (v * x / rms) = (w * v) . x / rms: norm(x) itself is not computed."""
     folded = (weight * norm.weight.float()).flatten().detach()
     return functools.partial(folded_logit, folded, 0.0 if bias is None else bias.item())
 

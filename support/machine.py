@@ -69,7 +69,7 @@ def rates(device, dtype):
         return repeats * amount / min(took)
     n, n_big = (8192, 2**28) if cuda else (1536, 2**26)
     a, big = torch.randn(n, n, device=device, dtype=dtype), torch.ones(n_big, device=device)
-    other = torch.ones_like(big)             # written once: memory that was never touched is not there yet
+    other = torch.ones_like(big)             # written, since pages that were never touched are not mapped yet
     copied, summed = best(lambda: other.copy_(big), 2 * big.nbytes), best(big.sum, big.nbytes)
     return max(copied, summed), best(lambda: a @ a, 2 * n**3)
 

@@ -16,8 +16,8 @@ def step_bytes(config, n_layers, n_tokens, itemsize, chunk, all_train=False, mas
     and after the sublayers), queries, keys, values and what attention gives, the MLP's gate and up, and one
     float32 copy that the router reads. chunk: tokens whose logits exist at once, three times, in float32.
     all_train: weights that train also keep what they multiply: the MLP's norm(x) and its inner activations.
-    masked: with kv="open" the longest row: every layer keeps a mask of its own, whose gradient is of each
-    head, in one layer at a time. With a mask, and in float32, keys and values are kept once per query head.
+    masked: with kv="open" the longest row's tokens, else 0: every layer keeps its own mask, and one layer at
+    a time its gradient, per head. With a mask, and in float32, keys and values are kept once per query head.
     """
     C, heads = config.n_embd, config.head_dim * (config.n_head + config.n_kv_head)
     per_layer = itemsize * (3 * C + 2 * heads + 2 * config.intermediate) + 4 * C
@@ -51,9 +51,9 @@ def tokens_that_fit(model, first_trained, most, chunk, all_train=False, masked=0
 
 
 def rows_that_fit(model, most, n_tokens):
-    """At most `most` rows of a generation, fewer where the free memory does not hold the keys and values of
-    so many, n_tokens long: on CUDA three times, since a captured step has a cache of its own, and that of the
-    groups before, of more rows, is kept; on a CPU once per process, since processes share the memory."""
+    """At most `most` rows of a generation, fewer where free memory does not hold their keys and values for
+    n_tokens. On CUDA these count three times: the cache, the captured step's own, and that of an earlier,
+    larger group, whose graph is kept. On a CPU they count once per process: all share the memory."""
     config, weight = model.config, model.embed.weight
     free = free_bytes(weight.device)
     if free is None:

@@ -3,7 +3,7 @@ and process 0 alone prints and writes.
 
     torchrun --nproc-per-node 2 train_router.py
 
-With one process, and without torchrun, nothing here does anything, but that `sum_gradients` fills gaps. With
+With one process, or without torchrun, the functions here do nothing, but `sum_gradients` fills gaps. With
 several, each calls `gathered`, and the functions that use it, in the same order. What is gathered goes as
 JSON from host to host, by gloo, which notices a process that ended; gradients and the weights of `shard` go
 from device to device, by NCCL on CUDA.
@@ -67,8 +67,8 @@ def say_once(sentence):
         return sentence
 
 
-def loss_of_others(error):
-    """What to say of a RuntimeError that came of talking to other processes; None of another."""
+def peer_failure(error):
+    """The message for a RuntimeError caused by another process that ended; None for other errors."""
     if processes.world > 1 and "gloo" in str(error):
         return LOST
     if processes.world > 1 and isinstance(error, dist.DistError):                         # NCCL's

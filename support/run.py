@@ -43,7 +43,7 @@ def weights_hash(model):
     """A hash of a model's configuration and of 256 numbers of each of its tensors."""
     weights = hashlib.sha256(repr(model.config).encode())
     for name, weight in model.named_parameters():
-        at = torch.arange(256, dtype=torch.float64) * 0.6180339887498949 % 1     # spread, also over columns
+        at = torch.arange(256, dtype=torch.float64) * 0.6180339887498949 % 1     # golden ratio: evenly spread
         numbers = weight.detach().flatten()[(at * weight.numel()).long().to(weight.device)]
         weights.update(f"{name} {tuple(weight.shape)}".encode())
         weights.update(numbers.float().cpu().numpy().tobytes())
@@ -83,7 +83,7 @@ def routers_entry(path, meta):
 
 
 def settings_of(args, model, samples):
-    """{what: its value, text}: all that a run's numbers follow from, so that --resume can tell what differs.
+    """{what: its value, text}: everything that determines a run's numbers, for --resume to compare.
 
     The hash of the data reads all token ids; for that of the weights see weights_hash.
     """
@@ -174,7 +174,7 @@ class Run:
             return False
 
     def lines_to_keep(self):
-        """Those of metrics.jsonl that tell of the steps which the checkpoint has."""
+        """The lines of metrics.jsonl whose steps are in the checkpoint."""
         self.file.seek(0)
         lines, where = [], f"{self.metrics} (if it is moved away, the run goes on without): a line"
         for line in self.file.read().splitlines(keepends=True)[:self.start]:
@@ -182,7 +182,7 @@ class Run:
             if entry.get("run") != self.id:
                 raise InputError(f"--resume: {self.metrics} has lines of another run than {self.path}; move"
                                  " it away, or give another --out")
-            if entry["step"] >= self.start:          # earlier ones were lost
+            if entry["step"] >= self.start:          # lines before it are missing
                 break
             lines.append(line)
         return lines
@@ -225,7 +225,7 @@ class Run:
                 raise InputError(f"step {step}: {key} is no longer finite; {self.slower()}{self.kept()}")
         meta = {"step": str(step + 1), "arguments": json.dumps(self.settings)}
         write_file(self.path, safetensors_bytes(tensors, metadata=meta))
-        self.save_result()                           # after it: a full disk leaves a finished run's routers
+        self.save_result()                           # last: if the disk is full, the old router file remains
 
     def is_due(self, step):
         """Whether a step's result is to be saved: every few steps, at the end, and before the run stops."""
@@ -264,7 +264,7 @@ class Run:
 
     @contextlib.contextmanager
     def tuned(self):
-        """Within it what follows the last step is done; there Ctrl-C says how to go on."""
+        """Context manager for what follows the last step: Ctrl-C says how to go on."""
         try:
             yield
         except KeyboardInterrupt:

@@ -4,9 +4,9 @@ import ctypes
 import os
 import sys
 
-# A thread that waits for the others spins before it sleeps: by default 300,000 times. Where other processes
-# run, it so takes a core that the others need: a step of tuning took nine times as long. Scripts that decode
-# keep the default: one token at a time is many short waits, and to wake up took 3 % of a routed one's time.
+# A waiting OpenMP thread spins 300,000 times before it sleeps. Where other processes run, it keeps a core
+# that they need: a tuning step took nine times as long. Scripts that decode keep this default, since each
+# token has many short waits, and waking up took 3 % of a routed token's time.
 decodes = any(os.path.basename(word) in ("bench", "bench.py", "sample", "sample.py") for word in sys.argv[:2])
 if not decodes and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")        # about 30 us; read when torch is imported
@@ -53,7 +53,7 @@ def drop_unwritable_streams():
 
 
 def lack_of_memory(error):
-    """What to say of an error that means that memory is full, on whatever device; None of another."""
+    """The message for an error that means "out of memory", on any device; None for other errors."""
     from torch import OutOfMemoryError
 
     from support.files import NO_MEMORY
@@ -70,7 +70,7 @@ def run_script(name, main):
     """main(), with bad input told in one sentence and exit status 1, and Ctrl-C without a traceback. A reader
     that goes away, as `head` does, ends the script. Of several processes the first that ends speaks."""
     from support.files import InputError
-    from support.parallel import leave, loss_of_others, say_once
+    from support.parallel import leave, peer_failure, say_once
     keep_freed_memory()
     prepare_streams()
     try:
@@ -79,7 +79,7 @@ def run_script(name, main):
     except InputError as e:
         sys.exit(say_once(f"{name}: {e}") or 1)
     except (RuntimeError, MemoryError) as e:
-        why = lack_of_memory(e) or loss_of_others(e)
+        why = lack_of_memory(e) or peer_failure(e)
         if not why:
             raise
         sys.exit(say_once(f"{name}: {why}") or 1)

@@ -27,16 +27,16 @@ class Task:
     """
     hub: tuple                         # the data set's name on the hub and its configuration
     split: str
-    shots: int                         # the paper's
-    text: callable                     # the context; a list: one a choice, all followed by `target`
-    choices: callable
-    gold: callable                     # the right choice's place
+    shots: int                         # few-shot examples in the paper
+    text: callable                     # record -> the context, or a list of contexts, one per choice
+    choices: callable                  # record -> the answers to choose from
+    gold: callable                     # record -> the right choice's index
     fields: dict                       # those that text and choices read, see support.checked.check
     norm: bool = False                 # is acc_norm defined?
     paper: bool = True                 # one of the paper's eight?
     examples: str = "train"            # the split few-shot examples come from
     group: callable = lambda d: ""     # questions with the same group share examples, and this heading
-    target: callable = None
+    target: callable = None            # record -> what is scored after each context; None: the choice
     stop: tuple = ()                   # not empty: the model writes its answer, until one of these strings
 
     @property
@@ -61,7 +61,7 @@ def index(labels, answer):
 
 
 def number(answer):
-    """An answer that is a place."""
+    """An answer that is an index."""
     if not isinstance(answer, (int, str)):
         raise ValueError
     return int(answer)

@@ -1,4 +1,4 @@
-"""What CUDA computes in one kernel where PyTorch takes several, or reads what need not be read: in Triton.
+"""Triton kernels: one for what PyTorch does in several, or without reads that are not needed.
 
     here                plain form                                    what is gained
     linear              F.linear of one token                         bandwidth; a closed gate reads no weight
@@ -18,12 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-KEY_BLOCK, QUERY_BLOCK = 64, 64   # in a block of attention; of prompts in float32 half as many keys
-STAGES = 3                        # blocks of keys under way at once: all of them in shared memory
+KEY_BLOCK, QUERY_BLOCK = 64, 64   # per block of attention; prompts in float32 take half as many keys
+STAGES = 3                        # blocks of keys loaded ahead (num_stages), all in shared memory
 LOG2_E = tl.constexpr(1.4426950408889634)         # exp(x) = 2^(x log2(e)), and 2^x is an instruction
 
 
-# -------------------------------------------------------------------------------------------------- products
+# --------------------------------------------------------------------------------------------------- matmuls
 @triton.jit
 def linear_kernel(x, weight, bias, is_open, plus, y, n_in, n_out, n_gated, HAS_BIAS: tl.constexpr,
                   GATED: tl.constexpr, ADDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -31,7 +31,7 @@ def linear_kernel(x, weight, bias, is_open, plus, y, n_in, n_out, n_gated, HAS_B
     is_row = rows < n_out
     is_read, reads = is_row, 1
     if GATED:
-        first = tl.where(tl.load(is_open) != 0, 0, n_gated)
+        first = tl.where(tl.load(is_open) != 0, 0, n_gated)      # the first output to compute
         is_read, reads = is_row & (rows >= first), ((tl.program_id(0) + 1) * ROWS > first).to(tl.int32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     if reads != 0:
@@ -50,9 +50,9 @@ def linear_kernel(x, weight, bias, is_open, plus, y, n_in, n_out, n_gated, HAS_B
 
 
 def linear(x, weight, bias=None, is_open=None, plus=None, n_gated=None):
-    """F.linear of one token, x (..., in) of as many numbers, + plus (..., out). is_open (1,) bool: where it
-    is False, no byte of the weight is read, and its product counts as 0; of the first n_gated outputs only,
-    if given."""
+    """F.linear of one token, x (..., in), + plus (..., out). is_open (1,) bool: where it is False, the weight
+    is not read and the matmul gives 0, for the first n_gated outputs, or for all if n_gated is None. Bias and
+    plus are always added."""
     x, (n_out, n_in), rows, columns = x.contiguous(), weight.shape, 8, 512
     y = x.new_empty(*x.shape[:-1], n_out)
     linear_kernel[(triton.cdiv(n_out, rows),)](
@@ -124,7 +124,7 @@ def split_kernel(q, k, v, mask, is_open, parts, weights, S, split_size, n_splits
                  HAS_MASK: tl.constexpr, GATED: tl.constexpr, KEYS: tl.constexpr):
     b, h, split = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
     b = b.to(tl.int64)
-    g, d = tl.arange(0, 16), tl.arange(0, D)                      # the queries of key head h, G of 16
+    g, d = tl.arange(0, 16), tl.arange(0, D)                      # G query heads of key head h, padded to 16
     is_query = g < G
     queries = h * G + g
     start = split * split_size
@@ -142,16 +142,16 @@ def split_kernel(q, k, v, mask, is_open, parts, weights, S, split_size, n_splits
         if HAS_MASK:
             masked = tl.load(mask + b * mask_b + s, mask=is_key, other=float("-inf")).to(tl.float32)
             bias += masked * LOG2_E
-        if tl.max(bias, 0) > float("-inf"):                       # else nothing here is seen, or read
+        if tl.max(bias, 0) > float("-inf"):                       # else every key of the block is hidden
             at = s[:, None].to(tl.int64)
             key = tl.load(k + b * k_b + h * k_h + at * k_s + d[None], mask=is_key[:, None], other=0.0)
             value = tl.load(v + b * v_b + h * v_h + at * v_s + d[None], mask=is_key[:, None], other=0.0)
             x = tl.dot(query, tl.trans(key), input_precision="ieee")
             top, total, result = attention_step(x, bias[None], value, top, total, result, scale)
     to = (b * K * G + queries) * n_splits + split
-    some = tl.where(total == 0.0, 1.0, total)
-    tl.store(parts + to[:, None] * D + d[None], result / some[:, None], mask=is_query[:, None])
-    tl.store(weights + to, tl.where(total == 0.0, float("-inf"), top + tl.log2(some)), mask=is_query)
+    divisor = tl.where(total == 0.0, 1.0, total)
+    tl.store(parts + to[:, None] * D + d[None], result / divisor[:, None], mask=is_query[:, None])
+    tl.store(weights + to, tl.where(total == 0.0, float("-inf"), top + tl.log2(divisor)), mask=is_query)
 
 
 @triton.jit
@@ -197,7 +197,7 @@ def some_kernel(q, k, v, at, firsts, y, q_n, q_h, k_b, k_h, k_s, v_b, v_h, v_s, 
                 N, G: tl.constexpr, D: tl.constexpr, ONE_ROW: tl.constexpr, QUERIES: tl.constexpr,
                 KEYS: tl.constexpr):
     h, b, d = tl.program_id(1), tl.program_id(2), tl.arange(0, D)
-    block = tl.num_programs(0) - 1 - tl.program_id(0)             # the longest first
+    block = tl.num_programs(0) - 1 - tl.program_id(0)             # blocks with the most keys first
     if ONE_ROW:
         first, last = 0, N
     else:
@@ -207,7 +207,7 @@ def some_kernel(q, k, v, at, firsts, y, q_n, q_h, k_b, k_h, k_s, v_b, v_h, v_s, 
         is_query = n < last
         column = tl.load(at + n, mask=is_query, other=b * T).to(tl.int32) - b * T
         position = tl.where(is_query, column + before, -1)
-        end = tl.max(position, 0) + 1                             # of the keys that one of these queries sees
+        end = tl.max(position, 0) + 1                             # no query here sees a later key
         all_see = (tl.min(tl.where(is_query, position, end), 0) + 1) // KEYS * KEYS
         query = tl.load(q + n[:, None] * q_n + h * q_h + d[None], mask=is_query[:, None], other=0.0)
         top = tl.full((QUERIES,), float("-inf"), tl.float32)

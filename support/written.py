@@ -68,7 +68,7 @@ def extract(text, pattern, which):
 
 
 def plain(answer):
-    """An answer without what does not count: a worked solution, signs, the last full stop."""
+    """An answer without what is not compared: commas, $, a worked solution, the final period."""
     for pattern in IGNORED:
         answer = re.sub(pattern, "", answer)
     return answer.lower()
@@ -77,8 +77,8 @@ def plain(answer):
 class Scores:
     """One variant's answers to a task's questions, and what follows from them; the metric is the strict one.
 
-    answers: of Writing.answers, one for each question; seconds: that they took, prompts included; numbers:
-    the largest of the residual stream, which should be finite.
+    answers: Writing.answers, one per question; seconds: their time, prompts included; numbers: the largest
+    absolute values in the residual stream, checked to be finite.
     """
 
     def __init__(self, questions, answers, seconds, numbers):
