@@ -56,6 +56,30 @@ def calibration_batches(gates_read_prompts, samples, own_ids, tokens, stride=1):
             for source, start in sources]
 
 
+def calibration_sources(model, samples, own_ids, tokens):
+    """(what the curve is measured on, what the search is), see calibration_batches."""
+    skip = next(iter(mindskips(model).values()))
+    gates_read_prompts = skip.scope == "sequence" and skip.router.pool == "prompt"
+    samples = samples[:PROMPTS if gates_read_prompts else TRAINING_SAMPLES]
+    full = calibration_batches(gates_read_prompts, samples, own_ids, tokens)
+    if skip.scope == "sequence":                                         # they have few decisions
+        return full, full
+    return calibration_batches(gates_read_prompts, samples, own_ids, tokens, STRIDE), full
+
+
+def later_steps(model, recipe, samples, own_ids, held_out, tokens, step_tokens):
+    """About how many tuning steps of step_tokens take as long as what follows them: calibration, and the
+    final table of held_out. Counted in tokens that are run once, without logits: one that is tuned on counts
+    as six (with measured harm as a run of half of the layers per gate), one of the table as four."""
+    n_tokens = 4 * sum(len(sample.ids) for sample in held_out)
+    if recipe.calibrates:
+        subset, full = calibration_sources(model, samples, own_ids, tokens)
+        for sources, n_passes in (subset, len(LOGITS)), (full, 3):       # 3: usually
+            n_tokens += n_passes * sum(batch.idx.numel() for batches, _ in sources for batch in batches)
+    each = 2 + len(mindskips(model)) / 2 if recipe.method == "harm" else 6
+    return n_tokens / (each * step_tokens)
+
+
 def shifted(curve, exact, least):
     """A curve {threshold's logit: capacity}, moved so that it is `exact` at logit 0; least: the capacity of
     closed gates. Each share s of open gates changes in proportion to sqrt(s (1 - s)), so that 0 and 1
@@ -82,11 +106,7 @@ def calibrate(model, samples, own_ids, capacity, tokens):
     """
     model.eval()
     skips = list(mindskips(model).values())
-    gates_read_prompts = skips[0].scope == "sequence" and skips[0].router.pool == "prompt"
-    samples = samples[:PROMPTS if gates_read_prompts else TRAINING_SAMPLES]
-    subset = full = calibration_batches(gates_read_prompts, samples, own_ids, tokens)
-    if skips[0].scope == "token":                                        # sequences have few decisions
-        subset = calibration_batches(gates_read_prompts, samples, own_ids, tokens, STRIDE)
+    subset, full = calibration_sources(model, samples, own_ids, tokens)
 
     def set_threshold(logit):
         for skip in skips:

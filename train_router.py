@@ -27,7 +27,7 @@ import torch
 
 import harm
 import losses
-from calibration import calibrate
+from calibration import calibrate, later_steps
 from model import Llama
 from recipe import RECIPES, Penalty, check_flags, choose_recipe, excess_penalty, make_source, own_text
 from router import (
@@ -315,6 +315,10 @@ def main():
     source = make_source(recipe, by_kind, args, device)
     for _ in range(run.start):                       # skip the data of the steps that are done
         next(source)
+    step_tokens = args.accumulate * args.tokens
+    if recipe.step_samples:
+        step_tokens = recipe.step_samples * sum(len(s.ids) for s in train_set) / len(train_set)
+    run.later_steps = later_steps(model, recipe, train_set, own_ids, test_set, 2 * args.tokens, step_tokens)
     if recipe.method == "harm":
         harm.tune(model, source, recipe, args.capacity, run)
     else:

@@ -124,7 +124,7 @@ class Run:
         self.metrics, self.path, self.routers = (self.out / name for name in FILES)
         self.id = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         self.start, self.checkpoint, self.signal = 0, None, 0
-        self.constants = {}
+        self.constants, self.later_steps = {}, 0     # the latter: what follows the steps, in steps
         if args.resume and not self.path.exists():
             raise InputError(f"--resume: there is no {self.path}; run without --resume")
         self.file = self.open_metrics()
@@ -293,4 +293,6 @@ class Run:
             self.file.flush()
         except OSError as e:
             raise InputError(f"{self.metrics}: cannot be written ({e.strerror}){self.kept()}") from None
-        self.bar.set_postfix(loss=f"{numbers['loss']:.3f}", capacity=f"{numbers['capacity']:.3f}")
+        step_seconds = self.bar.format_dict["elapsed"] / (step + 1 - self.start)
+        self.bar.set_postfix(loss=f"{numbers['loss']:.3f}", capacity=f"{numbers['capacity']:.3f}",
+                             then=tqdm.format_interval(self.later_steps * step_seconds))

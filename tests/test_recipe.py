@@ -13,7 +13,7 @@ import calibration
 import losses
 import recipe
 import train_router
-from calibration import calibrate, calibration_batches, measured_capacity, shifted
+from calibration import calibrate, calibration_batches, later_steps, measured_capacity, shifted
 from model import Llama
 from recipe import DEFAULT, PAPER, Penalty, choose_recipe, own_text, ramp
 from router import add_routers, capacity, mindskips, straight_through, trace
@@ -326,6 +326,22 @@ def test_a_curve_is_shifted_to_what_all_texts_give():
     assert curve[1.0] == 0.5 and curve[-1.0] == 1.0 and curve[0] == pytest.approx(0.61)
     assert (curve[0.25] - 0.55) / 0.01 == pytest.approx(math.sqrt(0.1 * 0.9) / math.sqrt(0.2 * 0.8))
     assert shifted({0: 1.0, 0.5: 0.8}, 0.9, least=0.5) == pytest.approx({0: 1.0, 0.5: 0.8})
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence"])
+def test_what_follows_the_steps_is_estimated(granularity, tiny, samples, monkeypatch):
+    """In tokens that are run: those of calibration to a factor of 1.5, whatever the search needs."""
+    model = Llama.from_pretrained(tiny)
+    add_routers(model, granularity)
+    open_gates_at_random(model)
+    text, n_run, real = torch.randint(0, 320, (64, 128)), [], Llama.context
+    monkeypatch.setattr(Llama, "context", lambda self, idx, *rest: n_run.append(idx.numel())
+                        or real(self, idx, *rest))
+    calibrate(model, samples, text, 0.6, 800)
+    estimate = 6 * 800 * later_steps(model, DEFAULT, samples, text, [], 800, 800)
+    assert sum(n_run) / 1.5 < estimate < sum(n_run) * 1.5
+    with_table = 6 * 800 * later_steps(model, DEFAULT, samples, text, samples[:2], 800, 800)
+    assert with_table - estimate == pytest.approx(4 * sum(len(s.ids) for s in samples[:2]))
 
 
 @pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence", "block_token"])
