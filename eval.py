@@ -289,7 +289,7 @@ def parse_arguments():
         raise InputError("--shuffled and --capacity need --routers, whose decisions they change")
     if args.shuffled and len(args.capacity) > 1:
         raise InputError("--shuffled: give one --capacity")
-    if not (args.tasks or args.data_dir or args.text):
+    if not (args.tasks or args.data_dir or args.text or args.piece):
         args.data_dir, args.text, args.last = str(QUESTIONS), str(DEFAULT_DATA), args.last or HELD_OUT
         print("No --tasks: a few questions written for this project, to see that all works. They are no"
               " benchmark.\n")

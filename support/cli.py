@@ -26,7 +26,8 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
-        self.exit(2, say_once(f"{self.prog}: {message}\n"))
+        hint = "; see --help, and quote a text of several words" * ("unrecognized" in message)
+        self.exit(2, say_once(f"{self.prog}: {message}{hint}\n"))
 
 
 def destination(path):

@@ -135,6 +135,7 @@ def test_threads_that_wait_soon_sleep(script, given, wanted):
     (sample.main, ["caf\udce9"], "UTF-8"), (bench.main, ["--rounds", "1"], "--rounds"),
     (bench.main, ["--batch", "1,0"], "--batch"), (bench.main, ["--context", 10**30], "--context"),
     (bench.main, ["--granularity", "", "--phase", "train"], "--granularity"),
+    (sample.main, ["why", "is"], "quote a text"), (train_router.main, ["--foo", 3], "--foo 3; see --help"),
 ])
 def test_what_the_parser_refuses(main, flags, named, call):
     status, said = call(main, *flags)

@@ -496,6 +496,7 @@ def test_a_choice_that_the_vocabulary_lacks(tiny):
     (["--tasks", "rte", "--routers", "none.safetensors"], ["none.safetensors"]),
     (["--tasks", "rte", "--shuffled"], ["--routers"]),
     (["--tasks", "rte", "--last", 5], ["--last", "--text"]), (["--tasks", "rte", "--piece", 99], ["--piece"]),
+    (["--piece", 99], ["--piece", "--text"]),
     (["--tasks", "rte", "--static-data", "none"], ["--static-data: only with --static"]),
     (["--text", "none", "--limit", 5], ["--limit: only with --tasks"]),
     (["--text", "none", "--num-fewshot", 0], ["--num-fewshot: only with --tasks"]),
