@@ -247,9 +247,9 @@ def run_single(skip, x, ctx):
     token = x.flatten().float()                                          # (C,)
     rms = root_mean_square(token, eps)
     score = 0.5 + 0.5 * math.tanh(logit(token, rms) / 2)                 # sigmoid, without overflow
-    is_open = bool(np.float32(score) >= np.float32(skip.threshold))      # in float32, as elsewhere
     if skip.override:
-        is_open = bool(skip.override(torch.tensor([[score]]), ctx) >= skip.threshold)
+        score = float(skip.override(torch.tensor([[score]]), ctx))
+    is_open = bool(np.float32(score) >= np.float32(skip.threshold))      # in float32, as elsewhere
     if skip.trace is not None:
         skip.trace.append(torch.tensor([[is_open]]))
     skip.count(int(is_open), ctx)
