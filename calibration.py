@@ -57,7 +57,9 @@ def calibration_batches(gates_read_prompts, samples, own_ids, tokens, stride=1):
 
 
 def calibration_sources(model, samples, own_ids, tokens):
-    """(what the curve is measured on, what the search is), see calibration_batches."""
+    """(what the curve is measured on, what the search is), see calibration_batches. samples: of the training
+    data; own_ids: token ids (n, T) that the model wrote, with equal weight, since other text opens other
+    gates."""
     skip = next(iter(mindskips(model).values()))
     gates_read_prompts = skip.scope == "sequence" and skip.router.pool == "prompt"
     samples = samples[:PROMPTS if gates_read_prompts else TRAINING_SAMPLES]
@@ -67,15 +69,14 @@ def calibration_sources(model, samples, own_ids, tokens):
     return calibration_batches(gates_read_prompts, samples, own_ids, tokens, STRIDE), full
 
 
-def later_steps(model, recipe, samples, own_ids, held_out, tokens, step_tokens):
-    """About how many tuning steps of step_tokens take as long as what follows them: calibration, and the
-    final table of held_out. Counted in tokens that are run once, without logits: one that is tuned on counts
-    as six (with measured harm as a run of half of the layers per gate), one of the table as four."""
+def later_steps(model, recipe, sources, held_out, step_tokens):
+    """About how many tuning steps of step_tokens take as long as what follows them: calibration on `sources`,
+    see calibration_sources, and the final table of held_out. Counted in tokens that are run once, without
+    logits: one that is tuned on counts as six (with measured harm as a run of half of the layers per gate),
+    one of the table as four."""
     n_tokens = 4 * sum(len(sample.ids) for sample in held_out)
-    if recipe.calibrates:
-        subset, full = calibration_sources(model, samples, own_ids, tokens)
-        for sources, n_passes in (subset, len(LOGITS)), (full, 3):       # 3: usually
-            n_tokens += n_passes * sum(batch.idx.numel() for batches, _ in sources for batch in batches)
+    for texts, n_passes in zip(sources, (len(LOGITS), 3)):               # 3: usually
+        n_tokens += n_passes * sum(batch.idx.numel() for batches, _ in texts for batch in batches)
     each = 2 + len(mindskips(model)) / 2 if recipe.method == "harm" else 6
     return n_tokens / (each * step_tokens)
 
@@ -95,18 +96,16 @@ def shifted(curve, exact, least):
     return result
 
 
-def calibrate(model, samples, own_ids, capacity, tokens):
+def calibrate(model, sources, capacity):
     """Set the threshold that gives an overall capacity; returns the curve, [(threshold, capacity)].
 
-    samples: of the training data; own_ids: token ids (n, T) that the model wrote, with equal weight, since
-    other text opens other gates. First a curve of thresholds, from which `load_routers` reads other
+    sources: see calibration_sources. First a curve of thresholds, from which `load_routers` reads other
     capacities: at token level estimated on every fourth text, see `shifted`. Then, on all texts, false
     position between the two nearest thresholds, or bisection where these are far apart in capacity. An
     estimate may be wrong, so it is dropped once it has bounded an attempt.
     """
     model.eval()
-    skips = list(mindskips(model).values())
-    subset, full = calibration_sources(model, samples, own_ids, tokens)
+    skips, (subset, full) = list(mindskips(model).values()), sources
 
     def set_threshold(logit):
         for skip in skips:

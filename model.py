@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from support.attention import additive_mask, attention, store
+from support.checked import check_ids
 from support.cuda import fused, to_device
 from support.data import PLAIN_PROMPT
 from support.files import NO_MEMORY, InputError, read_list, read_value
@@ -298,9 +299,7 @@ class Llama(nn.Module):
         # everything that the host needs, in one device sync
         low, high, *host = torch.cat((torch.stack(idx.aminmax()), lengths, prompt_lengths)).tolist()
         host_lengths, host_prompts = host[:B], host[B:]
-        if low < 0 or high >= self.config.vocab_size:
-            raise InputError(f"token id {low if low < 0 else high} is not in the model's vocabulary of"
-                             f" {self.config.vocab_size}; is this tokenizer the model's own?")
+        check_ids(low, high, self.config.vocab_size)
         if any(not 1 <= prompt <= n <= T for prompt, n in zip(host_prompts, host_lengths)):
             raise InputError(f"lengths {host_lengths}, of which prompts {host_prompts}: should be 1 to {T},"
                              " and no prompt longer than its row")

@@ -32,7 +32,7 @@ from torch import nn
 
 import open_keys
 import skipping
-from support.checked import open_router_file, tensor_of
+from support.checked import check_choices, open_router_file, tensor_of
 from support.cli import parse_layers
 from support.files import InputError, write_file
 from support.kernels import first_mean, logit, recomputed
@@ -278,9 +278,7 @@ def add_routers(model, granularity="attn_token", layers="all", threshold=0.5, po
     above 0.5 new gates of another kind than "linear" may be closed. Routers that the model had are replaced.
     Returns the model. InputError names a value that is not one of these.
     """
-    for name, value in dict(granularity=granularity, pool=pool, gate=gate, kv=kv).items():
-        if value not in CHOICES[name]:
-            raise InputError(f"{name} {value!r} is not known here; choose one of {', '.join(CHOICES[name])}")
+    check_choices(dict(granularity=granularity, pool=pool, gate=gate, kv=kv), CHOICES)
     if kv == "open" and granularity not in KV_OPEN:
         raise InputError(f"kv 'open': only for {' and '.join(KV_OPEN)}, not for {granularity}")
     if not 0 <= threshold <= 1:
@@ -377,9 +375,6 @@ def load_routers(model, path, capacity=None):
     """Add the routers of a file; returns its metadata. capacity: an overall capacity other than the one they
     were tuned for; the threshold moves to give it. InputError where they do not fit, or cannot give it."""
     file, meta = open_router_file(path)
-    if meta["gate"] not in GATES:
-        raise InputError(f"{path}: its gate, {meta['gate']!r}, is not one of {', '.join(GATES)}; start the"
-                         " script through the file that adds it to router.GATES, as those of examples/")
     if json.loads(meta["model"]) != shape_of(model):
         raise InputError(f"{path}: these routers are for a model of another shape, {meta['model']}; this one"
                          f" has {json.dumps(shape_of(model))}")

@@ -23,6 +23,7 @@ from router import decisions_on, mindskips, overall_capacity, trace
 from support import parallel, written
 from support.attention import additive_mask
 from support.batches import common_prefix, pack
+from support.checked import check_ids
 from support.cuda import to_device
 from support.files import InputError
 from support.graph import release
@@ -210,9 +211,7 @@ def score(model, rows, prefix, out):
             targets += continuation
             owners += [(row.question, place)] * len(continuation)
             end += len(continuation) - 1
-    if max(targets) >= model.config.vocab_size:
-        raise InputError(f"token id {max(targets)} is not in the model's vocabulary of"
-                         f" {model.config.vocab_size}; is this tokenizer the model's own?")
+    check_ids(min(targets), max(targets), model.config.vocab_size)
     at, targets = to_device(torch.tensor([at, targets]), idx.device)
     x = x.flatten(0, 1)[at]
     for part in chunks(x):

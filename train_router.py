@@ -27,7 +27,7 @@ import torch
 
 import harm
 import losses
-from calibration import calibrate, later_steps
+from calibration import calibrate, calibration_sources, later_steps
 from model import Llama
 from recipe import RECIPES, Penalty, check_flags, choose_recipe, excess_penalty, make_source, own_text
 from router import (
@@ -318,7 +318,10 @@ def main():
     step_tokens = args.accumulate * args.tokens
     if recipe.step_samples:
         step_tokens = recipe.step_samples * sum(len(s.ids) for s in train_set) / len(train_set)
-    run.later_steps = later_steps(model, recipe, train_set, own_ids, test_set, 2 * args.tokens, step_tokens)
+    sources = ()
+    if recipe.calibrates:
+        sources = calibration_sources(model, train_set, own_ids, 2 * args.tokens)
+    run.later_steps = later_steps(model, recipe, sources, test_set, step_tokens)
     if recipe.method == "harm":
         harm.tune(model, source, recipe, args.capacity, run)
     else:
@@ -327,7 +330,7 @@ def main():
     calibration = []
     with run.tuned():
         if recipe.calibrates:
-            calibration = calibrate(model, train_set, own_ids, args.capacity, 2 * args.tokens)
+            calibration = calibrate(model, sources, args.capacity)
         batches = (Batch.of(group, device) for group in pack(test_set, 2 * args.tokens))
         result = evaluate(model, batches, teacher)
     run.check_finite(run.n_steps, result["loss"] + result["kl"])

@@ -22,7 +22,7 @@ from support.script import run_script  # noqa: E402, isort: skip (must come befo
 import torch  # noqa: E402
 
 from router import CHOICES, GATES, threshold_for  # noqa: E402
-from support.checked import open_router_file, tensor_of  # noqa: E402
+from support.checked import check_choices, open_router_file, tensor_of  # noqa: E402
 from support.cli import parse_layers  # noqa: E402
 from support.files import InputError  # noqa: E402
 from weights import fetch_smollm2  # noqa: E402
@@ -42,9 +42,7 @@ def attach_routers(model, path, capacity=None, prompt=None):
     if meta["kv"] == "open":
         raise InputError(f"{path}: kv 'open' hides the keys of closed tokens, which a hook cannot do; load"
                          " the model with model.py instead")
-    for key, known in CHOICES.items():
-        if meta[key] not in known:
-            raise InputError(f"{path}: its {key}, {meta[key]!r}, is not one of {', '.join(known)}")
+    check_choices(meta, CHOICES, f"{path}: ")
     for ours, theirs in SIZES.items():
         wanted, size = json.loads(meta["model"]).get(ours), getattr(model.config, theirs, None)
         if wanted != size:

@@ -73,6 +73,21 @@ def tensor_of(file, name, shape, where):
     return tensor
 
 
+def check_choices(values, choices, where=""):
+    """InputError, beginning with `where`, unless each values[name] is in choices[name]."""
+    for name, known in choices.items():
+        if values[name] not in known:
+            raise InputError(f"{where}{name} {values[name]!r} is not one of {', '.join(known)}; choose one,"
+                             " or start the script through the file that adds it, as those of examples/")
+
+
+def check_ids(low, high, vocab_size):
+    """InputError where token ids, from low to high, are not all in the vocabulary."""
+    if low < 0 or high >= vocab_size:
+        raise InputError(f"token id {low if low < 0 else high} is not in the model's vocabulary of"
+                         f" {vocab_size}; is this tokenizer the model's own?")
+
+
 def open_router_file(path):
     """(the open file, its metadata) of what router.save_routers wrote."""
     if os.path.isdir(path):

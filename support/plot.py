@@ -100,7 +100,7 @@ def tradeoff(points):
     n_rows = math.ceil((len(settings) + 1) / n_columns)
     figure = new_figure(1 + 3.5 * n_columns, 0.5 + 3 * n_rows)
     panels = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True).flatten()
-    colors, lines = {}, {}                                            # the same in all panels
+    colors, lines, most = {}, {}, 0.0                                 # the same in all panels
     for axes, (phase, batch, context) in zip(panels, settings):
         axes.axvline(1, color="grey", linewidth=0.5)
         lines["dense"], = axes.plot(1, 0, "kd", markersize=5)
@@ -109,11 +109,11 @@ def tradeoff(points):
                 color = colors.setdefault(name, f"C{len(colors)}")
                 label = plain(f"{name}, {short(text)}")
                 lines[label], = axes.plot(*zip(*dots), marker="o", markersize=4, linestyle=style, color=color)
+                if name != "static":                                  # whose KL may lie far above
+                    most = max(most, *(kl for _, kl in dots))
         what = "a prompt of" if phase == "prefill" else "one token after"
         axes.set(title=f"{what} {context:,} tokens" + f", {batch} rows" * (batch > 1))
-    routed = [kl for by_setting in points.values() for lines_by_name in by_setting.values()
-              for name, dots in lines_by_name.items() if name != "static" for _, kl in dots]
-    panels[0].set_ylim(top=1.1 * (max(routed, default=0) or 1))       # static's may lie far above
+    panels[0].set_ylim(top=1.1 * (most or 1))
     for axes in panels[len(settings):]:
         axes.set_axis_off()
     panels[-1].legend(lines.values(), lines.keys(), loc="center")

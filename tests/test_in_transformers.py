@@ -54,7 +54,7 @@ def test_what_cannot_be_attached(tiny, router_file, tmp_path, monkeypatch):
         file, meta = open_router_file(router_file("attn_token"))
         meta[key] = value
         monkeypatch.setattr(in_transformers, "open_router_file", lambda path, opened=(file, meta): opened)
-        with pytest.raises(InputError, match=f"its {key}, '{value}', is not one of"):
+        with pytest.raises(InputError, match=f"{key} '{value}' is not one of"):
             in_transformers.attach_routers(theirs, "r.safetensors")
     monkeypatch.setattr(in_transformers, "open_router_file", open_router_file)
     handles = in_transformers.attach_routers(theirs, router_file("attn_sequence"))

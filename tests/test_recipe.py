@@ -13,7 +13,14 @@ import calibration
 import losses
 import recipe
 import train_router
-from calibration import calibrate, calibration_batches, later_steps, measured_capacity, shifted
+from calibration import (
+    calibrate,
+    calibration_batches,
+    calibration_sources,
+    later_steps,
+    measured_capacity,
+    shifted,
+)
 from model import Llama
 from recipe import DEFAULT, PAPER, Penalty, choose_recipe, own_text, ramp
 from router import add_routers, capacity, mindskips, straight_through, trace
@@ -283,12 +290,8 @@ def calibrated(tiny, samples, monkeypatch):
         def capacity_of(model, batches, start):
             return capacity_at(math.log(skip.threshold / (1 - skip.threshold)), batches == ["some"])
 
-        def batches(*arguments):
-            return [(["some" if arguments[-1] == calibration.STRIDE else "whole"], 0)]
-
-        monkeypatch.setattr(calibration, "calibration_batches", batches)
         monkeypatch.setattr(calibration, "measured_capacity", capacity_of)
-        table = calibrate(model, samples, torch.zeros(64, 128, dtype=torch.int64), asked, 800)
+        table = calibrate(model, ([(["some"], 0)], [(["whole"], 0)]), asked)
         return dict(table), skip.threshold
     return calibrate_by
 
@@ -337,10 +340,11 @@ def test_what_follows_the_steps_is_estimated(granularity, tiny, samples, monkeyp
     text, n_run, real = torch.randint(0, 320, (64, 128)), [], Llama.context
     monkeypatch.setattr(Llama, "context", lambda self, idx, *rest: n_run.append(idx.numel())
                         or real(self, idx, *rest))
-    calibrate(model, samples, text, 0.6, 800)
-    estimate = 6 * 800 * later_steps(model, DEFAULT, samples, text, [], 800, 800)
+    sources = calibration_sources(model, samples, text, 800)
+    calibrate(model, sources, 0.6)
+    estimate = 6 * 800 * later_steps(model, DEFAULT, sources, [], 800)
     assert sum(n_run) / 1.5 < estimate < sum(n_run) * 1.5
-    with_table = 6 * 800 * later_steps(model, DEFAULT, samples, text, samples[:2], 800, 800)
+    with_table = 6 * 800 * later_steps(model, DEFAULT, sources, samples[:2], 800)
     assert with_table - estimate == pytest.approx(4 * sum(len(s.ids) for s in samples[:2]))
 
 
@@ -350,7 +354,7 @@ def test_calibration_tells_which_threshold_gives_a_capacity(granularity, tiny, s
     add_routers(model, granularity)
     open_gates_at_random(model)
     text = torch.randint(0, 320, (64, 128))
-    table = sorted(calibrate(model, samples, text, 0.6, 800))
+    table = sorted(calibrate(model, calibration_sources(model, samples, text, 800), 0.6))
     used = [capacity for _, capacity in table]
     assert used == sorted(used, reverse=True) and used[0] > 0.6 > used[-1]
     best = min(table, key=lambda pair: abs(pair[1] - 0.6))

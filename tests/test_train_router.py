@@ -258,10 +258,12 @@ def test_a_run_learns_from_what_the_model_wrote(more, learns, arguments, call, m
             return real(*given) if result is None else result
         monkeypatch.setattr(train_router, name, spied)
     spy("make_source")
+    spy("calibration_sources")
     spy("calibrate", [])
     assert call(main, *arguments, *more)[0] == 0
     _, (samples, *texts), *_ = calls["make_source"]
-    _, same, held, capacity, _ = calls["calibrate"]
+    _, same, held, _ = calls["calibration_sources"]
+    *_, capacity = calls["calibrate"]
     assert samples is same and len(samples) == 32 and held.shape == (64, 128) and capacity == 0.7
     assert bool(texts) == learns
 
