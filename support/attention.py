@@ -137,12 +137,13 @@ def attention_by_products(q, k, v, mask=None, causal=False, positions=None):
         positions = F.pad(positions, (0, n_more), value=int(positions[-1]))
     T = q.shape[2]
     q = q.mul(D ** -0.5).unflatten(1, (K, -1)).flatten(0, 1)                  # (BK, H/K, T, D)
-    k, v = k.flatten(0, 1), v.flatten(0, 1)                                   # (BK, S, D)
+    k = k.flatten(0, 1).mT.contiguous()            # (BK, D, S): else bmm lays it out again for each chunk
+    v = v.flatten(0, 1)                                                       # (BK, S, D)
     if causal:
         triangle = additive_mask(torch.ones(CHUNK, CHUNK, dtype=torch.bool).tril(), q.dtype)
     outputs = []
     for start, queries in zip(range(0, T, CHUNK), q.split(CHUNK, 2)):
-        size, end, bias = queries.shape[2], k.shape[1], None
+        size, end, bias = queries.shape[2], k.shape[2], None
         chunk = slice(start, start + size)
         if causal:
             end, bias = start + size, triangle[:size, :size]
@@ -150,7 +151,7 @@ def attention_by_products(q, k, v, mask=None, causal=False, positions=None):
             end, bias = keys_seen(positions[chunk], positions[chunk], end, q.dtype)
         elif mask is not None:
             bias = mask[..., chunk, :]
-        score = torch.bmm(queries.flatten(1, 2), k[:, :end].mT)               # (BK, H/K * size, end)
+        score = torch.bmm(queries.flatten(1, 2), k[..., :end])                # (BK, H/K * size, end)
         if bias is not None and bias.requires_grad:          # open_keys.py's log g, of all keys
             score = (score.view(B, H, size, end) + bias).view_as(score)
         elif bias is not None:
