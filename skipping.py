@@ -31,12 +31,11 @@ import numpy as np
 import torch
 
 from model import merge_heads, rotate, split_heads
-from support.attention import additive_mask, attention_of_some, fill
+from support.attention import additive_mask, attention_of_some, fill, is_cpu_bfloat16
 from support.cuda import fused, is_asynchronous, only_for, to_device, to_host
 from support.kernels import logit_of_token, normalized, root_mean_square
 
 PENDING = 32        # most steps whose deferred keys and values are computed in one matmul
-NEARLY_OPEN = 0.9   # open share of a prompt above which all tokens run: gathering costs about 10 %
 GATHERED_FROM = 2**37   # B * T * C * (T + C): on CUDA smaller prompts use run_all (measured on an H200)
 
 
@@ -92,7 +91,7 @@ def run_tokens(skip, x, ctx, h, is_open):
     at, counts = open_tokens(decided)
     skip.count(len(at), ctx)
     n_real = sum(ctx.host_lengths)
-    if len(at) >= NEARLY_OPEN * n_real:              # (on CUDA keys and values are then computed twice)
+    if few_are_closed(skip, n_real - len(at), n_real, x):    # on CUDA keys and values are then computed twice
         y = skip.sublayer(x, ctx, h)
         if len(at) == n_real:
             return y
@@ -101,6 +100,12 @@ def run_tokens(skip, x, ctx, h, is_open):
     if attn and attended is None:
         attended = keys_values(attn, ctx, h)
     return run_gathered(skip, x, ctx, h, at, counts, attended) if len(at) else skip.replacement(x)
+
+
+def few_are_closed(skip, n_closed, n, x):
+    """Whether so few of a prompt's n tokens are closed that gathering the others takes longer than computing
+    all: as long as a tenth of them; as a twentieth and 100 where attention is fast, in bfloat16 on CPUs."""
+    return n_closed <= (n / 20 + 100 if skip.part == "attn" and is_cpu_bfloat16(x) else n / 10)
 
 
 def run_all(skip, x, ctx, h, is_open):

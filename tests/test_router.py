@@ -407,6 +407,17 @@ def test_a_prompt_whose_tokens_are_nearly_all_open_is_computed_whole(granularity
     assert capacity(model, routed=True) == pytest.approx(98 / 101)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", "block_token"])
+def test_how_many_closed_tokens_make_gathering_pay(granularity, dtype, tiny):
+    """A tenth of a prompt; for attention in bfloat16, on CPUs, 100 tokens and a twentieth."""
+    model = routed(tiny, granularity)
+    skip, x = mindskips(model)[1], torch.zeros(1, 512, 48, dtype=dtype)
+    least = 126 if granularity == "attn_token" and dtype == torch.bfloat16 else 52
+    few = [skipping.few_are_closed(skip, n_closed, 512, x) for n_closed in (0, least - 1, least, 512)]
+    assert few == [True, True, False, False]
+
+
 def test_only_open_tokens_reach_attention(tiny, monkeypatch):
     model, idx, seen = routed(tiny, "attn_token", layers="1"), tokens(), []
 
