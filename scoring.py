@@ -142,6 +142,9 @@ def rows_of(questions, tok, max_context, apart):
                 continue
             for place, continuation in branches.items():
                 room = max_context + 1 - len(continuation)       # + 1: its last token is not run
+                if room < 1:
+                    raise InputError(f"question {q.id + 1}: a choice has {len(continuation)} tokens,"
+                                     f" more than the model's context of {max_context}; leave it out")
                 rows.append(Row(n, row.context[-room:], {place: continuation}, len(ids) > room))
     return rows
 

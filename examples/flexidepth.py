@@ -13,8 +13,8 @@ closed tokens, a price on the square of the layers that a token uses; as kinds o
 The first takes the flags of train_router.py: --penalty is alpha, from which capacity follows (--capacity is
 not used), --loss kl takes our loss, --gate gated goes without the adapter; --gate adapter without the gated
 update is for our recipe. Published are the formulas, alpha, the last 16 of 32 layers and three epochs of
-939,000 chats; ours are 160 steps, the last 15 of 30 layers, a larger learning rate (published: 1e-4) and what
-makes it start well: W_r = 0, so that new gates are just open, A = 0, and a bias for the bottleneck alone.
+939,000 chats; ours are 160 steps, the last 15 of 30 layers (or --layers), a larger learning rate (published:
+1e-4) and a good start: W_r = 0, so that new gates are just open, A = 0, and a bias for the bottleneck alone.
 """
 import importlib
 import sys

@@ -5,8 +5,8 @@ import os
 import sys
 
 # A waiting OpenMP thread spins 300,000 times before it sleeps. Where other processes run, it keeps a core
-# that they need: a tuning step took nine times as long. Scripts that decode keep this default, since each
-# token has many short waits, and waking up took 3 % of a routed token's time.
+# that they need: a tuning step took nine times as long. Scripts that mostly decode keep this default, since
+# each token has many short waits, and waking up took 3 % of a routed token's time.
 decodes = any(os.path.basename(word) in ("bench", "bench.py", "sample", "sample.py") for word in sys.argv[:2])
 if not decodes and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")        # about 30 us; read when torch is imported

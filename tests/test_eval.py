@@ -485,6 +485,20 @@ def test_a_choice_that_the_vocabulary_lacks(tiny):
         scoring.log_likelihoods(model, [question], tok, 512, Usage(model))
 
 
+def test_a_choice_that_is_longer_than_the_context(tiny):
+    model, tok = Llama.from_pretrained(tiny), Tokenizer.from_pretrained(tiny)
+    for n, refused in (model.config.max_context, False), (model.config.max_context + 1, True):
+        ids = tok.encode("The sky"), tok.encode("The sky") + [5] * n
+        tok.encode = lambda text, ids=ids: ids["blue" in text]
+        question = Question(6, ["The sky"] * 2, [" is blue", " blue"], [8, 5], 0, "")
+        if refused:
+            with pytest.raises(InputError, match=f"question 7: a choice has {n} tokens"):
+                scoring.log_likelihoods(model, [question], tok, 512, Usage(model))
+        else:                                        # one token of the context stays, to predict the first
+            assert scoring.log_likelihoods(model, [question], tok, 512, Usage(model))[1] == 1
+        tok = Tokenizer.from_pretrained(tiny)
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--tasks", "piqa,quiz"], ["quiz", "winogrande"]),
     (["--tasks", "piqa", "--data-dir", "nowhere"], ["--data-dir nowhere", "No such file"]),
