@@ -318,9 +318,7 @@ def main():
     step_tokens = args.accumulate * args.tokens
     if recipe.step_samples:
         step_tokens = recipe.step_samples * sum(len(s.ids) for s in train_set) / len(train_set)
-    sources = ()
-    if recipe.calibrates:
-        sources = calibration_sources(model, train_set, own_ids, 2 * args.tokens)
+    sources = calibration_sources(model, train_set, own_ids, 2 * args.tokens) if recipe.calibrates else ()
     run.later_steps = later_steps(model, recipe, sources, test_set, step_tokens)
     if recipe.method == "harm":
         harm.tune(model, source, recipe, args.capacity, run)

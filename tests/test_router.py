@@ -569,7 +569,7 @@ def test_a_kind_of_gate_is_one_entry_and_its_name_is_in_the_file(tiny, tmp_path,
     with torch.no_grad():
         assert torch.equal(real(model(tokens(), LENGTHS)), real(again(tokens(), LENGTHS)))
     monkeypatch.delitem(router.GATES, "shifted")
-    with pytest.raises(InputError, match="gate 'shifted' is not one of linear, unbiased"):
+    with pytest.raises(InputError, match=f"{path}: gate 'shifted' is not one of linear, unbiased"):
         load_routers(again, path)
     with pytest.raises(InputError, match="gate 'shifted'"):
         add_routers(again, gate="shifted")
