@@ -128,21 +128,23 @@ def parts_are_faster(q, S):
 
 
 def attention_by_products(q, k, v, mask=None, causal=False, positions=None):
-    """`attention` by plain matmuls, CHUNK queries at a time; a causal chunk reads keys up to its last query.
-    positions (T,), int32, ascending: query t sees keys 0 to positions[t]; then queries are padded, too."""
+    """`attention` by plain matmuls, about CHUNK queries at a time; a causal chunk reads keys up to its last
+    query. positions (T,), int32, ascending: query t sees keys 0 to positions[t]; then queries are padded."""
     (B, H, n, D), K = q.shape, k.shape[1]
     n_more = -n % MULTIPLE
     if positions is not None and n_more:
         q = F.pad(q, (0, 0, 0, n_more))
         positions = F.pad(positions, (0, n_more), value=int(positions[-1]))
     T = q.shape[2]
+    most = -(-T // max(1, round(T / CHUNK)))             # queries per chunk: chunks of about the same size
+    most += -most % MULTIPLE
     q = q.mul(D ** -0.5).unflatten(1, (K, -1)).flatten(0, 1)                  # (BK, H/K, T, D)
     k = k.flatten(0, 1).mT.contiguous()            # (BK, D, S): else bmm lays it out again for each chunk
     v = v.flatten(0, 1)                                                       # (BK, S, D)
     if causal:
-        triangle = additive_mask(torch.ones(CHUNK, CHUNK, dtype=torch.bool).tril(), q.dtype)
+        triangle = additive_mask(torch.ones(most, most, dtype=torch.bool).tril(), q.dtype)
     outputs = []
-    for start, queries in zip(range(0, T, CHUNK), q.split(CHUNK, 2)):
+    for start, queries in zip(range(0, T, most), q.split(most, 2)):
         size, end, bias = queries.shape[2], k.shape[2], None
         chunk = slice(start, start + size)
         if causal:
@@ -155,19 +157,20 @@ def attention_by_products(q, k, v, mask=None, causal=False, positions=None):
         if bias is not None and bias.requires_grad:          # open_keys.py's log g, of all keys
             score = (score.view(B, H, size, end) + bias).view_as(score)
         elif bias is not None:
-            score.view(B, H, size, end)[..., end - bias.shape[-1]:] += bias
+            score.view(B, H, size, end)[..., end - bias.shape[-1]:].add_(bias)    # += would copy the scores
         outputs.append(torch.bmm(score.softmax(-1), v[:, :end]).view(B, H, size, D))
     return torch.cat(outputs, 2)[:, :, :n]
 
 
 def keys_seen(host_positions, positions, S, dtype):
     """(end, mask): these queries, at ascending positions (n,), see only keys below `end`. All see those up to
-    the first query's; mask (n, the keys after it), additive, hides the rest. None for one query."""
+    the first query's; mask (n, the last keys), additive, hides what some do not. None for one query."""
     first, last, n = int(host_positions[0]), int(host_positions[-1]), len(host_positions)
     if n == 1:
         return last + 1, None
     end = min(S, last + 1 + -(last + 1) % MULTIPLE)
-    key = torch.arange(first + 1, end, device=positions.device, dtype=torch.int32)       # all see `first`
+    begin = (first + 1) // MULTIPLE * MULTIPLE                   # aligned, so that the sum takes less time
+    key = torch.arange(begin, end, device=positions.device, dtype=torch.int32)
     return end, additive_mask(key <= positions[:, None], dtype)
 
 
