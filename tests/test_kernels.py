@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import bound
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -143,9 +144,24 @@ def test_packed_weights_have_the_product_and_last_as_long_as_a_generation(tiny, 
         assert all(layer.packed is None for layer in layers)
 
 
+@pytest.mark.parametrize("masks", [0, 1, 3])
+@pytest.mark.parametrize("S", [1000, 300])                             # by products, and by PyTorch's kernel
+def test_bfloat16_attention_of_a_step_against_float64(masks, S, monkeypatch):
+    B, by_products = 3, []
+    monkeypatch.setattr(torch, "bmm", lambda *args, bmm=torch.bmm: by_products.append(args) or bmm(*args))
+    q, memory = torch.randn(B, 6, 1, 16).bfloat16(), torch.randn(2, B, 2, S + 40, 16).bfloat16()
+    memory[:, :, :, S:] = torch.nan                                    # the cache after the step
+    k, v = memory[:, :, :, :S]
+    visible = torch.rand(masks, 1, 1, S) < 0.5
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), visible if masks else None,
+                                           enable_gqa=True)
+    y = attention(q, k, v, additive_mask(visible, q.dtype) if masks else None)
+    assert y.dtype == q.dtype and (y - exact).abs().max() < 0.01 and len(by_products) == 2 * (S == 1000)
+
+
 @pytest.mark.parametrize("masks", [0, 1, 6])
 def test_attention_of_a_step_reads_no_key_of_a_closed_row(masks, monkeypatch):
-    """In float64; a closed row's keys are not numbers. Neighbouring rows are one call."""
+    """In float64; a closed row's keys are not numbers. Each open row is one call."""
     is_open = torch.tensor([True, False, False, True, True, False])
     monkeypatch.setattr(attentions, "OPEN_ROWS_FROM", 40)
     q, k, v = (torch.randn(6, n, S, 16, dtype=torch.float64) for n, S in ((6, 1), (2, 40), (2, 40)))
@@ -154,13 +170,13 @@ def test_attention_of_a_step_reads_no_key_of_a_closed_row(masks, monkeypatch):
     score = (q @ k.repeat_interleave(3, 1).mT / 4).masked_fill(~visible, -torch.inf)
     whole = score.softmax(-1) @ v.repeat_interleave(3, 1)
     assert (attention(q, k, v, mask) - whole).abs().max() < 1e-12
-    kernel, sizes = attentions.pytorch_attention, []
-    monkeypatch.setattr(attentions, "pytorch_attention",
+    kernel, sizes = attentions.attention_of_rows, []
+    monkeypatch.setattr(attentions, "attention_of_rows",
                         lambda q, *rest: sizes.append(len(q)) or kernel(q, *rest))
     k[~is_open], v[~is_open] = torch.nan, torch.nan
     with only_for(is_open, {}):
         y = attention(q, k, v, mask)
-    assert (y - whole)[is_open].abs().max() < 1e-12 and not y[~is_open].any() and sizes == [1, 2]
+    assert (y - whole)[is_open].abs().max() < 1e-12 and not y[~is_open].any() and sizes == [1, 1, 1]
 
 
 @pytest.mark.parametrize("T, S", [(300, 300), (50, 90), (1, 40)])
