@@ -12,7 +12,7 @@ import time
 import torch
 
 from model import Llama
-from router import capacity, dense, load_routers, mindskips, trace
+from router import capacity, dense, load_routers, trace
 from support.cli import common_arguments, number
 from support.cuda import plain_kernels
 from support.files import InputError
@@ -21,28 +21,22 @@ from support.run import warn_if_unfinished
 from tokenizer import Tokenizer
 
 
-class Printer:
-    """Prints tokens as they come; bytes that do not yet make a whole character wait for the next token."""
-
-    def __init__(self, tok):
-        self.tok, self.ids, self.shown = tok, [], 0
-
-    def __call__(self, token):
-        self.ids.append(int(token))
-        text = self.tok.decode(i for i in self.ids if i not in self.tok.eos_ids).rstrip("\ufffd")
-        print(text[self.shown:], end="", flush=True)
-        self.shown = len(text)
-
-
 def generate(model, tok, ids, args):
     """Stream a continuation of ids (1, T) to the terminal; returns its token ids."""
+    new, shown = [], 0
+
+    def show(token):
+        nonlocal shown
+        new.append(int(token))
+        text = tok.decode(i for i in new if i not in tok.eos_ids).rstrip("\ufffd")    # half a character waits
+        print(text[shown:], end="", flush=True)
+        shown = len(text)
     torch.manual_seed(args.seed)
-    printer, start = Printer(tok), time.perf_counter()
-    model.generate(ids, args.max_new_tokens, args.temperature, args.top_k, eos_id=tok.eos_ids,
-                   on_token=printer)
-    seconds, n = time.perf_counter() - start, len(printer.ids)
-    print(f"\n\n{n} tokens in {seconds:.2f} s, cache {model.cache.bytes() / 2**20:.2f} MiB\n")
-    return printer.ids
+    start = time.perf_counter()
+    model.generate(ids, args.max_new_tokens, args.temperature, args.top_k, eos_id=tok.eos_ids, on_token=show)
+    seconds = time.perf_counter() - start
+    print(f"\n\n{len(new)} tokens in {seconds:.2f} s, cache {model.cache.bytes() / 2**20:.2f} MiB\n")
+    return new
 
 
 def show_layers(decisions, n_layer):
@@ -68,7 +62,7 @@ def show_map(decisions, n_layer, prompt, width):
 
 def show_shaded(tok, ids, decisions, n_layer):
     """The text once more, shaded: the fewer of the n_layer layers a token ran, the darker it is (24 ANSI
-    greys)."""
+    greys). The last token that was written never ran, and has no shade."""
     by_layer = [torch.cat([is_open[0] for is_open in passes]) for passes in decisions.values()]
     ran = torch.stack(by_layer).sum(0)                                                         # (tokens,)
     share = (ran + n_layer - len(decisions)) / n_layer
@@ -79,7 +73,7 @@ def show_shaded(tok, ids, decisions, n_layer):
         ink = 231 if token_share < 0.5 else 16                     # white on dark, black on light
         print(f"\033[48;5;{grey}m\033[38;5;{ink}m{text[len(shown):]}\033[0m", end="")
         shown = text
-    print("\n")
+    print(tok.decode(ids)[len(shown):] + "\n")
 
 
 def main():
@@ -121,7 +115,7 @@ def main():
         with trace(model) as decisions, plain_kernels():
             new = generate(model, tok, ids, args)
         n_layer = model.config.n_layer
-        if next(iter(mindskips(model).values())).scope == "sequence":
+        if meta["granularity"].endswith("sequence"):
             show_layers(decisions, n_layer)
         else:
             if sys.stdout.isatty():
