@@ -16,15 +16,15 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.script import run_script  # noqa: E402, isort: skip (must come before torch)
+from support.script import run_script  # isort: skip (must come before torch)
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+from torch import nn
 
-import eval as eval_script  # noqa: E402
-from model import run_layers  # noqa: E402
-from router import GATES, LinearRouter, add_routers, close_all, mindskips, remove_routers  # noqa: E402
-from support.data import read_samples  # noqa: E402
+import eval as eval_script
+from model import run_layers
+from router import GATES, LinearRouter, add_routers, close_all, mindskips, remove_routers
+from support.data import read_samples
 
 SCRIPTS = "train_router", "eval", "bench", "sample"
 MEAN_TEXTS = 48                     # that the means are taken over

@@ -23,17 +23,17 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.script import run_script  # noqa: E402, isort: skip (must come before torch)
+from support.script import run_script  # isort: skip (must come before torch)
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-from model import Block, swiglu  # noqa: E402
-from recipe import PAPER, RECIPES, Recipe  # noqa: E402
-from router import GATES, LinearRouter, mindskips  # noqa: E402
-from support.files import InputError  # noqa: E402
-from support.kernels import recomputed  # noqa: E402
+from model import Block, swiglu
+from recipe import PAPER, RECIPES, Recipe
+from router import GATES, LinearRouter, mindskips
+from support.files import InputError
+from support.kernels import recomputed
 
 SCRIPTS = "train_router", "eval", "bench", "sample"
 

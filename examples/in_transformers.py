@@ -17,15 +17,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.script import run_script  # noqa: E402, isort: skip (must come before torch)
+from support.script import run_script  # isort: skip (must come before torch)
 
-import torch  # noqa: E402
+import torch
 
-from router import CHOICES, GATES, threshold_for  # noqa: E402
-from support.checked import check_choices, open_router_file, tensor_of  # noqa: E402
-from support.cli import parse_layers  # noqa: E402
-from support.files import InputError  # noqa: E402
-from weights import fetch_smollm2  # noqa: E402
+from router import CHOICES, GATES, threshold_for
+from support.checked import check_choices, open_router_file, tensor_of
+from support.cli import parse_layers
+from support.files import InputError
+from weights import fetch_smollm2
 
 SIZES = {"n_layer": "num_hidden_layers", "n_embd": "hidden_size", "n_head": "num_attention_heads",
          "n_kv_head": "num_key_value_heads", "intermediate": "intermediate_size", "vocab_size": "vocab_size"}

@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.script import run_script  # noqa: E402, isort: skip (must come before torch)
+from support.script import run_script  # isort: skip (must come before torch)
 
-import torch  # noqa: E402
+import torch
 
-from router import GATES, LinearRouter  # noqa: E402
-from support.files import InputError  # noqa: E402
+from router import GATES, LinearRouter
+from support.files import InputError
 
 
 class LastToken(LinearRouter):

@@ -14,26 +14,26 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.script import run_script  # noqa: E402, isort: skip (must come before torch)
+from support.script import run_script  # isort: skip (must come before torch)
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn.utils import parametrize  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from tqdm import tqdm
 
-import losses  # noqa: E402
-from model import Config, Llama  # noqa: E402
-from router import load_routers, mindskips, remove_routers, save_routers  # noqa: E402
-from scoring import evaluate, perplexity  # noqa: E402
-from support.batches import Batch, batches, hold_out, pack  # noqa: E402
-from support.cli import common_arguments, destination, number  # noqa: E402
-from support.data import DEFAULT_DATA, HELD_OUT, read_samples  # noqa: E402
-from support.files import InputError  # noqa: E402
-from support.kernels import Linear  # noqa: E402
-from support.machine import device_and_dtype  # noqa: E402
-from support.run import check_output  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
-from weights import open_checkpoint  # noqa: E402
+import losses
+from model import Config, Llama
+from router import load_routers, mindskips, remove_routers, save_routers
+from scoring import evaluate, perplexity
+from support.batches import Batch, batches, hold_out, pack
+from support.cli import common_arguments, destination, number
+from support.data import DEFAULT_DATA, HELD_OUT, read_samples
+from support.files import InputError
+from support.kernels import Linear
+from support.machine import device_and_dtype
+from support.run import check_output
+from tokenizer import Tokenizer
+from weights import open_checkpoint
 
 
 class LowRank(nn.Module):

@@ -19,14 +19,14 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import losses  # noqa: E402
-from recipe import DEFAULT  # noqa: E402
-from router import add_routers, capacity  # noqa: E402
-from support.batches import Batch, pack  # noqa: E402
-from support.cli import Parser, words  # noqa: E402
-from support.data import Sample  # noqa: E402
-from support.memory import step_bytes, tokens_that_fit  # noqa: E402
-from timing import SHAPES, random_model  # noqa: E402
+import losses
+from recipe import DEFAULT
+from router import add_routers, capacity
+from support.batches import Batch, pack
+from support.cli import Parser, words
+from support.data import Sample
+from support.memory import step_bytes, tokens_that_fit
+from timing import SHAPES, random_model
 
 failed = []                  # commands
 PARTS = ["tests", "tables", "tuning"]

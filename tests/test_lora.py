@@ -16,7 +16,7 @@ from support.batches import Batch
 from support.data import Sample
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import lora  # noqa: E402
+import lora
 
 
 def samples_of(idx):
