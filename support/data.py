@@ -40,13 +40,11 @@ def read_samples(path, tok, context, piece=PLAIN_PIECE):
     for where, record in records(text, path):
         form, record_samples = sample_of(record, where, tok, min(piece, context))
         forms[form] += 1
-        n = len(samples)
-        for sample in record_samples:
-            cut += len(sample.ids) > context
-            sample = Sample(sample.ids[:context], sample.answer[:context], min(sample.prompt, context))
-            if any(sample.answer[1:]):               # no token predicts the first
-                samples.append(sample)
-        empty += len(samples) == n
+        cut += sum(len(s.ids) > context for s in record_samples)
+        whole = [Sample(s.ids[:context], s.answer[:context], min(s.prompt, context)) for s in record_samples]
+        usable = [s for s in whole if any(s.answer[1:])]             # no token predicts the first
+        samples += usable
+        empty += not usable
     counts = ", ".join(f"{n:,} as {form}" for form, n in forms.items())
     if empty:
         counts += f"; {empty:,} have nothing to learn from (no answer within {context} tokens, or a text of" \
@@ -117,15 +115,16 @@ def field(record, name, where, kind=str):
 
 
 def messages_of(record, form, where):
-    """A record as a chat, [{"role", "content"}, ...]."""
+    """A record as a chat, [{"role", "content"}, ...]. Its "system" message is put first, unless the chat has
+    one."""
+    messages = []
     if form in ("chat", "conversations"):
         for name in "tools", "functions", "chat_template_kwargs":
             if has_values(record.get(name)):
                 raise InputError(f"{where}: has {name!r} for its template, which are not supported; take such"
                                  " chats out")
         role, content = ("role", "content") if form == "chat" else ("from", "value")
-        messages = []
-        for m in field(record, "messages" if form == "chat" else "conversations", where, list):
+        for m in field(record, FORMS[form][0], where, list):
             name = field(m, role, where)
             calls = m.get("tool_calls") or m.get("function_call")
             if calls or name in ("tool", "function", "function_call"):
@@ -141,22 +140,24 @@ def messages_of(record, form, where):
                 raise InputError(f"{where}: has an answer of weight 0; all answers are learned from, so take"
                                  " such chats out")
             messages.append({"role": name, "content": field(m, content, where)})
-        return with_system(record, messages, where)
-    if form == "instruction":                                            # Alpaca, or Dolly
-        dolly = "output" not in record and "response" in record
-        extra, answer = ("context", "response") if dolly else ("input", "output")
-        question = field(record, "instruction", where)
-        if record.get(extra):
-            question += "\n\n" + field(record, extra, where)
     else:
-        question, answer = field(record, FORMS[form][0], where), FORMS[form][1]
-    messages = []
-    for pair in field(record, "history", where, list) if record.get("history") else []:
-        if not isinstance(pair, list) or list(map(type, pair)) != [str, str]:
-            raise InputError(f"{where}: its history should be a list of pairs, [question, answer]")
-        messages += turn(*pair)
-    messages += turn(question, field(record, answer, where))
-    return with_system(record, messages, where)
+        if form == "instruction":                                        # Alpaca, or Dolly
+            dolly = "output" not in record and "response" in record
+            extra, answer = ("context", "response") if dolly else ("input", "output")
+            question = field(record, "instruction", where)
+            if record.get(extra):
+                question += "\n\n" + field(record, extra, where)
+        else:
+            question, answer = field(record, FORMS[form][0], where), FORMS[form][1]
+        history = field(record, "history", where, list) if record.get("history") else []
+        for pair in history:
+            if not isinstance(pair, list) or list(map(type, pair)) != [str, str]:
+                raise InputError(f"{where}: its history should be a list of pairs, [question, answer]")
+        for asked, answered in [*history, (question, field(record, answer, where))]:
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    if record.get("system") and not (messages and messages[0]["role"] == "system"):
+        messages.insert(0, {"role": "system", "content": field(record, "system", where)})
+    return messages
 
 
 def has_values(value):
@@ -164,18 +165,6 @@ def has_values(value):
     if isinstance(value, dict):
         return any(of_key is not None for of_key in value.values())
     return value not in (None, [], "", "[]", "{}")
-
-
-def turn(question, answer):
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def with_system(record, messages, where):
-    """A chat that begins with the record's "system" message, if it has one and the chat none of its own."""
-    has_own = messages and messages[0]["role"] == "system"
-    if has_own or not record.get("system"):
-        return messages
-    return [{"role": "system", "content": field(record, "system", where)}, *messages]
 
 
 def plain_samples(text, tok, size):
