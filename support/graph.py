@@ -55,9 +55,7 @@ def stepper(model, cache, rows):
     """How to continue `cache`, see above. A graph is kept for later generations of as many rows."""
     if not can_replay(model):
         with packed_weights(model, rows):
-            def step(token, positions):
-                return model.step(token, model.step_context(cache, positions))
-            yield step
+            yield lambda token, positions: model.step(token, model.step_context(cache, positions))
         return
     columns = min(-(-cache.max_tokens // COLUMNS) * COLUMNS, model.config.max_context)
     model.make_angles(columns)
@@ -71,7 +69,7 @@ def stepper(model, cache, rows):
         nonlocal replay
         if replay is None:                                      # only now: a generation may have no step
             kept = graphs.pop(key, None)                        # taken out: no other generation may use it
-            while len(graphs) >= KEPT_GRAPHS or kept_bytes(graphs) > KEPT_BYTES:
+            while len(graphs) >= KEPT_GRAPHS or sum(r.cache.bytes() for r in graphs.values()) > KEPT_BYTES:
                 del graphs[next(iter(graphs))]
             kept = kept or Replay(model, type(cache), rows, columns)
             kept.begin(cache)
@@ -83,10 +81,6 @@ def stepper(model, cache, rows):
         if replay:
             replay.count()
             graphs[key] = replay
-
-
-def kept_bytes(graphs):
-    return sum(replay.cache.bytes() for replay in graphs.values())
 
 
 @functools.cache

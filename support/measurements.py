@@ -101,8 +101,9 @@ def routers_names(evaluations, benches):
 
 
 # ----------------------------------------------------------------------------------------------- KL and speed
-def named_tables(evaluations, names):
-    """(name of the model in a picture, its table) of what eval.py wrote; names: see routers_names."""
+def named_tables(evaluations, benches=()):
+    """(name of the model in a picture, its table) of what eval.py wrote; benches: see routers_names."""
+    names = routers_names(evaluations, benches)
     for scores in evaluations:
         for name, table in tables_of(scores):
             if name == "routed" and scores.get("routers"):
@@ -110,10 +111,10 @@ def named_tables(evaluations, names):
             yield name, table
 
 
-def kl_points(evaluations, names):
-    """{text: {variant: [(capacity, KL)]}}; names: see routers_names."""
+def kl_points(evaluations, benches=()):
+    """{text: {variant: [(capacity, KL)]}}; benches: see routers_names."""
     points = {}
-    for name, table in named_tables(evaluations, names):
+    for name, table in named_tables(evaluations, benches):
         if table.get("text") and name != "dense":
             of_text = points.setdefault(table["text"]["file"], {})
             of_text.setdefault(name, []).append((table["text"]["capacity"], table["text"]["kl"]))
@@ -139,9 +140,8 @@ def speed_points(benches, names):
 def tradeoffs(evaluations, benches):
     """{text: {setting: {variant: [(speedup, KL)]}}}: KL at the capacity that was timed, interpolated between
     those that were evaluated and (capacity 1, KL 0)."""
-    names, points = routers_names(evaluations, benches), {}
-    speeds = speed_points(benches, names)
-    for text, kls in kl_points(evaluations, names).items():
+    speeds, points = speed_points(benches, routers_names(evaluations, benches)), {}
+    for text, kls in kl_points(evaluations, benches).items():
         for setting, timed in speeds.items():
             for name in timed.keys() & kls.keys():
                 capacities, values = zip(*sorted([*kls[name], (1.0, 0.0)]))

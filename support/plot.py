@@ -17,15 +17,7 @@ from pathlib import Path
 
 from support.cli import Parser, destination
 from support.files import InputError, check_destinations, write_file
-from support.measurements import (
-    equal_kl_table,
-    kl_points,
-    named_tables,
-    read,
-    routers_names,
-    short,
-    tradeoffs,
-)
+from support.measurements import equal_kl_table, kl_points, named_tables, read, short, tradeoffs
 from support.tasks import TASKS
 
 
@@ -51,7 +43,7 @@ def against_capacity(axes, points, ylabel, title=None):
 
 
 def kl(figure, evaluations):
-    points = kl_points(evaluations, routers_names(evaluations, []))
+    points = kl_points(evaluations)
     if not points:
         return False
     for axes, (text, variants) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items()):
@@ -60,8 +52,7 @@ def kl(figure, evaluations):
 
 def accuracy(figure, evaluations):
     """The mean over the tasks that all variants of all evaluations have."""
-    tables = named_tables(evaluations, routers_names(evaluations, []))
-    tables = [(name, table) for name, table in tables if table["tasks"]]
+    tables = [(name, table) for name, table in named_tables(evaluations) if table["tasks"]]
     shared = set.intersection(*(set(table["tasks"]) for _, table in tables)) if tables else set()
     if not shared:
         return False
@@ -75,7 +66,7 @@ def accuracy(figure, evaluations):
 def keep(figure, evaluations):
     """How often each layer ran: a row per routed model and text or task, with its mean over the layers."""
     rows = {}
-    for name, table in named_tables(evaluations, routers_names(evaluations, [])):
+    for name, table in named_tables(evaluations):
         for what, layers in table["keep"].items():
             if layers and name not in ("static", "shuffled"):
                 mean = sum(layers.values()) / len(layers)
