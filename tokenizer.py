@@ -155,7 +155,8 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """The tokenizer of `smollm2-135m`, a Hugging Face folder or a .gguf file. InputError if none."""
+        """The tokenizer of `smollm2-135m`, a Hugging Face folder, a .gguf file or a hub id. InputError if
+        there is none."""
         checkpoint = open_checkpoint(name_or_path)
         contents = checkpoint.tokenizer()
         config = contents["config"]

@@ -8,6 +8,7 @@ file or a hub id, and returns an object that looks the same for all of them:
     .config         dict, the keys of a Hugging Face config.json
     .names          the set of tensor names, as Hugging Face writes them
     .tensor(name)   one tensor, read when it is asked for
+    .check_tensors({name: shape}), .tie(name, other)    see Checkpoint in support/files.py
     .tokenizer()    dict: "json" (a tokenizer.json) or "ranks" (the path of a tiktoken file), and "config";
                     its "eos_token_ids" are all ids that may end a text
 
@@ -45,7 +46,7 @@ from support.gguf import GGUF
 
 
 def open_checkpoint(name_or_path):
-    """The checkpoint that a name, a folder or a .gguf file stands for. InputError if there is none."""
+    """The checkpoint that a name, a folder, a .gguf file or a hub id stands for; InputError if none."""
     name = str(name_or_path)
     shown = repr(name)[1:-1][:200]
     if name == "smollm2-135m":
