@@ -5,7 +5,7 @@
     attention_of_some    a few queries per row, those of open tokens
     store                write a step's keys and values into a cache
 
-In bfloat16 on CPUs plain matmuls, a chunk of queries at a time, take less than half the time of PyTorch's
+In bfloat16 on CPUs plain matmuls, a chunk of queries or one token at a time, take half the time of PyTorch's
 kernel. On CUDA one query per row, and gathered queries, have Triton kernels; the rest uses flash or cuDNN.
 """
 import math
