@@ -21,7 +21,7 @@ from support.kernels import recomputed
 
 CHUNK = 128         # queries per matmul of scores, to bound their memory
 CALL = 256          # queries per call of PyTorch's kernel for open tokens: 128 take up to a seventh longer
-OPEN_ROWS_FROM = 4096   # fewest keys for which a call per open row is faster than one for all rows
+OPEN_ROWS_FROM = 512    # fewest keys for which a call per run of open rows is faster, on 2 threads
 PRODUCTS_FROM = 1024    # fewest keys of all rows for which attention_of_rows uses plain matmuls
 PARTS_FROM = 2048   # fewest keys for which attention_by_parts is faster than attention_in_chunks
 MULTIPLE = 32       # gathered tokens, queries and keys are padded to multiples of this: see fill
@@ -88,14 +88,16 @@ def pytorch_attention(q, k, v, mask=None, causal=False, grouped=False):
 
 def attention_of_token(q, k, v, mask, is_open):
     """`attention` of one token per row, q (B, K, H/K, D), to the same shape. is_open (B,), see cuda.only_for,
-    or None: all rows. From OPEN_ROWS_FROM keys on, closed rows give 0, and their keys are not read."""
-    if is_open is None or k.shape[2] < OPEN_ROWS_FROM:
+    or None: all rows. Not in bfloat16, from OPEN_ROWS_FROM keys on, closed rows give 0, and their keys are
+    not read."""
+    if is_open is None or is_cpu_bfloat16(q) or k.shape[2] < OPEN_ROWS_FROM:
         return attention_of_rows(q, k, v, mask)
     y = torch.zeros_like(q)
-    for b in is_open.nonzero().flatten().tolist():
-        row = slice(b, b + 1)
-        row_mask = mask[row] if mask is not None and len(mask) > 1 else mask
-        y[row] = attention_of_rows(q[row], k[row], v[row], row_mask)
+    edges = F.pad(is_open.int(), (1, 1)).diff().nonzero()        # begin, end of each run of open rows
+    for first, end in edges.view(-1, 2).tolist():
+        rows = slice(first, end)
+        row_mask = mask[rows] if mask is not None and len(mask) > 1 else mask
+        y[rows] = pytorch_attention(q[rows], k[rows], v[rows], row_mask)
     return y
 
 

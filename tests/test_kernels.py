@@ -161,7 +161,7 @@ def test_bfloat16_attention_of_a_step_against_float64(masks, S, monkeypatch):
 
 @pytest.mark.parametrize("masks", [0, 1, 6])
 def test_attention_of_a_step_reads_no_key_of_a_closed_row(masks, monkeypatch):
-    """In float64; a closed row's keys are not numbers. Each open row is one call."""
+    """In float64; a closed row's keys are not numbers. Neighbouring rows are one call."""
     is_open = torch.tensor([True, False, False, True, True, False])
     monkeypatch.setattr(attentions, "OPEN_ROWS_FROM", 40)
     q, k, v = (torch.randn(6, n, S, 16, dtype=torch.float64) for n, S in ((6, 1), (2, 40), (2, 40)))
@@ -170,13 +170,13 @@ def test_attention_of_a_step_reads_no_key_of_a_closed_row(masks, monkeypatch):
     score = (q @ k.repeat_interleave(3, 1).mT / 4).masked_fill(~visible, -torch.inf)
     whole = score.softmax(-1) @ v.repeat_interleave(3, 1)
     assert (attention(q, k, v, mask) - whole).abs().max() < 1e-12
-    kernel, sizes = attentions.attention_of_rows, []
-    monkeypatch.setattr(attentions, "attention_of_rows",
+    kernel, sizes = attentions.pytorch_attention, []
+    monkeypatch.setattr(attentions, "pytorch_attention",
                         lambda q, *rest: sizes.append(len(q)) or kernel(q, *rest))
     k[~is_open], v[~is_open] = torch.nan, torch.nan
     with only_for(is_open, {}):
         y = attention(q, k, v, mask)
-    assert (y - whole)[is_open].abs().max() < 1e-12 and not y[~is_open].any() and sizes == [1, 1, 1]
+    assert (y - whole)[is_open].abs().max() < 1e-12 and not y[~is_open].any() and sizes == [1, 2]
 
 
 @pytest.mark.parametrize("T, S", [(300, 300), (50, 90), (1, 40)])
