@@ -24,7 +24,7 @@ CALL = 256          # queries per call of PyTorch's kernel for open tokens: 128 
 OPEN_ROWS_FROM = 512    # fewest keys for which a call per run of open rows is faster, on 2 threads
 PRODUCTS_FROM = 1024    # fewest keys of all rows for which attention_of_rows uses plain matmuls
 PARTS_FROM = 2048   # fewest keys for which attention_by_parts is faster than attention_in_chunks
-MULTIPLE = 32       # gathered tokens, queries and keys are padded to multiples of this: see fill
+MULTIPLE = 32       # tokens, queries and keys are filled up to multiples of this, so that shapes recur
 CUDNN_FROM = 4096   # fewest queries for cuDNN: half of flash's time, but 30 ms to plan each new shape
 
 
@@ -88,9 +88,11 @@ def pytorch_attention(q, k, v, mask=None, causal=False, grouped=False):
 
 def attention_of_token(q, k, v, mask, is_open):
     """`attention` of one token per row, q (B, K, H/K, D), to the same shape. is_open (B,), see cuda.only_for,
-    or None: all rows. Not in bfloat16, from OPEN_ROWS_FROM keys on, closed rows give 0, and their keys are
-    not read."""
-    if is_open is None or is_cpu_bfloat16(q) or k.shape[2] < OPEN_ROWS_FROM:
+    or None: all rows. From OPEN_ROWS_FROM keys on, and in bfloat16 if at most half of the rows are open,
+    closed rows give 0, and their keys are not read."""
+    if is_open is None or k.shape[2] < OPEN_ROWS_FROM:
+        return attention_of_rows(q, k, v, mask)
+    if is_cpu_bfloat16(q) and 2 * int(is_open.sum()) > len(q):
         return attention_of_rows(q, k, v, mask)
     y = torch.zeros_like(q)
     edges = F.pad(is_open.int(), (1, 1)).diff().nonzero()        # begin, end of each run of open rows
@@ -104,12 +106,15 @@ def attention_of_token(q, k, v, mask, is_open):
 def attention_of_rows(q, k, v, mask):
     """attention_of_token of all rows. In bfloat16 on CPUs, from PRODUCTS_FROM keys on, by plain matmuls, of
     which the first is keys times queries: the other order takes several times as long."""
-    if not is_cpu_bfloat16(q) or len(q) * k.shape[2] < PRODUCTS_FROM:
+    S = k.shape[2]
+    if not is_cpu_bfloat16(q) or len(q) * S < PRODUCTS_FROM:
         return pytorch_attention(q, k, v, mask)
+    k, v = (torch.cat((t, t[:, :, :-S % MULTIPLE]), 2) for t in (k, v))       # any keys more: see MULTIPLE
     query = q.mul(q.shape[3] ** -0.5).flatten(0, 1).mT                        # (BK, D, H/K)
-    score = torch.bmm(k.flatten(0, 1), query).mT.view(*q.shape[:3], -1)       # (B, K, H/K, S)
+    score = torch.bmm(k.flatten(0, 1), query).mT.view(*q.shape[:3], -1)       # (B, K, H/K, S and those more)
+    score[..., S:] = -math.inf
     if mask is not None:
-        score = score + mask
+        score[..., :S].add_(mask)
     return torch.bmm(score.softmax(-1).flatten(0, 1), v.flatten(0, 1)).view_as(q)
 
 

@@ -157,6 +157,18 @@ def test_bfloat16_attention_of_a_step_against_float64(masks, S, monkeypatch):
                                            enable_gqa=True)
     y = attention(q, k, v, additive_mask(visible, q.dtype) if masks else None)
     assert y.dtype == q.dtype and (y - exact).abs().max() < 0.01 and len(by_products) == 2 * (S == 1000)
+    assert all(keys.shape[1] == 1024 and weights.shape[2] == 1024          # a multiple of 32: shapes recur
+               for (keys, _), (weights, _) in zip(by_products[::2], by_products[1::2]))
+
+
+@pytest.mark.parametrize("n_open", [1, 2, 3, 4])
+def test_bfloat16_attention_of_a_step_is_of_open_rows_where_at_most_half_are(n_open):
+    q, (k, v) = torch.randn(4, 6, 1, 16).bfloat16(), torch.randn(2, 4, 2, 600, 16).bfloat16()
+    is_open = torch.arange(4) < n_open
+    whole = attention(q, k, v)
+    with only_for(is_open, {}):
+        y = attention(q, k, v)
+    assert (y - whole)[is_open].abs().max() < 0.01 and bool(y[~is_open].any()) == (n_open == 3)
 
 
 @pytest.mark.parametrize("masks", [0, 1, 6])
