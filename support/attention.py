@@ -90,9 +90,8 @@ def attention_of_token(q, k, v, mask, is_open):
     """`attention` of one token per row, q (B, K, H/K, D), to the same shape. is_open (B,), see cuda.only_for,
     or None: all rows. From OPEN_ROWS_FROM keys on, and in bfloat16 if at most half of the rows are open,
     closed rows give 0, and their keys are not read."""
-    if is_open is None or k.shape[2] < OPEN_ROWS_FROM:
-        return attention_of_rows(q, k, v, mask)
-    if is_cpu_bfloat16(q) and 2 * int(is_open.sum()) > len(q):
+    all_rows = is_open is None or k.shape[2] < OPEN_ROWS_FROM
+    if all_rows or (is_cpu_bfloat16(q) and 2 * int(is_open.sum()) > len(q)):
         return attention_of_rows(q, k, v, mask)
     y = torch.zeros_like(q)
     edges = F.pad(is_open.int(), (1, 1)).diff().nonzero()        # begin, end of each run of open rows

@@ -121,9 +121,9 @@ def kl_points(evaluations, benches=()):
     return points
 
 
-def speed_points(benches, names):
-    """{(phase, batch, context): {variant: [(capacity, speedup)]}}; names: see routers_names."""
-    points = {}
+def speed_points(evaluations, benches):
+    """{(phase, batch, context): {variant: [(capacity, speedup)]}}, named as kl_points names them."""
+    names, points = routers_names(evaluations, benches), {}
     for bench in benches:
         machine = bench["machine"]
         for row in timed_rows(bench):
@@ -140,7 +140,7 @@ def speed_points(benches, names):
 def tradeoffs(evaluations, benches):
     """{text: {setting: {variant: [(speedup, KL)]}}}: KL at the capacity that was timed, interpolated between
     those that were evaluated and (capacity 1, KL 0)."""
-    speeds, points = speed_points(benches, routers_names(evaluations, benches)), {}
+    speeds, points = speed_points(evaluations, benches), {}
     for text, kls in kl_points(evaluations, benches).items():
         for setting, timed in speeds.items():
             for name in timed.keys() & kls.keys():
