@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from skipping import at_slots, copy_tokens, real_tokens
-from support.attention import MULTIPLE, additive_mask, is_cpu_bfloat16
+from support.attention import MULTIPLE, additive_mask, is_native_bfloat16
 from support.cuda import is_asynchronous, to_device
 
 GROWTH = 64             # columns by which a cache of open tokens grows
@@ -29,7 +29,7 @@ def run_open_only(skip, x, ctx, h, is_open):
     multiple = 1                                                         # of columns, so that shapes recur
     if is_asynchronous(x):
         multiple = CUDA_MULTIPLE
-    elif is_cpu_bfloat16(x):
+    elif is_native_bfloat16(x):
         multiple = MULTIPLE
     widest = -(-max(host_n) // multiple) * multiple
     columns = order[:, :widest]                # (B, N), a short row is filled up with closed ones of its own

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from model import merge_heads, rotate, split_heads
-from support.attention import additive_mask, attention_of_some, fill, is_cpu_bfloat16
+from support.attention import additive_mask, attention_of_some, fill, is_native_bfloat16
 from support.cuda import fused, is_asynchronous, only_for, to_device, to_host
 from support.kernels import logit_of_token, normalized, root_mean_square
 
@@ -104,8 +104,8 @@ def run_tokens(skip, x, ctx, h, is_open):
 
 def few_are_closed(skip, n_closed, n, x):
     """Whether so few of a prompt's n tokens are closed that gathering the others takes longer than computing
-    all: as long as a tenth of them; as a twentieth and 100 where attention is fast, in bfloat16 on CPUs."""
-    return n_closed <= (n / 20 + 100 if skip.part == "attn" and is_cpu_bfloat16(x) else n / 10)
+    all: as long as a tenth of them; as a twentieth and 100 in native bfloat16, where attention is fast."""
+    return n_closed <= (n / 20 + 100 if skip.part == "attn" and is_native_bfloat16(x) else n / 10)
 
 
 def run_all(skip, x, ctx, h, is_open):

@@ -5,8 +5,9 @@
     attention_of_some    a few queries per row, those of open tokens
     store                write a step's keys and values into a cache
 
-In bfloat16 on CPUs plain matmuls, a chunk of queries or one token at a time, take half the time of PyTorch's
-kernel. On CUDA one query per row, and gathered queries, have Triton kernels; the rest uses flash or cuDNN.
+On CPUs with instructions for bfloat16 plain matmuls, a chunk of queries or one token at a time, take half the
+time of PyTorch's kernel. On CUDA one query per row, and gathered queries, have Triton kernels; the rest uses
+flash or cuDNN.
 """
 import math
 from functools import partial
@@ -26,6 +27,7 @@ PRODUCTS_FROM = 1024    # fewest keys of all rows for which attention_of_rows us
 PARTS_FROM = 2048   # fewest keys for which attention_by_parts is faster than attention_in_chunks
 MULTIPLE = 32       # tokens, queries and keys are filled up to multiples of this, so that shapes recur
 CUDNN_FROM = 4096   # fewest queries for cuDNN: half of flash's time, but 30 ms to plan each new shape
+NATIVE_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
 
 @fused
@@ -51,7 +53,7 @@ def attention(q, k, v, mask=None, causal=False):
     and every query sees the keys before those. causal: query t sees the keys up to t; then there is no mask,
     and S = T.
     """
-    if mask is not None and mask.shape[-1] < k.shape[2] and (q.shape[2] == 1 or not is_cpu_bfloat16(q)):
+    if mask is not None and mask.shape[-1] < k.shape[2] and (q.shape[2] == 1 or not is_native_bfloat16(q)):
         mask = F.pad(mask, (k.shape[2] - mask.shape[-1], 0))
     kernels = cuda.triton_kernels(q)
     if kernels and q.shape[2] == 1 and kernels_fit(q, k):
@@ -60,7 +62,7 @@ def attention(q, k, v, mask=None, causal=False):
         is_open = cuda.choices.gate[0] if q.device.type == "cpu" else None  # on CUDA: a device sync
         y = attention_of_token(q.view(*k.shape[:2], -1, q.shape[3]), k, v, mask, is_open)
         return y.reshape(q.shape)
-    if is_cpu_bfloat16(q):
+    if is_native_bfloat16(q):
         return recomputed(attention_by_products, q, k, v, mask, causal)
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
@@ -91,7 +93,7 @@ def attention_of_token(q, k, v, mask, is_open):
     or None: all rows. From OPEN_ROWS_FROM keys on, and in bfloat16 if at most half of the rows are open,
     closed rows give 0, and their keys are not read."""
     all_rows = is_open is None or k.shape[2] < OPEN_ROWS_FROM
-    if all_rows or (is_cpu_bfloat16(q) and 2 * int(is_open.sum()) > len(q)):
+    if all_rows or (is_native_bfloat16(q) and 2 * int(is_open.sum()) > len(q)):
         return attention_of_rows(q, k, v, mask)
     y = torch.zeros_like(q)
     edges = F.pad(is_open.int(), (1, 1)).diff().nonzero()        # begin, end of each run of open rows
@@ -106,7 +108,7 @@ def attention_of_rows(q, k, v, mask):
     """attention_of_token of all rows. In bfloat16 on CPUs, from PRODUCTS_FROM keys on, by plain matmuls, of
     which the first is keys times queries: the other order takes several times as long."""
     S = k.shape[2]
-    if not is_cpu_bfloat16(q) or len(q) * S < PRODUCTS_FROM:
+    if not is_native_bfloat16(q) or len(q) * S < PRODUCTS_FROM:
         return pytorch_attention(q, k, v, mask)
     k, v = (torch.cat((t, t[:, :, :-S % MULTIPLE]), 2) for t in (k, v))       # any keys more: see MULTIPLE
     query = q.mul(q.shape[3] ** -0.5).flatten(0, 1).mT                        # (BK, D, H/K)
@@ -125,14 +127,16 @@ def kernels_fit(q, k):
     return width_fits and q.shape[1] <= 16 * k.shape[1]
 
 
-def is_cpu_bfloat16(q):        # there plain matmuls beat PyTorch's attention, and each new shape costs time
-    return q.dtype == torch.bfloat16 and q.device.type == "cpu"
+def is_native_bfloat16(x):
+    """Whether x is bfloat16 on a CPU with instructions for it. There plain matmuls beat PyTorch's attention,
+    and each new shape costs time; on others those matmuls take 6 to 20 times as long as that attention."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and NATIVE_BFLOAT16
 
 
 def fill(at, counts, x):
     """(at, counts), padded to a MULTIPLE of tokens by repeating the last: at (N,), the gathered tokens, of
     which counts[b] are row b's. In bfloat16 oneDNN plans each new shape, for longer than the matmul takes."""
-    n_more = -len(at) % MULTIPLE if is_cpu_bfloat16(x) else 0
+    n_more = -len(at) % MULTIPLE if is_native_bfloat16(x) else 0
     if n_more == 0:
         return at, counts
     row = max(row for row, n in enumerate(counts) if n)
@@ -213,7 +217,7 @@ def attention_of_some(q, k, v, counts, host_at, at, T, mask=None):
         keys, values, queries = k[row:row + 1], v[row:row + 1], q[:, :, done:done + n]
         host_positions = (host_at[done:done + n] % T + (S - T)).int()
         positions = host_positions if q.device.type == "cpu" else (at[done:done + n] % T + (S - T)).int()
-        if n > 1 and mask is None and is_cpu_bfloat16(q):
+        if n > 1 and mask is None and is_native_bfloat16(q):
             y = attention_by_products(queries, keys, values, positions=positions)
         elif mask is None and parts_are_faster(queries, S):
             y = attention_by_parts(queries, keys, values, positions.long())
@@ -229,8 +233,8 @@ def attention_in_chunks(q, k, v, host_positions, positions, mask):
     """attention_of_some for one row, a few queries at a time: q (1, H, n, D), k and v (1, K, S, D), positions
     (n,) of the queries, on the device and on the host, mask (T, S) or None."""
     (_, H, n, D), (_, K, S, _), outputs = q.shape, k.shape, []
-    size = CHUNK if is_cpu_bfloat16(q) else CALL
-    if n > 1 and q.device.type == "cpu" and not is_cpu_bfloat16(q):
+    size = CHUNK if is_native_bfloat16(q) else CALL
+    if n > 1 and q.device.type == "cpu" and not is_native_bfloat16(q):
         q, k, v = q.view(K, -1, n, D), for_query_heads(k, H), for_query_heads(v, H)
     chunks = zip(q.split(size, 2), host_positions.split(size), positions.split(size))
     for queries, host_chunk, chunk in chunks:

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import recipe
 from model import Llama
 from router import add_routers, mindskips, save_routers
+from support import attention
 from support.data import read_samples
 from support.kernels import ONEDNN
 from support.script import run_script
@@ -146,6 +147,12 @@ def few_own_texts(monkeypatch):
     """A model writes 96 texts of 128 tokens to learn from, a sixth of OWN_TEXT, which takes seconds."""
     monkeypatch.setattr(recipe, "OWN_TEXTS", 96)
     monkeypatch.setattr(recipe, "OWN_TOKENS", 128)
+
+
+@pytest.fixture
+def native_bfloat16(monkeypatch):
+    """This CPU takes the paths of one with bfloat16 instructions."""
+    monkeypatch.setattr(attention, "NATIVE_BFLOAT16", True)
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from support.kernels import MKL, ONEDNN, Linear, logit_of_token, packed_weights,
 PACKS = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @pytest.mark.parametrize("kind", ["causal", "mask", "queries of their own", "mask of the last keys"])
 @pytest.mark.parametrize("T", [2, 128, 300])
 def test_bfloat16_attention_in_chunks_against_float64(kind, T):
@@ -144,6 +145,7 @@ def test_packed_weights_have_the_product_and_last_as_long_as_a_generation(tiny, 
         assert all(layer.packed is None for layer in layers)
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @pytest.mark.parametrize("masks", [0, 1, 3])
 @pytest.mark.parametrize("S", [1000, 300])                             # by products, and by PyTorch's kernel
 def test_bfloat16_attention_of_a_step_against_float64(masks, S, monkeypatch):
@@ -161,6 +163,7 @@ def test_bfloat16_attention_of_a_step_against_float64(masks, S, monkeypatch):
                for (keys, _), (weights, _) in zip(by_products[::2], by_products[1::2]))
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @pytest.mark.parametrize("n_open", [1, 2, 3, 4])
 def test_bfloat16_attention_of_a_step_is_of_open_rows_where_at_most_half_are(n_open):
     q, (k, v) = torch.randn(4, 6, 1, 16).bfloat16(), torch.randn(2, 4, 2, 600, 16).bfloat16()
@@ -169,6 +172,21 @@ def test_bfloat16_attention_of_a_step_is_of_open_rows_where_at_most_half_are(n_o
     with only_for(is_open, {}):
         y = attention(q, k, v)
     assert (y - whole)[is_open].abs().max() < 0.01 and bool(y[~is_open].any()) == (n_open == 3)
+
+
+@pytest.mark.parametrize("T", [1, 50])
+def test_without_bfloat16_instructions_attention_is_not_by_products(T, monkeypatch):
+    """Which take 6 to 20 times as long there."""
+    monkeypatch.setattr(attentions, "NATIVE_BFLOAT16", False)
+    monkeypatch.setattr(torch, "bmm", None)
+    q, (k, v) = torch.randn(1, 6, T, 16).bfloat16(), torch.randn(2, 1, 2, 2000, 16).bfloat16()
+    at = torch.arange(0, T, 3)
+    mask = additive_mask(torch.ones(T, 2000, dtype=torch.bool).tril(2000 - T), q.dtype)[None, None]
+    exact = F.scaled_dot_product_attention(*(t.double() for t in (q, k, v, mask)), enable_gqa=True)
+    assert (attention(q, k, v, mask) - exact).abs().max() < 0.01
+    found = attention_of_some(q[:, :, at], k, v, [len(at)], at, at, T)
+    assert (found - exact[:, :, at]).abs().max() < 0.01
+    assert fill(at, [len(at)], q) == (at, [len(at)])
 
 
 @pytest.mark.parametrize("masks", [0, 1, 6])
@@ -216,6 +234,7 @@ def test_attention_of_some_queries_against_all_of_them(masks, by_parts, T, S, mo
     assert (found - expected).abs().max() < 1e-12
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @pytest.mark.parametrize("counts", [[70], [96], [35, 0], [3, 45, 0, 20], [64, 33]])
 def test_gathered_tokens_are_filled_up_with_the_last_one(counts):
     """In bfloat16, and attend as before, against float64."""
@@ -235,6 +254,7 @@ def test_gathered_tokens_are_filled_up_with_the_last_one(counts):
     assert fill(at, counts, q.float()) == (at, counts)
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @pytest.mark.parametrize("n, S, grad, expected", [(1024, 2048, False, 1), (1024, 2048, True, 0),
                                                   (1023, 2048, False, 0), (1500, 2047, False, 0)])
 def test_most_of_many_tokens_attend_in_two_parts(n, S, grad, expected, monkeypatch):

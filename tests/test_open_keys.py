@@ -177,6 +177,7 @@ def test_lengths_that_recur_as_on_a_gpu(granularity, family, tmp_path, monkeypat
         assert torch.equal(model.generate(idx, 6, lengths=LENGTHS), out)
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 def test_a_token_that_sees_no_key_has_no_gradient(tmp_path):
     """Of those that fill up gathered columns, some are beyond the window of all that are open."""
     write_tiny(tmp_path, "Mistral with a window")

@@ -407,6 +407,7 @@ def test_a_prompt_whose_tokens_are_nearly_all_open_is_computed_whole(granularity
     assert capacity(model, routed=True) == pytest.approx(98 / 101)
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", "block_token"])
 def test_how_many_closed_tokens_make_gathering_pay(granularity, dtype, tiny):
@@ -443,6 +444,7 @@ class Products(TorchDispatchMode):
         return call(*args, **kwargs or {})
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @pytest.mark.parametrize("granularity, kv", [
     ("attn_token", "all"), ("mlp_token", "all"), ("block_token", "all"), ("attn_token", "open")])
 def test_gathered_tokens_have_shapes_that_recur(granularity, kv, tiny, monkeypatch):
