@@ -220,7 +220,9 @@ def test_two_processes_do_what_one_does(arguments, tiny, call, tmp_path):
 
 
 def test_a_killed_process_ends_the_other(arguments, tmp_path):
-    command = [*TORCHRUN, "train_router.py", *map(str, arguments), "--steps", "100000", "--loss", "ce"]
+    patient = "--monitor-interval", "5"      # else torchrun may end the other before it has spoken
+    more = "--steps", "100000", "--loss", "ce"
+    command = [*TORCHRUN, *patient, "train_router.py", *map(str, arguments), *more]
     run = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     metrics = tmp_path / "out" / "metrics.jsonl"
     while run.poll() is None and not (metrics.exists() and metrics.read_bytes()):
