@@ -265,7 +265,9 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        # not nn.Embedding's own normal_, which on the meta device imports torch._dynamo, in 1 to 3 seconds
+        table = torch.empty(config.vocab_size, config.n_embd).uniform_(-1, 1)
+        self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
@@ -419,9 +421,9 @@ class Llama(nn.Module):
             model = cls(config).to(dtype)
         parts = [checkpoint_parts(name, weight, config) for name, weight in model.named_parameters()]
         checkpoint.check_tensors({source: part.shape for pairs in parts for source, part in pairs})
-        model.to_empty(device=device)
+        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))  # to_empty imports SymPy
         if config.tie_embeddings:
-            model.head.weight = model.embed.weight             # tie again: to_empty untied them
+            model.head.weight = model.embed.weight             # tie again: _apply untied them
         for name, parameter in model.named_parameters():
             for source, part in checkpoint_parts(name, parameter.detach(), config):
                 part.copy_(checkpoint.tensor(source))

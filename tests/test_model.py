@@ -2,7 +2,10 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,6 +313,16 @@ def test_loading_in_bfloat16(tiny):
     with torch.no_grad():
         exact = Llama.from_pretrained(tiny)(torch.arange(20)[None])
         assert (model(torch.arange(20)[None]).float() - exact).norm() < 0.05 * exact.norm()
+
+
+def test_loading_and_generating_import_no_compiler(tiny):
+    """Which the meta device does where it initializes or copies, in seconds."""
+    program = ("import sys, torch; from model import Llama; from router import add_routers\n"
+               "add_routers(Llama.from_pretrained(sys.argv[1])).generate(torch.tensor([[1, 2]]), 3)\n"
+               "print(sorted({'torch._dynamo', 'torch._inductor', 'sympy'} & sys.modules.keys()))")
+    done = subprocess.run([sys.executable, "-c", program, tiny], capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent)
+    assert done.stdout == "[]\n", done.stderr
 
 
 # ----------------------------------------------------------------------------------------------- tied weights
