@@ -34,11 +34,12 @@ sys.path.insert(0, os.getcwd())
 import torch
 from torch.distributed import PrefixStore
 from torch.distributed.tensor import DTensor
-import eval as evaluation, train_router
+import calibration, eval as evaluation, recipe, train_router
 from support import parallel
 from support.script import run_script
 
 commands, folder = json.loads(sys.argv[1]), sys.argv[2]
+recipe.CALIBRATION_TEXTS, calibration.TRAINING_SAMPLES, calibration.PROMPTS = 24, 8, 64  # see shorter_runs
 torch.set_num_threads(1)
 parallel.start()
 os.chdir(f"{folder}/{parallel.processes.rank}")          # where a relative path leads to another file

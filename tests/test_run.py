@@ -31,9 +31,9 @@ ROOT = Path(train_router.__file__).parent
 SERVER = """
 import json, os, sys
 import torch
-import recipe, train_router
+import calibration, recipe, train_router
 torch.set_num_threads(1)
-recipe.OWN_TOKENS = 64                                         # sooner
+recipe.OWN_TOKENS, recipe.CALIBRATION_TEXTS, calibration.TRAINING_SAMPLES = 64, 24, 8          # sooner
 for line in sys.stdin:
     arguments, log = json.loads(line)
     pid = os.fork()

@@ -264,7 +264,7 @@ def test_a_run_learns_from_what_the_model_wrote(more, learns, arguments, call, m
     _, (samples, *texts), *_ = calls["make_source"]
     _, same, held, _ = calls["calibration_sources"]
     *_, capacity = calls["calibrate"]
-    assert samples is same and len(samples) == 32 and held.shape == (64, 128) and capacity == 0.7
+    assert samples is same and len(samples) == 32 and held.shape == (24, 128) and capacity == 0.7
     assert bool(texts) == learns
 
 
