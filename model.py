@@ -265,7 +265,7 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # not nn.Embedding's own normal_, which on the meta device imports torch._dynamo, in 1 to 3 seconds
+        # nn.Embedding's own normal_ would import torch._dynamo on the meta device, which takes seconds
         table = torch.empty(config.vocab_size, config.n_embd).uniform_(-1, 1)
         self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
