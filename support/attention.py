@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from support import cuda
 from support.cuda import fused, to_device
-from support.kernels import recomputed
+from support.kernels import NATIVE_BFLOAT16, recomputed
 
 CHUNK = 128         # queries per matmul of scores, to bound their memory
 CALL = 256          # queries per call of PyTorch's kernel for open tokens: 128 take up to a seventh longer
@@ -27,7 +27,6 @@ PRODUCTS_FROM = 1024    # fewest keys of all rows for which attention_of_rows us
 PARTS_FROM = 2048   # fewest keys for which attention_by_parts is faster than attention_in_chunks
 MULTIPLE = 32       # tokens, queries and keys are filled up to multiples of this, so that shapes recur
 CUDNN_FROM = 4096   # fewest queries for cuDNN: half of flash's time, but 30 ms to plan each new shape
-NATIVE_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
 
 @fused

@@ -26,6 +26,7 @@ from support.cuda import fused
 
 ONEDNN = torch.backends.mkldnn.is_available()
 MKL = torch.backends.mkl.is_available()
+NATIVE_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 FEW = 5             # most tokens for which MKL is faster at weight @ x.T than at x @ weight.T
 SMALL = 2**20       # most elements of a weight for which product_of_one is faster than oneDNN
 
@@ -125,7 +126,7 @@ def should_pack(n_bytes, device, dtype):
     second copy takes less than a quarter of the memory."""
     if dtype != torch.bfloat16 or device.type != "cpu":
         return False
-    if not ONEDNN or not torch.cpu._is_avx512_bf16_supported() or not hasattr(os, "sysconf"):
+    if not ONEDNN or not NATIVE_BFLOAT16 or not hasattr(os, "sysconf"):
         return False
     return 4 * n_bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

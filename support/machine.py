@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.files import InputError
-from support.kernels import FEW
+from support.kernels import FEW, NATIVE_BFLOAT16
 from support.parallel import take_card
 
 
@@ -20,7 +20,7 @@ def device_and_dtype(device="auto", dtype="auto"):
     if device == "cuda":
         take_card()
     if dtype == "auto":
-        native = torch.cpu._is_avx512_bf16_supported()
+        native = NATIVE_BFLOAT16
         if device == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if native else "float32"

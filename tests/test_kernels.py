@@ -13,9 +13,17 @@ from model import Llama, RMSNorm
 from support import attention as attentions
 from support.attention import additive_mask, attention, attention_of_some, fill
 from support.cuda import only_for
-from support.kernels import MKL, ONEDNN, Linear, logit_of_token, packed_weights, root_mean_square
+from support.kernels import (
+    MKL,
+    NATIVE_BFLOAT16,
+    ONEDNN,
+    Linear,
+    logit_of_token,
+    packed_weights,
+    root_mean_square,
+)
 
-PACKS = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+PACKS = NATIVE_BFLOAT16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @pytest.mark.usefixtures("native_bfloat16")
