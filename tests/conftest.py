@@ -33,7 +33,7 @@ from tokenizer import Tokenizer
 from weights import fetch_smollm2
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-OWN_TEXT = recipe.OWN_TEXTS, recipe.OWN_TOKENS       # see shorter_runs
+OWN_TEXT = recipe.OWN_TEXTS, recipe.OWN_TOKENS       # see few_own_texts
 TINY = dict(vocab_size=320, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=6,
             num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, rms_norm_eps=1e-5,
             bos_token_id=1, eos_token_id=2)
@@ -144,11 +144,15 @@ def router_file(tiny, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def shorter_runs(monkeypatch):
-    """A model writes 96 texts of 128 tokens to learn from, a sixth of OWN_TEXT, and calibration reads a third
-    of what it reads else: both take most of a short run's time."""
+def few_own_texts(monkeypatch):
+    """A model writes 96 texts of 128 tokens to learn from, a sixth of OWN_TEXT, which takes seconds."""
     monkeypatch.setattr(recipe, "OWN_TEXTS", 96)
     monkeypatch.setattr(recipe, "OWN_TOKENS", 128)
+
+
+@pytest.fixture(autouse=True)
+def short_calibration(monkeypatch):
+    """Calibration reads a third of what it reads else, which takes most of a short run's time."""
     monkeypatch.setattr(recipe, "CALIBRATION_TEXTS", 24)
     monkeypatch.setattr(calibration, "TRAINING_SAMPLES", 8)
     monkeypatch.setattr(calibration, "PROMPTS", 64)

@@ -39,7 +39,7 @@ from support import parallel
 from support.script import run_script
 
 commands, folder = json.loads(sys.argv[1]), sys.argv[2]
-recipe.CALIBRATION_TEXTS, calibration.TRAINING_SAMPLES, calibration.PROMPTS = 24, 8, 64  # see shorter_runs
+recipe.CALIBRATION_TEXTS, calibration.TRAINING_SAMPLES, calibration.PROMPTS = 24, 8, 64  # short_calibration
 torch.set_num_threads(1)
 parallel.start()
 os.chdir(f"{folder}/{parallel.processes.rank}")          # where a relative path leads to another file

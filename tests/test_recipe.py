@@ -29,10 +29,8 @@ from support.data import pieces, read_samples
 
 
 @pytest.fixture(autouse=True)
-def shorter_runs(monkeypatch):
-    """In the place of conftest.py's: fewer texts, but calibration as it is."""
-    monkeypatch.setattr(recipe, "OWN_TEXTS", 96)
-    monkeypatch.setattr(recipe, "OWN_TOKENS", 128)
+def short_calibration():
+    """In the place of conftest.py's: calibration as it is."""
 
 
 # ------------------------------------------------------------------------------------------------------ PAPER
